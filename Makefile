@@ -1,0 +1,45 @@
+# Every target does its own set-up in .venv. Nothing but Python >= 3.11 and make is needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: help demo serve mlflow check test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python >= 3.11 is needed: make PYTHON=python3.12 ..." && exit 1)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.demo  ## prepare, train, evaluate, register, serve and ask, end to end on a laptop
+	$(BIN)/python -m jobs.demo
+
+serve: $(VENV)/.demo  ## keep the demo's registered model up on http://127.0.0.1:8000
+	$(BIN)/python -m jobs.serve configs/serve/demo.yaml
+
+mlflow: $(VENV)/.demo  ## open the tracking pages on http://127.0.0.1:5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///runs/mlflow.db} --workers 1 --host 127.0.0.1 --port 5000
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint  ## lint, types and the fast tests (about 3 minutes)
+	$(BIN)/python -m pytest -m "not slow"
+
+test: lint  ## lint, types and all tests
+	$(BIN)/python -m pytest
+
+clean:  ## remove the virtual environment and everything the runs wrote
+	rm -rf $(VENV) runs

@@ -1,0 +1,180 @@
+"""Configuration: dataclasses read from YAML, with dotted overrides, strict about every key.
+
+OmegaConf reads YAML, overrides and interpolation; pydantic checks types. What is added here: an error that names the key
+and the nearest valid one, settings of the reference code that exist with one value only (`FIXED`), and paths that are
+relative to the file they stand in (`PATHS`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. The message says which key of which file, and what to write instead."""
+
+
+@dataclasses.dataclass
+class BaseConfig:
+    """Base of all configurations. Subclasses are plain dataclasses; nested configurations are fields of their type."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    # Settings of the reference implementations that exist here with these values only (they are checked, then dropped).
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    # Fields that hold a path: a relative one that exists beside the file is resolved against the file's folder on load.
+    PATHS: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Hook for a subclass: rewrites older or shorter spellings of its own keys (aliases, legacy files)."""
+        return data
+
+    @classmethod
+    def new(cls, **kwargs: Any) -> Self:
+        """Builds and checks a configuration from keyword arguments; nested values may be configurations or dicts."""
+        return cls.from_dict(kwargs)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], source: str = "configuration", base: Path | None = None) -> Self:
+        """Builds and checks a configuration from plain data. `source` names it in errors, `base` resolves `PATHS`."""
+        checked = _prepare(cls, data, source, "", base)
+        try:
+            return _adapter(cls).validate_python(checked)
+        except ValidationError as error:
+            lines = [f"  {'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+            raise ConfigError(f"{source}: {len(lines)} invalid value(s)\n" + "\n".join(lines)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None, key: str | None = None) -> Self:
+        """Reads a YAML file.
+
+        Args:
+            path: the file; relative paths inside it are relative to its folder.
+            overrides: dotted assignments, e.g. `["llm.n_layers=16"]`, applied before checking.
+            key: dotted key of the part of the file that holds this configuration (e.g. `model`).
+
+        Raises:
+            ConfigError: an unreadable file, an unknown key or a wrong value.
+        """
+        path = Path(path)
+        data = read_yaml(path, overrides, key)
+        return cls.from_dict(data, source=str(path), base=path.parent)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as plain dicts, lists and scalars (what `save` writes)."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the configuration as YAML; `load` gives it back."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(_plain(self.as_dict())), path)
+
+
+def read_yaml(path: str | Path, overrides: list[str] | None = None, key: str | None = None) -> dict[str, Any]:
+    """A YAML file as plain data, after dotted overrides and interpolation.
+
+    Raises:
+        ConfigError: the file is missing, is no mapping, lacks `key`, or an override is no `key=value`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    for override in overrides or ():
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"override {override!r} is not of the form key=value (for example train.steps=100)")
+    try:
+        config = OmegaConf.load(path)
+        if not OmegaConf.is_dict(config):
+            raise ConfigError(f"{path}: a configuration is a mapping of keys to values, found {type(config).__name__}")
+        selected = OmegaConf.select(config, key) if key else config
+        if selected is None:
+            raise ConfigError(f"{path}: no key {key!r}")
+        merged = OmegaConf.merge(selected, OmegaConf.from_dotlist(list(overrides or [])))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:  # yaml.YAMLError has no common base with the others
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+
+
+def nearest(name: str, valid: typing.Iterable[str]) -> str:
+    """A hint for an unknown name: ` Did you mean 'x'?` or the list of valid names."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else f" Valid: {', '.join(valid)}."
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _config_type(hint: Any) -> type[BaseConfig] | None:
+    """The configuration class inside `X`, `Optional[X]` (None if there is none)."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    found = [o for o in options if isinstance(o, type) and issubclass(o, BaseConfig)]
+    return found[0] if len(found) == 1 else None
+
+
+def _element_type(hint: Any) -> type[BaseConfig] | None:
+    """The configuration class inside `list[X]` or `dict[str, X]`."""
+    args = typing.get_args(hint)
+    return _config_type(args[-1]) if args and typing.get_origin(hint) in (list, dict, tuple) else None
+
+
+def _prepare(cls: type[BaseConfig], data: Any, source: str, prefix: str, base: Path | None) -> Any:
+    """Checks names and fixed settings recursively; the result is what pydantic validates."""
+    if not isinstance(data, dict):
+        return data
+    data = cls.normalise(dict(data))
+    fields = {f.name for f in dataclasses.fields(cls)}
+    result = {}
+    for name, value in data.items():
+        where = f"{prefix}{name}"
+        if name in cls.FIXED:
+            allowed = cls.FIXED[name]
+            if value not in allowed:
+                options = " or ".join(repr(a) for a in allowed)
+                raise ConfigError(f"{source}: {where}={value!r} is not implemented; only {options}")
+            continue
+        if name not in fields:
+            raise ConfigError(f"{source}: unknown key {where!r}.{nearest(str(name), fields)}")
+        hint = _hints(cls)[name]
+        inner, element = _config_type(hint), _element_type(hint)
+        if inner:
+            value = _prepare(inner, value, source, f"{where}.", base)
+        elif element and isinstance(value, list):
+            value = [_prepare(element, v, source, f"{where}.{i}.", base) for i, v in enumerate(value)]
+        elif element and isinstance(value, dict):
+            value = {k: _prepare(element, v, source, f"{where}.{k}.", base) for k, v in value.items()}
+        elif name in cls.PATHS and isinstance(value, str) and base is not None and not Path(value).is_absolute():
+            beside = (base / value).resolve()
+            value = str(beside) if beside.exists() else value
+        result[name] = value
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

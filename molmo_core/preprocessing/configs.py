@@ -1,0 +1,131 @@
+"""Configurations of the preprocessing. numpy only: this package is imported by data workers that never load torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from molmo_core.config import BaseConfig
+
+LossTokenWeighting = Literal["root_subsegments", "root_subsegments_root_tokens"]
+
+
+@dataclasses.dataclass
+class DataFormatter(BaseConfig):
+    """How a task record becomes messages (facts: published Molmo and Molmo2 recipes)."""
+
+    prompt_templates: Literal["none", "uber_model", "uber_model_v2"] = "uber_model"
+    """`none`: bare questions; `uber_model`: random templates for captions, pointing, counting and explanations."""
+    message_format: Literal["none", "role", "qwen3"] = "role"
+    """`role`: "User: .. Assistant:"; `qwen3`: the Qwen3 chat turns (Molmo2)."""
+    system_prompt: (
+        Literal[
+            "none",
+            "no_style",
+            "style",
+            "demo_or_style",
+            "demo_or_style_v2",
+            "style_and_length",
+            "style_and_length_v2",
+            "style_and_length_v3",
+        ]
+        | None
+    ) = "demo_or_style"
+    always_start_with_space: bool = False
+    default_inference_len: int | None = 65
+    select_answer: Literal["best", "first"] = "best"
+    image_last: bool = False
+    """Put the image after the question (HeMolmo)."""
+    pointing_format: Literal["v1", "html-v1", "html-v2"] = "v1"
+    """`v1`: percent with one decimal; `html-v1`/`html-v2`: Molmo2's 0-1000 integers."""
+    p_multi_point_all_image: float = 0.0
+    p_choice_content_in_mc: float = 1.0
+
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"debug": (False,), "format_message_list": (None,), "p_one_message": (0,)}
+
+
+@dataclasses.dataclass
+class ImagePreprocessorConfig(BaseConfig):
+    """What all preprocessors share: tiling, pooling, text limits."""
+
+    crop_mode: Literal["resize", "overlap-and-resize-c2"] = "overlap-and-resize-c2"
+    """`resize`: only the whole image, resized; `overlap-and-resize-c2`: plus overlapping high-resolution crops."""
+    max_crops: int = 12
+    overlap_margins: tuple[int, int] = (4, 4)
+    """Patches that a crop shares with its neighbours: left/top, right/bottom."""
+    use_col_tokens: bool = True
+    loss_token_weighting: LossTokenWeighting | None = None
+    max_text_tokens: int | None = None
+
+
+@dataclasses.dataclass
+class MolmoPreprocessorConfig(ImagePreprocessorConfig):
+    """Images of Molmo; with Molmo2's layout switches."""
+
+    max_images: int | None = None
+    max_multi_image_crops: int | None = None
+    """Crops per image when there are several (None = max_crops)."""
+    high_res_max_crops: int | None = None
+    p_high_res: float = 0.0
+    """Probability, in training, of `high_res_max_crops` instead of `max_crops`."""
+    pooling_w: int = 2
+    pooling_h: int = 2
+    legacy_image_mask: bool = False
+    """Reproduce the mask order of the 0924 checkpoints (each crop carries its neighbour's mask)."""
+    use_single_crop_col_tokens: bool = True
+    use_single_crop_start_token: bool = False
+
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"normalize_on_gpu": (True, False)}
+
+
+FrameSampling = Literal["uniform", "random", "adaptive", "fps", "fps_uniform", "uniform_last_frame"]
+
+
+@dataclasses.dataclass
+class VideoPreprocessorConfig(MolmoPreprocessorConfig):
+    """Video frames of VideoOlmo."""
+
+    crop_mode: Literal["resize", "overlap-and-resize-c2"] = "resize"
+    time_mode: Literal["per-frame", "sampled-fps-prefix", "time-delta-prefix", "fps-prefix", "skip_time"] = "per-frame"
+    max_frames: int = 16
+    frame_sample_mode: FrameSampling = "uniform"
+    max_fps: float = 2.0
+    """Rate limit of `uniform_last_frame`."""
+    candidate_sampling_fps: list[float] = dataclasses.field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
+    periodic_high_res_frame: int | None = None
+    """Every N-th frame is pooled by `high_res_pooling_*` instead; None = all frames alike."""
+    high_res_pooling_w: int | None = None
+    high_res_pooling_h: int | None = None
+
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"query_based_resolution_selection": (False,), "normalize_on_gpu": (True, False)}
+
+
+@dataclasses.dataclass
+class HePreprocessorConfig(ImagePreprocessorConfig):
+    """Low- and high-resolution views of HeMolmo."""
+
+    max_crops: int = 6
+    indicate_k: str | None = None
+    max_text_len: int | None = None
+    num_high_res_features: int | None = None
+    """K: high-resolution tokens kept; None = ceil(selection_ratio * candidates)."""
+    image_pooling_w: int = 2
+    image_pooling_h: int = 2
+    low_res_from_high: int | None = None
+    low_res_from_low: int | None = 2
+
+
+@dataclasses.dataclass
+class Molmo2PreprocessorConfig(MolmoPreprocessorConfig):
+    """Images, several images and video of Molmo2 in one sequence layout."""
+
+    max_crops: int = 8
+    use_single_crop_col_tokens: bool = False
+    use_single_crop_start_token: bool = True
+    video_pooling_w: int = 3
+    video_pooling_h: int = 3
+    max_frames: int = 128
+    frame_sample_mode: FrameSampling = "uniform_last_frame"
+    max_fps: float = 2.0
+    per_frame_special_token: bool = True
+    max_subtitle_tokens: int | None = None
