@@ -1,0 +1,61 @@
+"""What every job's command line shares: the CONFIG and key=value arguments, and errors a person can act on.
+
+A job is a function and three lines around it:
+
+    from jobs.command import ConfigPath, Overrides, job
+
+    def main(config: ConfigPath, overrides: Overrides = None) -> None:
+        \"\"\"What the job does (the first line is its help).\"\"\"
+        prepare(PrepareConfig.load(config, overrides))
+
+    app = job(main)
+
+    if __name__ == "__main__":
+        app()
+
+`python -m jobs.prepare CONFIG [key=value ...]` and `molmo prepare CONFIG [key=value ...]` both run `app`. Other arguments and
+options (`out: Annotated[Path, typer.Option(help=...)]`) are typer's. The module's docstring gives the verb's line in `molmo --help`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from molmo_core.config import ConfigError
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of this job's configuration.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, e.g. train.steps=100.", show_default=False),
+]
+
+CONFIG_ERROR_EXIT_CODE = 2
+
+
+def job(main: Callable[..., Any]) -> typer.Typer:
+    """The command-line program of a job: `main`'s arguments become the command's, its docstring the help.
+
+    A `ConfigError` (also one raised inside a Ray worker) is printed without a traceback and ends with exit code 2;
+    Ctrl-C ends with 130. Any other error keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            main(*args, **kwargs)
+        except ConfigError as error:
+            # Ray re-raises a worker's error as a subclass that carries the remote traceback; `cause` is the error itself.
+            print(f"error: {getattr(error, 'cause', None) or error}", file=sys.stderr)
+            raise typer.Exit(CONFIG_ERROR_EXIT_CODE) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(guarded)
+    return app
