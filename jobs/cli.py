@@ -6,39 +6,11 @@ import ast
 import importlib
 from pathlib import Path
 
-import click
 import typer
-from typer.core import TyperGroup
-from typer.main import get_command
 
 VERBS = ("prepare", "train", "evaluate", "register", "serve", "export", "inventory", "inspect", "demo")
 
-
-class _Jobs(TyperGroup):
-    """Loads a job's module (and with it Ray, torch and MLflow) only when its verb is used; help reads the docstrings."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        command = get_command(importlib.import_module(f"jobs.{cmd_name}").app)
-        command.name = cmd_name
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Jobs"):
-            formatter.write_dl([(verb, summary(verb)) for verb in VERBS])
-
-
-def summary(verb: str) -> str:
-    """The first line of a job's module docstring, read without importing it."""
-    source = (Path(__file__).parent / f"{verb}.py").read_text()
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
-
-
-app = typer.Typer(cls=_Jobs, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
 
 @app.callback()
@@ -48,6 +20,24 @@ def main() -> None:
     `molmo JOB --help` describes a job; each also runs as `python -m jobs.JOB`.
     """
 
+
+def summary(verb: str) -> str:
+    """The first line of a job's module docstring, read without importing the module (nor Ray, torch and MLflow with it)."""
+    source = (Path(__file__).parent / f"{verb}.py").read_text()
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def _add(verb: str) -> None:
+    def run(context: typer.Context) -> None:
+        importlib.import_module(f"jobs.{verb}").app(context.args, prog_name=f"molmo {verb}")
+
+    # The job's own program reads all arguments, --help included.
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    app.command(verb, help=summary(verb), add_help_option=False, context_settings=settings)(run)
+
+
+for _verb in VERBS:
+    _add(_verb)
 
 if __name__ == "__main__":
     app()
