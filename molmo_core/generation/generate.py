@@ -1,0 +1,250 @@
+"""Autoregressive generation: one pass over the prompt with all visual inputs, then one token at a time from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from molmo_core.generation.beam_search import BeamSearch
+from molmo_core.generation.kv_cache import KVCache
+from molmo_core.generation.sampling import SamplingConfig, next_token
+from molmo_core.outputs import OLMoGenerateOutput
+
+PAD_TOKEN_ID = -1
+# Keys of a batch that only training uses; `model.generate(**batch)` may carry them.
+TRAINING_KEYS = ("labels", "loss_masks", "metadata")
+
+
+class GenerationStep(NamedTuple):
+    """One new token for every row."""
+
+    token_ids: torch.Tensor
+    """[B] int64; pad_token_id in rows that had ended before."""
+    log_probs: torch.Tensor
+    """[B] float32 log-probability under the model; 0 in rows that had ended before."""
+    finished: torch.Tensor
+    """[B] bool: the row has ended, with this token or before."""
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    images: torch.Tensor | None = None,
+    max_new_tokens: int = 200,
+    min_new_tokens: int = 0,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    num_beams: int = 1,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    seed: int | None = None,
+    **inputs: Any,
+) -> OLMoGenerateOutput:
+    """Continues every prompt of a batch.
+
+    Args:
+        model: a model in eval mode; `model.tokenizer` gives the end token and the text.
+        input_ids: [B, S] prompts, padded on the right with -1; or one example [S], as a preprocessor gives it.
+        images, inputs: the other inputs of `model.forward` by name. What only training uses (labels, loss masks) is ignored.
+        max_new_tokens: tokens a row gets at most.
+        min_new_tokens: no end token before that many.
+        do_sample: draw tokens (temperature, top_p, top_k) instead of taking the most probable one; the first one, too.
+        num_beams: more than 1: beam search by cumulative log-probability.
+        eos_token_id: token or tokens that end a row; default: the tokenizer's end token.
+        pad_token_id: fills `token_ids` after the end; default -1.
+        seed: makes sampling reproducible (None: torch's global generator).
+
+    Raises:
+        ValueError: settings that contradict each other, or an empty prompt.
+    """
+    sampling = SamplingConfig(do_sample, temperature, top_p, top_k)
+    if num_beams < 1 or (num_beams > 1 and not sampling.greedy):
+        raise ValueError(f"num_beams={num_beams}: beam search needs at least 1 beam and do_sample=False")
+    batch = prepare_inputs(model, {"input_ids": input_ids, "images": images, **inputs})
+    _check_lengths(min_new_tokens, max_new_tokens)
+    eos = _end_tokens(model, eos_token_id, batch["input_ids"].device)
+    pad = PAD_TOKEN_ID if pad_token_id is None else pad_token_id
+    decoder = _Decoder(model, max_new_tokens)
+    if num_beams > 1:
+        search = _search(decoder, batch, BeamSearch(num_beams, eos, pad), eos, min_new_tokens, max_new_tokens)
+        tokens, beams, scores, beam_scores = search.tokens[:, 0], search.tokens, search.scores[:, 0], search.scores
+    else:
+        steps = list(_sample(decoder, batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed))
+        tokens = torch.stack([s.token_ids for s in steps], dim=1)
+        scores = torch.stack([s.log_probs for s in steps], dim=1).sum(1)
+        beams = beam_scores = None
+    return OLMoGenerateOutput(tokens, _texts(model, tokens, eos), scores, beams, beam_scores, decoder.internal)
+
+
+@torch.no_grad()
+def generate_stream(
+    model: Any,
+    input_ids: torch.Tensor,
+    images: torch.Tensor | None = None,
+    max_new_tokens: int = 200,
+    min_new_tokens: int = 0,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    seed: int | None = None,
+    **inputs: Any,
+) -> Iterator[GenerationStep]:
+    """`generate` as an iterator, one `GenerationStep` a token; closing the iterator stops the work. Arguments as there."""
+    sampling = SamplingConfig(do_sample, temperature, top_p, top_k)
+    batch = prepare_inputs(model, {"input_ids": input_ids, "images": images, **inputs})
+    _check_lengths(min_new_tokens, max_new_tokens)
+    eos = _end_tokens(model, eos_token_id, batch["input_ids"].device)
+    pad = PAD_TOKEN_ID if pad_token_id is None else pad_token_id
+    yield from _sample(_Decoder(model, max_new_tokens), batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed)
+
+
+def prepare_inputs(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch on the model's device: arrays become tensors, one example [S] a batch of one, training keys are left out.
+
+    Raises:
+        ValueError: a row without a token, or packed examples.
+    """
+    device = next(model.parameters()).device
+    tensors = {k: v for k, v in inputs.items() if v is not None and k not in TRAINING_KEYS}
+    tensors = {k: torch.as_tensor(v) if isinstance(v, np.ndarray | list) else v for k, v in tensors.items()}
+    if tensors["input_ids"].ndim == 1:
+        tensors = {k: v.unsqueeze(0) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
+    tensors = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
+    if "subsegment_ids" in tensors:
+        raise ValueError("generate: subsegment_ids mark message trees and packed examples; a prompt is one conversation a row")
+    mask = tensors.setdefault("attention_mask", tensors["input_ids"] != PAD_TOKEN_ID).bool()
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"generate: no valid token in row(s) {empty} of input_ids")
+    return tensors
+
+
+class _Decoder:
+    """The model with its cache: next-token logits for a prompt, then for one token at a time."""
+
+    def __init__(self, model: Any, max_new_tokens: int) -> None:
+        self._model = model
+        self._new = max_new_tokens
+        self.internal: dict[str, torch.Tensor] | None = None
+
+    def prefill(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Logits [B, E] float32 after the last valid token of every prompt."""
+        mask = batch["attention_mask"].bool()
+        rows, length = mask.shape
+        last = (mask.long() * torch.arange(1, length + 1, device=mask.device)).argmax(1)
+        positions = batch.get("position_ids")
+        if positions is None:
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        self._next_position = positions.gather(1, last.unsqueeze(1)) + 1
+        # The mask has room for all new tokens; a step sees the part that exists by then.
+        self._mask = torch.cat([mask, mask.new_ones(rows, self._new)], dim=1)
+        self._length = length
+        self._cache = KVCache(length + self._new)
+        inputs = {**batch, "attention_mask": mask, "position_ids": positions}
+        output = self._model(**inputs, past_key_values=self._cache, use_cache=True, last_logits_only=True)
+        self.internal = output.internal
+        return output.logits[:, -1].float()
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [B, E] float32 after one more token a row, `tokens` [B]."""
+        self._length += 1
+        output = self._model(
+            input_ids=tokens.unsqueeze(1),
+            attention_mask=self._mask[:, : self._length],
+            position_ids=self._next_position,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._next_position = self._next_position + 1
+        return output.logits[:, -1].float()
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Row i goes on from what row `rows[i]` was; rows may repeat."""
+        self._cache.reorder(rows)
+        self._mask = self._mask[rows]
+        self._next_position = self._next_position[rows]
+
+    def all_done(self, finished: torch.Tensor) -> bool:
+        """Whether every row ended; under FSDP, every row of every rank, since all ranks must run the same steps."""
+        if isinstance(self._model, FSDPModule) and dist.is_initialized():
+            flag = finished.all().int()
+            dist.all_reduce(flag, dist.ReduceOp.MIN)
+            return bool(flag)
+        return bool(finished.all())
+
+
+@torch.no_grad()
+def _sample(
+    decoder: _Decoder,
+    batch: dict[str, Any],
+    sampling: SamplingConfig,
+    eos: torch.Tensor,
+    pad: int,
+    min_new_tokens: int,
+    max_new_tokens: int,
+    seed: int | None,
+) -> Iterator[GenerationStep]:
+    device = eos.device
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    logits = decoder.prefill(batch)
+    finished = torch.zeros(len(logits), dtype=torch.bool, device=device)
+    for count in range(max_new_tokens):
+        allowed = logits if count >= min_new_tokens else logits.index_fill(1, eos, -torch.inf)
+        tokens = next_token(allowed, sampling, generator)
+        log_probs = logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1).masked_fill(finished, 0)
+        shown = tokens.masked_fill(finished, pad)
+        finished = finished | torch.isin(tokens, eos)
+        yield GenerationStep(shown, log_probs, finished)
+        if count + 1 == max_new_tokens or decoder.all_done(finished):
+            return
+        logits = decoder.step(tokens)
+
+
+def _search(
+    decoder: _Decoder, batch: dict[str, Any], search: BeamSearch, eos: torch.Tensor, min_new_tokens: int, max_new_tokens: int
+) -> BeamSearch:
+    log_probs = decoder.prefill(batch).log_softmax(-1)
+    rows = len(log_probs)
+    search.start(log_probs.index_fill(1, eos, -torch.inf) if min_new_tokens else log_probs)
+    decoder.reorder(torch.arange(rows, device=eos.device).repeat_interleave(search.num_beams))
+    offsets = torch.arange(rows, device=eos.device).unsqueeze(1) * search.num_beams
+    for count in range(1, max_new_tokens):
+        if decoder.all_done(search.finished):
+            break
+        log_probs = decoder.step(search.tokens[:, :, -1].flatten().clamp(min=0)).log_softmax(-1)
+        if count < min_new_tokens:
+            log_probs = log_probs.index_fill(1, eos, -torch.inf)
+        parents = search.step(log_probs.view(rows, search.num_beams, -1))
+        decoder.reorder((offsets + parents).flatten())
+    return search
+
+
+def _check_lengths(min_new_tokens: int, max_new_tokens: int) -> None:
+    if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(f"min_new_tokens={min_new_tokens}, max_new_tokens={max_new_tokens}: need 0 <= min <= max and max >= 1")
+
+
+def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None, device: torch.device) -> torch.Tensor:
+    if eos_token_id is None:
+        eos_token_id = model.tokenizer.eos_token_id
+    return torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), dtype=torch.int64, device=device)
+
+
+def _texts(model: Any, tokens: torch.Tensor, eos: torch.Tensor) -> list[str]:
+    ends = set(eos.tolist())
+    texts = []
+    for row in tokens.tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), len(row))
+        texts.append(model.tokenizer.decode(row[:end]))
+    return texts
