@@ -1,0 +1,50 @@
+"""Streamed text equals the whole text, however the tokens cut it."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.serving.text_stream import TextStream
+
+
+def decode_bytes(tokens: list[int]) -> str:
+    """A tokenizer of single bytes: characters take up to four tokens."""
+    return bytes(tokens).decode("utf-8", errors="replace")
+
+
+def stream(text: str, stops: list[str]) -> tuple[list[str], TextStream]:
+    text_stream = TextStream(decode_bytes, stops)
+    pieces = [text_stream.push(byte) for byte in text.encode()]
+    return [*pieces, text_stream.finish()], text_stream
+
+
+@given(st.text(max_size=30))
+def test_pieces_join_to_the_text(text):
+    assert "".join(stream(text, [])[0]) == text
+
+
+@given(st.text(alphabet="abc", max_size=30), st.lists(st.text(alphabet="abc", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_cut_at_the_first_stop(text, stops):
+    """As soon as a stop string is complete, the answer ends before the earliest one."""
+    pieces, text_stream = stream(text, stops)
+    expected, stopped = text, False
+    for end in range(len(text) + 1):
+        positions = [text[:end].find(stop) for stop in stops if stop in text[:end]]
+        if positions:
+            expected, stopped = text[: min(positions)], True
+            break
+    assert "".join(pieces) == expected
+    assert text_stream.stopped == stopped
+
+
+def test_nothing_uncertain_is_sent():
+    pieces, _ = stream("ab🙂c", [])
+    assert pieces == ["a", "b", "", "", "", "🙂", "c", ""]
+    pieces, _ = stream("xENy", ["END"])
+    assert pieces == ["x", "", "", "ENy", ""]
+
+
+def test_tokens_after_the_stop_are_ignored():
+    text_stream = TextStream(decode_bytes, ["."])
+    assert [text_stream.push(b) for b in b"ok.no"] == ["o", "k", "", "", ""]
+    assert text_stream.stopped
+    assert text_stream.finish() == ""
