@@ -1,0 +1,97 @@
+"""The one place that starts Ray, or joins it.
+
+A job runs in three situations and should not have to know which: alone on a machine (a cluster of its own is started and shut
+down again), inside `ray job submit` or beside a running cluster (`RAY_ADDRESS` is set: join it), or called by another job
+that already connected (use that connection).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+# Quiet, and no second set of threads in every process. A variable that the user has set wins.
+WORKER_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# Ray Train looks at its workers every 2 s by default, which delays every checkpoint and the end of a run by as much.
+LOCAL_ENV = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+
+OBJECT_STORE_LIMIT = 2 << 30
+
+
+@contextlib.contextmanager
+def connect(
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    object_store_memory: int | None = None,
+    env: Mapping[str, str] | None = None,
+    log_to_driver: bool = False,
+) -> Iterator[None]:
+    """Connects to Ray for the length of a `with` block; only what it started itself is shut down at the end.
+
+    Args:
+        num_cpus: CPUs that a cluster started here offers (None = the machine's cores). More than there are is allowed: light
+            actors then share a core. Ignored when joining, like the next two.
+        num_gpus: GPUs it offers (None = those that Ray finds).
+        object_store_memory: bytes of its object store (None = a quarter of the free shared memory, at most 2 GiB).
+        env: environment variables for all workers, in either case.
+        log_to_driver: print the workers' output here.
+
+    Raises:
+        ConnectionError: `RAY_ADDRESS` is set and no cluster answers there.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    variables = {name: os.environ.get(name, value) for name, value in {**WORKER_ENV, **(env or {})}.items()}
+    os.environ.update(variables)
+    address = os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "log_to_driver": log_to_driver}
+    if address:
+        try:
+            ray.init(address=address, logging_level=logging.WARNING, **common)
+        except ConnectionError as error:
+            raise ConnectionError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); unset it to start one here") from error
+    else:
+        _start(num_cpus, num_gpus, object_store_memory, common)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(num_cpus: int | None, num_gpus: int | None, object_store_memory: int | None, common: dict[str, Any]) -> None:
+    for name, value in LOCAL_ENV.items():
+        os.environ.setdefault(name, value)
+    # Ray's ports are open to every user of the machine. A token that only this process and its children know keeps others out
+    # (and, unlike Ray's default, is not written to the home directory).
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray.init(
+        num_cpus=num_cpus or os.cpu_count(),
+        num_gpus=num_gpus,
+        object_store_memory=object_store_memory or default_object_store_memory(),
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        **common,
+    )
+
+
+def default_object_store_memory() -> int:
+    """Bytes: a quarter of the free shared memory (or of the disk behind /tmp, where Ray goes without it), at most 2 GiB."""
+    shared = Path("/dev/shm")
+    free = shutil.disk_usage(shared if shared.is_dir() else "/tmp").free
+    return max(128 << 20, min(free // 4, OBJECT_STORE_LIMIT))
