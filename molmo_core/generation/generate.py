@@ -75,13 +75,12 @@ def generate(
     decoder = _Decoder(model, max_new_tokens)
     if num_beams > 1:
         search = _search(decoder, batch, BeamSearch(num_beams, eos, pad), eos, min_new_tokens, max_new_tokens)
-        tokens, beams, scores, beam_scores = search.tokens[:, 0], search.tokens, search.scores[:, 0], search.scores
-    else:
-        steps = list(_sample(decoder, batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed))
-        tokens = torch.stack([s.token_ids for s in steps], dim=1)
-        scores = torch.stack([s.log_probs for s in steps], dim=1).sum(1)
-        beams = beam_scores = None
-    return OLMoGenerateOutput(tokens, _texts(model, tokens, eos), scores, beams, beam_scores, decoder.internal)
+        texts = _texts(model, search.tokens[:, 0], eos)
+        return OLMoGenerateOutput(search.tokens[:, 0], texts, search.scores[:, 0], search.tokens, search.scores, decoder.internal)
+    steps = list(_sample(decoder, batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed))
+    tokens = torch.stack([s.token_ids for s in steps], dim=1)
+    scores = torch.stack([s.log_probs for s in steps], dim=1).sum(1)
+    return OLMoGenerateOutput(tokens, _texts(model, tokens, eos), scores, internal=decoder.internal)
 
 
 @torch.no_grad()

@@ -1,0 +1,215 @@
+"""Which rows of which tensor here are which rows of which tensor there: one table for both directions of a conversion."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from molmo_core.checkpoint.safetensors_stream import CheckpointError, SafetensorsReader, TensorSpec
+
+Rows = tuple[int, int]
+# Wrappers of activation checkpointing and torch.compile put these into parameter names.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+class Link(NamedTuple):
+    """A (part of a) tensor of a model and where it lies in another layout. Parts are ranges of rows (first axis)."""
+
+    native: str
+    """Name in the model."""
+    other: str
+    """Name in the other layout."""
+    native_rows: Rows | None = None
+    """[start, stop) in the model's tensor; None = all."""
+    other_rows: Rows | None = None
+    transposed: bool = False
+    """The part is stored transposed there."""
+    convert: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """What makes the model's tensor out of the other one, where that is no plain copy (such links go one way)."""
+    export_only: bool = False
+    """A second copy there of what another link already fills here."""
+
+
+class LoadReport(NamedTuple):
+    """What `strict=False` let pass."""
+
+    missing: list[str]
+    """Tensors of the model that the checkpoint does not have."""
+    unexpected: list[str]
+    """Tensors of the checkpoint that the model does not have."""
+
+
+def same_names(names: Iterable[str]) -> list[Link]:
+    """Links of the native layout: every tensor is itself."""
+    return [Link(name, name) for name in names]
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by their native names (wrappers' prefixes left out)."""
+    return {_clean(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def load_tensors(
+    model: nn.Module,
+    reader: SafetensorsReader,
+    links: list[Link],
+    strict: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> LoadReport:
+    """Fills a model from a checkpoint, tensor by tensor.
+
+    Tensors of the model on the meta device are created; others are overwritten in place and keep their type and
+    device. An FSDP-sharded model gets its own shard on every rank; all ranks read the same files.
+
+    Args:
+        links: how names and rows correspond; links whose `other` the checkpoint lacks count as missing.
+        strict: raise on missing or unexpected tensors; False reports them. A wrong shape is always an error.
+        dtype: floating-point type of created tensors; None = as stored.
+        device: where created tensors go; None = CPU.
+
+    Raises:
+        CheckpointError: one error that names every missing, unexpected and mis-shaped tensor.
+    """
+    tensors = model_tensors(model)
+    targets: dict[str, list[Link]] = {}
+    for link in links:
+        if not link.export_only:
+            targets.setdefault(link.native, []).append(link)
+    report = _check(tensors, targets, reader, {link.other for link in links}, strict)
+    names = [name for name in targets if name in tensors and name not in report.missing]
+    owners = _owners(model)
+    for name in sorted(names, key=lambda n: reader.position(targets[n][0].other)):
+        tensor, parts = tensors[name], targets[name]
+        if tensor.is_meta:
+            stored = reader.specs[parts[0].other].dtype
+            new = torch.empty(tensor.shape, dtype=dtype if dtype and stored.is_floating_point else stored, device=device)
+            _assemble(new, parts, reader)
+            module, leaf = owners[name]
+            old = getattr(module, leaf)
+            setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        elif isinstance(tensor, DTensor):
+            full = torch.empty(tensor.shape, dtype=tensor.dtype)
+            _assemble(full, parts, reader)
+            local = distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+            typing.cast(DTensor, tensor.detach()).to_local().copy_(typing.cast(DTensor, local).to_local())
+        else:
+            _assemble(tensor.detach(), parts, reader)
+    return report
+
+
+def export_specs(tensors: Mapping[str, torch.Tensor], links: list[Link], dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:
+    """Types and shapes that the model's tensors have in the other layout."""
+    specs: dict[str, TensorSpec] = {}
+    for other, parts in _by_other(links).items():
+        shapes = [_part_shape(tuple(tensors[link.native].shape), link.native_rows, link.transposed) for link in parts]
+        stored = tensors[parts[0].native].dtype
+        rows = sum(shape[0] for shape in shapes) if len(parts) > 1 else None
+        shape = shapes[0] if rows is None else (rows, *shapes[0][1:])
+        specs[other] = TensorSpec(dtype if dtype and stored.is_floating_point else stored, shape)
+    return specs
+
+
+def exporter(tensors: Mapping[str, torch.Tensor], links: list[Link]) -> Callable[[str], torch.Tensor | None]:
+    """A function that builds a tensor of the other layout by name (collective for FSDP shards: rank 0 gets it, others None)."""
+    by_other = _by_other(links)
+
+    def build(other: str) -> torch.Tensor | None:
+        parts = [_gathered(tensors[link.native]) for link in by_other[other]]
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return None
+        pieces = []
+        for link, tensor in zip(by_other[other], parts, strict=True):
+            piece = tensor if link.native_rows is None else tensor[slice(*link.native_rows)]
+            pieces.append(piece.t() if link.transposed else piece)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    return build
+
+
+def _check(
+    tensors: Mapping[str, torch.Tensor], targets: dict[str, list[Link]], reader: SafetensorsReader, known: set[str], strict: bool
+) -> LoadReport:
+    specs = reader.specs
+    missing, misshaped = [], []
+    for name, tensor in tensors.items():
+        parts = targets.get(name)
+        if parts is None or any(link.other not in specs for link in parts):
+            absent = [link.other for link in parts or [] if link.other not in specs and link.other != name]
+            missing.append(f"{name} (stored as {', '.join(absent)})" if absent else name)
+            continue
+        problem = _misfit(tuple(tensor.shape), parts, specs)
+        if problem:
+            misshaped.append(f"{name}: {problem}")
+    unexpected = sorted(set(specs) - known) + sorted({n for n in targets if n not in tensors and all(p.other in specs for p in targets[n])})
+    lines = [f"mis-shaped: {line}" for line in misshaped]
+    if strict:
+        lines = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected] + lines
+    if lines:
+        raise CheckpointError(f"{reader.path}: {len(lines)} tensor(s) do not fit the model\n  " + "\n  ".join(lines))
+    return LoadReport([name.split(" ")[0] for name in missing], unexpected)
+
+
+def _misfit(shape: tuple[int, ...], parts: list[Link], specs: Mapping[str, TensorSpec]) -> str | None:
+    """Why the parts do not make up a tensor of this shape (None: they do)."""
+    if parts[0].convert is not None:
+        return None  # the conversion checks itself
+    covered = 0
+    for link in parts:
+        stored = specs[link.other].shape
+        have = _part_shape(stored, link.other_rows, link.transposed)
+        want = _part_shape(shape, link.native_rows, False)
+        if have != want or (link.other_rows and link.other_rows[1] > stored[0]):
+            return f"the model has {list(want)}, the checkpoint {list(have)} ({link.other} {list(stored)})"
+        covered += want[0] if want else 1
+    expected = shape[0] if shape else 1
+    return None if covered == expected else f"the model has {expected} rows, the checkpoint gives {covered}"
+
+
+def _part_shape(shape: tuple[int, ...], rows: Rows | None, transposed: bool) -> tuple[int, ...]:
+    part = shape if rows is None else (rows[1] - rows[0], *shape[1:])
+    return part[::-1] if transposed else part
+
+
+def _assemble(out: torch.Tensor, parts: list[Link], reader: SafetensorsReader) -> None:
+    for link in parts:
+        target = out if link.native_rows is None else out[slice(*link.native_rows)]
+        if link.convert is not None:
+            made = link.convert(reader.read(link.other))
+            if made.shape != target.shape:
+                raise CheckpointError(f"{reader.path}: {link.other} gives shape {list(made.shape)} for {link.native} {list(target.shape)}")
+            target.copy_(made)
+        else:
+            reader.read_into(link.other, target.t() if link.transposed else target, link.other_rows)
+
+
+def _by_other(links: list[Link]) -> dict[str, list[Link]]:
+    by_other: dict[str, list[Link]] = {}
+    for link in links:
+        by_other.setdefault(link.other, []).append(link)
+    return {other: sorted(parts, key=lambda link: link.other_rows or (0, 0)) for other, parts in by_other.items()}
+
+
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The module and attribute behind every native name."""
+    owners = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf in (*module._parameters, *module._buffers):
+            owners[_clean(f"{prefix}.{leaf}" if prefix else leaf)] = (module, leaf)
+    return owners
+
+
+def _clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
