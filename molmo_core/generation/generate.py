@@ -72,7 +72,7 @@ def generate(
     _check_lengths(min_new_tokens, max_new_tokens)
     eos = _end_tokens(model, eos_token_id, batch["input_ids"].device)
     pad = PAD_TOKEN_ID if pad_token_id is None else pad_token_id
-    decoder = _Decoder(model, max_new_tokens)
+    decoder = Decoder(model, max_new_tokens)
     if num_beams > 1:
         search = _search(decoder, batch, BeamSearch(num_beams, eos, pad), eos, min_new_tokens, max_new_tokens)
         texts = _texts(model, search.tokens[:, 0], eos)
@@ -105,7 +105,7 @@ def generate_stream(
     _check_lengths(min_new_tokens, max_new_tokens)
     eos = _end_tokens(model, eos_token_id, batch["input_ids"].device)
     pad = PAD_TOKEN_ID if pad_token_id is None else pad_token_id
-    yield from _sample(_Decoder(model, max_new_tokens), batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed)
+    yield from _sample(Decoder(model, max_new_tokens), batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed)
 
 
 def prepare_inputs(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def prepare_inputs(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, 
     return tensors
 
 
-class _Decoder:
+class Decoder:
     """The model with its cache: next-token logits for a prompt, then for one token at a time."""
 
     def __init__(self, model: Any, max_new_tokens: int) -> None:
@@ -185,7 +185,7 @@ class _Decoder:
 
 @torch.no_grad()
 def _sample(
-    decoder: _Decoder,
+    decoder: Decoder,
     batch: dict[str, Any],
     sampling: SamplingConfig,
     eos: torch.Tensor,
@@ -211,7 +211,7 @@ def _sample(
 
 
 def _search(
-    decoder: _Decoder, batch: dict[str, Any], search: BeamSearch, eos: torch.Tensor, min_new_tokens: int, max_new_tokens: int
+    decoder: Decoder, batch: dict[str, Any], search: BeamSearch, eos: torch.Tensor, min_new_tokens: int, max_new_tokens: int
 ) -> BeamSearch:
     log_probs = decoder.prefill(batch).log_softmax(-1)
     rows = len(log_probs)
