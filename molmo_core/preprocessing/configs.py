@@ -105,14 +105,22 @@ class HePreprocessorConfig(ImagePreprocessorConfig):
     """Low- and high-resolution views of HeMolmo."""
 
     max_crops: int = 6
-    indicate_k: str | None = None
-    max_text_len: int | None = None
     num_high_res_features: int | None = None
     """K: high-resolution tokens kept; None = ceil(selection_ratio * candidates)."""
     image_pooling_w: int = 2
     image_pooling_h: int = 2
     low_res_from_high: int | None = None
+    """The low-resolution view pools this many patches (squared) of the high-resolution crops ..."""
     low_res_from_low: int | None = 2
+    """... or, by default, of the global crop."""
+
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"indicate_k": (None,), "normalize_on_gpu": (True, False)}
+
+    @classmethod
+    def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if "max_text_len" in data:  # the published spelling
+            data["max_text_tokens"] = data.pop("max_text_len")
+        return data
 
 
 @dataclasses.dataclass
