@@ -23,6 +23,8 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.utils.time import get_current_time_millis
 
+from molmo_core.config import ConfigError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -32,7 +34,7 @@ CHECKPOINT_FOLDER = "checkpoint"
 MAX_VALUE, MAX_PARAMS = 6000, 100
 
 
-class TrackingError(RuntimeError):
+class TrackingError(ConfigError):
     """The tracking database or registry does not hold what was asked for, or cannot be reached."""
 
 
@@ -207,6 +209,12 @@ def resolve(uri: str | Path) -> Path:
         with tempfile.TemporaryDirectory(dir=cache.parent) as partial:
             Path(mlflow.artifacts.download_artifacts(source, dst_path=partial)).rename(cache)
     return cache
+
+
+def versioned(uri: str) -> str:
+    """The address of a registered model with its version in place of an alias: it stays the same when the alias moves."""
+    name, version = _version(client(), uri)
+    return f"models:/{name}/{version}"
 
 
 def _version(opened: mlflow.MlflowClient, uri: str) -> tuple[str, str]:
