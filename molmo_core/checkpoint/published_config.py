@@ -1,0 +1,226 @@
+"""config.json and the processor files of published checkpoints -> our configuration (see `export_config` for the way back)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from molmo_core.checkpoint.layouts import Layout, detect_layout
+from molmo_core.checkpoint.safetensors_stream import CheckpointError
+from molmo_core.nn.configs import LlmConfig, VitConfig
+
+# Names of the 0924 dense config.json -> names of `LlmConfig`. MolmoE's config.json has the latter already.
+DENSE_LLM = {
+    "hidden_size": "d_model", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "num_hidden_layers": "n_layers",
+    "intermediate_size": "mlp_hidden_size", "max_position_embeddings": "max_sequence_length",
+}  # fmt: skip
+# Names of Molmo2's text_config, vision_config (as released, and as transformers writes them) -> ours.
+MOLMO2_LLM = {
+    "hidden_size": "d_model", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim",
+    "num_hidden_layers": "n_layers", "vocab_size": "vocab_size", "additional_vocab_size": "additional_vocab_size",
+    "attention_bias": "qkv_bias", "qkv_bias": "qkv_bias", "use_qk_norm": "attention_layer_norm", "norm_after": "norm_after",
+    "qk_norm_type": "attention_layer_norm_type", "rms_norm_eps": "layer_norm_eps", "layer_norm_eps": "layer_norm_eps",
+    "max_position_embeddings": "max_position_embeddings", "initializer_range": "initializer_range",
+}  # fmt: skip
+MOLMO2_VIT = {
+    "hidden_size": "image_emb_dim", "intermediate_size": "image_mlp_dim", "num_hidden_layers": "image_num_layers",
+    "num_attention_heads": "image_num_heads", "num_key_value_heads": "image_num_key_value_heads", "head_dim": "image_head_dim",
+    "hidden_act": "image_mlp_activations", "layer_norm_eps": "image_norm_eps", "initializer_range": "initializer_range",
+    "image_default_input_size": "image_default_input_size", "image_size": "image_default_input_size",
+    "image_patch_size": "image_patch_size", "patch_size": "image_patch_size",
+    "image_num_pos": "image_num_pos", "num_position_embeddings": "image_num_pos",
+}  # fmt: skip
+ROPE = {
+    "factor": "rope_factor", "attention_factor": "rope_attention_factor", "beta_fast": "rope_beta_fast", "beta_slow": "rope_beta_slow",
+    "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor",
+    "original_max_position_embeddings": "rope_original_max_position_embeddings",
+}  # fmt: skip
+# Ids of config.json -> index of the token after the vocabulary (published Molmo2 tokenizers).
+MOLMO2_TOKENS = {
+    "image_start_token_id": 0, "image_end_token_id": 1, "image_patch_id": 2, "image_col_id": 3, "low_res_image_start_token_id": 4,
+    "image_low_res_id": 6, "frame_start_token_id": 7, "frame_end_token_id": 8,
+}  # fmt: skip
+
+# Features of the first training code that no released checkpoint uses: these values only.
+_LEGACY_FIXED: dict[str, tuple[Any, ...]] = {
+    "alibi": (False,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_cls_feature": (False,),
+    "multi_query_attention": (None, False), "response_attention_dropout": (0, 0.0), "image_pooling_h": (2,), "image_pooling_w": (2,),
+    "crop_mode": ("overlap-and-resize-c2", "resize"),
+}  # fmt: skip
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether a folder holds a checkpoint in a published layout (config.json, no config.yaml)."""
+    path = Path(path)
+    return (path / "config.json").is_file() and not (path / "config.yaml").is_file()
+
+
+def published_layout(folder: Path, tensor_names: Iterable[str]) -> Layout:
+    """The layout of the tensors in a published folder."""
+    return detect_layout(_json(folder / "config.json").get("model_type", ""), tensor_names, folder)
+
+
+def read_published_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of a published checkpoint, as data for `config_class(data["model_name"]).from_dict`.
+
+    Raises:
+        CheckpointError: an unknown model, or a setting that does not exist here.
+    """
+    folder = Path(folder)
+    data = _json(folder / "config.json")
+    kind = data.get("model_type")
+    if kind == "molmo2":
+        config = _molmo2(data, folder)
+    elif isinstance(data.get("llm"), dict):  # newer exports of the research code carry our structure
+        config = {k: data[k] for k in ("llm", "vision_backbone", "data_formatter", "mm_preprocessor", "bi_directional_attn") if k in data}
+        config["model_name"] = "molmo"
+    elif kind == "molmo":
+        config = _molmo_0924(data, folder)
+    else:
+        raise CheckpointError(
+            f"{folder}/config.json: model_type {kind!r} is not a Molmo model (molmo, molmo2); "
+            "a plain text or vision checkpoint initialises a new model through llm.init_path or vit.init_path"
+        )
+    config["llm"]["tokenizer"] = {"identifier": str(folder.resolve())}
+    return config
+
+
+def _molmo_0924(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Molmo and MolmoE of September 2024. Vision settings that the dense config.json leaves out are those of the release."""
+    for key, allowed in _LEGACY_FIXED.items():
+        if data.get(key, allowed[0]) not in allowed:
+            raise CheckpointError(f"{folder}/config.json: {key}={data[key]!r} is not implemented; only {allowed[0]!r}")
+    if "hidden_size" in data:
+        data = {DENSE_LLM.get(key, key): value for key, value in data.items()}
+    fields = {f.name for f in dataclasses.fields(LlmConfig)} | set(LlmConfig.FIXED)
+    llm = {k: v for k, v in data.items() if k in fields and k not in ("tokenizer", "init_path")}
+    vit = data.get("vision_backbone") or {}
+    images = _json(folder / "preprocessor_config.json", missing_ok=True)
+
+    def setting(name: str, default: Any) -> Any:
+        value = images.get(name, data.get(name))
+        return default if value is None else value
+
+    return {
+        "model_name": "molmo",
+        "llm": llm,
+        "vision_backbone": {
+            "vit": vit,
+            "image_pooling_2d": data.get("image_pooling_2d", "attention_meanq"),
+            "image_projector": data.get("image_projector", "mlp"),
+            "image_padding_embed": data.get("image_padding_embed", "pad_and_partial_pad"),
+            "vit_layers": list(data.get("vit_layers", (-2, -9))),
+            "skip_unused_layers": False,
+            "image_feature_dropout": data.get("image_feature_dropout", 0.0),
+        },
+        "data_formatter": {
+            "prompt_templates": data.get("prompt_type", "uber_model"),
+            "message_format": data.get("message_formatting", "role"),
+            "system_prompt": data.get("system_prompt_kind", "demo_or_style"),
+            "always_start_with_space": data.get("always_start_with_space", True),
+            "default_inference_len": data.get("default_inference_len", 65),
+        },
+        "mm_preprocessor": {
+            "crop_mode": data.get("crop_mode", "overlap-and-resize-c2"),
+            "max_crops": setting("max_crops", 12),
+            "overlap_margins": setting("overlap_margins", (4, 4)),
+            "use_col_tokens": setting("use_col_tokens", True),
+            "loss_token_weighting": data.get("loss_token_weighting", "root_subsegments"),
+            "legacy_image_mask": data.get("legacy_image_mask", True),
+        },
+        "bi_directional_attn": None,
+    }
+
+
+def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    text, adapter = data["text_config"], data["adapter_config"]
+    released = "vision_config" not in data  # the released files name it vit_config, and declare encoder blocks they do not hold
+    vision = data["vit_config"] if released else data["vision_config"]
+    llm = _renamed(text, MOLMO2_LLM) | _rope(text)
+    llm |= {
+        "mlp_hidden_size": 2 * text["intermediate_size"],
+        "attention_layer_norm": text.get("use_qk_norm", True),
+        "max_sequence_length": text.get("max_position_embeddings", 4096),
+    }
+    vit = {"image_model_type": "siglip", **_renamed(vision, MOLMO2_VIT)}
+    vit["image_pos_patch_size"] = vit.get("image_patch_size", 14)
+    vit["float32_attention"] = vision.get("float32_attention", True)
+    vit.setdefault("image_num_pos", VitConfig.from_dict({**vit, "image_num_pos": 1}).patches_per_crop)
+    expected = {"hidden_size": vision["hidden_size"], "num_attention_heads": vision["num_attention_heads"],
+                "head_dim": vision["head_dim"], "intermediate_size": text["intermediate_size"]}  # fmt: skip
+    for key, value in expected.items():
+        if adapter.get(key, value) != value:
+            raise CheckpointError(f"{folder}/config.json: adapter_config.{key}={adapter[key]} differs from {value}; not implemented")
+    for key, index in MOLMO2_TOKENS.items():
+        if data.get(key) not in (None, text["vocab_size"] + index):
+            raise CheckpointError(f"{folder}/config.json: {key}={data[key]}, expected vocab_size + {index} = {text['vocab_size'] + index}")
+    return {
+        "model_name": "molmo2",
+        "llm": llm,
+        "vision_backbone": {
+            "vit": vit,
+            "pooling_attention_mask": adapter.get("pooling_attention_mask", True),
+            "vit_layers": list(adapter.get("vit_layers") or adapter.get("vision_feature_layer") or (24, 18)),
+            "skip_unused_layers": released,
+        },
+        "data_formatter": {
+            "prompt_templates": "uber_model_v2",
+            "message_format": "qwen3",
+            "system_prompt": "demo_or_style_v2",
+            "pointing_format": "html-v2",
+        },
+        "mm_preprocessor": _molmo2_preprocessor(folder),
+        "bi_directional_attn": "image_tokens",
+    }
+
+
+def _molmo2_preprocessor(folder: Path) -> dict[str, Any]:
+    """Settings of the processor files; transformers 5 may keep all of them in processor_config.json."""
+    processor = _json(folder / "processor_config.json", missing_ok=True)
+    images = processor.get("image_processor") or _json(folder / "preprocessor_config.json", missing_ok=True)
+    videos = processor.get("video_processor") or _json(folder / "video_preprocessor_config.json", missing_ok=True)
+    col_tokens = processor.get("image_use_col_tokens", True)
+    single = processor.get("use_single_crop_col_tokens")
+    settings = {
+        "max_crops": images.get("max_crops"),
+        "overlap_margins": images.get("overlap_margins"),
+        "use_col_tokens": col_tokens,
+        # Without processor_config.json: as released. With it, null means "as in the high-resolution part".
+        "use_single_crop_col_tokens": (col_tokens if processor else False) if single is None else single,
+        "use_single_crop_start_token": processor.get("use_single_crop_start_token", True),
+        "per_frame_special_token": processor.get("use_frame_special_tokens", True),
+        "max_frames": videos.get("num_frames"),
+        "max_fps": videos.get("max_fps"),
+    }
+    for name, sizes in (("pooling", images.get("pooling_size")), ("video_pooling", videos.get("pooling_size"))):
+        if sizes:
+            settings |= {f"{name}_h": sizes[0], f"{name}_w": sizes[1]}
+    return {k: v for k, v in settings.items() if v is not None}
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings of either spelling: rope_theta + rope_scaling, or rope_parameters."""
+    parameters = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    settings = {"rope_type": kind, "rope_theta": float(parameters.get("rope_theta", text.get("rope_theta", 1e4)))}
+    if kind == "default":
+        return settings
+    layers = list(text.get("rope_scaling_layers") or range(text["num_hidden_layers"]))
+    everything = len(layers) == text["num_hidden_layers"]
+    return settings | _renamed(parameters, ROPE) | {"rope_scaling_layers": None if everything else layers}
+
+
+def _renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {ours: data[theirs] for theirs, ours in names.items() if data.get(theirs) is not None}
+
+
+def _json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    if missing_ok and not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
