@@ -168,6 +168,26 @@ class Decoder:
         self._next_position = self._next_position + 1
         return output.logits[:, -1].float()
 
+    def extend(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, E] float32 after more of the prompt: int64 [B, L], padded on the right with -1, and its positions.
+
+        A prompt can be read in parts: first what several have in common, then (after `reorder`) what follows in each. Media must
+        stand in the first part.
+        """
+        valid = input_ids != PAD_TOKEN_ID
+        self._mask = torch.cat([self._mask[:, : self._length], valid, self._mask[:, self._length :]], dim=1)
+        self._length += valid.shape[1]
+        output = self._model(
+            input_ids=input_ids,
+            attention_mask=self._mask[:, : self._length],
+            position_ids=position_ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            last_logits_only=True,
+        )
+        self._next_position = position_ids.masked_fill(~valid, -1).amax(1, keepdim=True) + 1
+        return output.logits[:, -1].float()
+
     def reorder(self, rows: torch.Tensor) -> None:
         """Row i goes on from what row `rows[i]` was; rows may repeat."""
         self._cache.reorder(rows)

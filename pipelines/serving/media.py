@@ -7,44 +7,32 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
-import warnings
 
-from PIL import Image, ImageOps
+import numpy as np
 
-from pipelines.serving.errors import ApiError, bad_request
+from molmo_core.preprocessing.media import MediaError, load_image
+from pipelines.serving.errors import bad_request
 
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*(?P<base64>;base64)?,", re.IGNORECASE)
 
 
-def decode_image(url: str, max_pixels: int, where: str) -> Image.Image:
-    """The picture of a data URL, upright, in RGB.
+def decode_image(url: str, max_pixels: int, where: str) -> np.ndarray:
+    """The picture of a data URL, uint8 [height, width, 3], read as the training data is.
 
     Args:
         url: `data:image/...;base64,...`.
-        max_pixels: width x height allowed; read from the header, before any pixel is decoded.
+        max_pixels: width x height allowed; checked from the header, before any pixel is decoded.
         where: the field, for error messages.
 
     Raises:
-        ApiError: 400, or 413 where the picture is too large.
+        ApiError: 400; the message says what is wrong.
     """
     data = _bytes(url, where)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the one that counts
-            image = Image.open(io.BytesIO(data))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise bad_request(f"{where}: not an image that can be read ({len(data):,} bytes).", where, "invalid_image") from error
-    width, height = image.size
-    if width * height > max_pixels:
-        message = f"{where}: {width} x {height} pixels; this server takes at most {max_pixels:,} pixels an image."
-        raise ApiError(413, message, where, "image_too_large")
-    try:
-        image.load()
-        return _rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise bad_request(f"{where}: the image is damaged: {error}.", where, "invalid_image") from error
+        return load_image(data, max_pixels)
+    except MediaError as error:
+        raise bad_request(f"{where}: {error}.", where, "invalid_image") from error
 
 
 def _bytes(url: str, where: str) -> bytes:
@@ -60,12 +48,3 @@ def _bytes(url: str, where: str) -> bytes:
         return base64.b64decode(re.sub(r"\s", "", url[head.end() :]), validate=True)
     except (binascii.Error, ValueError) as error:
         raise bad_request(f"{where}: the base64 data is invalid ({error}).", where, "invalid_base64") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparency is shown on white, as a browser does."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")

@@ -35,23 +35,19 @@ def refusal(url: str, limit: int = LIMIT) -> ApiError:
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp"])
 def test_formats(kind):
     image = decode_image(data_url(encoded(Image.new("RGB", (20, 10), (200, 30, 40)), kind), f"image/{kind}"), LIMIT, "x")
-    assert image.mode == "RGB"
-    assert image.size == (20, 10)
-    assert np.abs(np.asarray(image).astype(int) - (200, 30, 40)).max() <= 8
+    assert (image.shape, image.dtype) == ((10, 20, 3), np.uint8)
+    assert np.abs(image.astype(int) - (200, 30, 40)).max() <= 8
 
 
-def test_rotation_and_transparency():
+def test_rotation():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    turned = decode_image(data_url(encoded(Image.new("RGB", (20, 10)), "jpeg", exif=exif)), LIMIT, "x")
-    assert turned.size == (10, 20)
-    clear = decode_image(data_url(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))), LIMIT, "x")
-    assert np.asarray(clear).min() == 255
+    assert decode_image(data_url(encoded(Image.new("RGB", (20, 10)), "jpeg", exif=exif)), LIMIT, "x").shape == (20, 10, 3)
 
 
 def test_parameters_and_line_breaks_in_the_url():
     data = base64.encodebytes(encoded(Image.new("RGB", (64, 64)))).decode()
-    assert decode_image(f"data:image/png;charset=utf-8;base64,{data}", LIMIT, "x").size == (64, 64)
+    assert decode_image(f"data:image/png;charset=utf-8;base64,{data}", LIMIT, "x").shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("url", ["http://169.254.169.254/latest", "https://example.com/a.png", "HTTP://localhost/"])
@@ -81,17 +77,15 @@ def test_truncated():
     whole = encoded(Image.effect_noise((80, 80), 50).convert("RGB"))
     error = refusal(data_url(whole[: len(whole) // 2]))
     assert error.code == "invalid_image"
-    assert "damaged" in error.message
+    assert "truncated" in error.message
 
 
-@pytest.mark.parametrize("side", [101, 60_000])
+@pytest.mark.parametrize("side", [101, 9_000, 60_000])
 def test_pixel_limit_is_checked_before_decoding(side):
     """A file of a few bytes that claims to be huge (decompression bomb)."""
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header
-    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     bomb += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
     error = refusal(data_url(bomb))
-    assert error.status in (400, 413)
-    assert error.code in ("image_too_large", "invalid_image")
-    assert side > 50_000 or error.code == "image_too_large"
+    assert error.code == "invalid_image"
+    assert "limit" in error.message

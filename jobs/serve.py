@@ -1,0 +1,55 @@
+"""Serves a model behind an OpenAI-style HTTP API until it is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+from jobs.command import ConfigPath, Overrides, job
+from pipelines import cluster
+from pipelines.serving.app import serving
+from pipelines.serving.config import ServeConfig
+
+EXAMPLE = """\
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages": [{{"role": "user", "content": [
+    {{"type": "image_url", "image_url": {{"url": "data:image/png;base64,'$(base64 -w0 IMAGE.png)'"}}}},
+    {{"type": "text", "text": "what is the color of the shape?"}}]}}]}}'"""
+
+
+@contextlib.contextmanager
+def stop_requested() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or a termination signal sets, in place of an exception in the middle of something."""
+    stop = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def serve(config: ServeConfig) -> None:
+    """Serves until Ctrl-C or SIGTERM; answers in work are finished first."""
+    print(f"Loading {config.model} ...", flush=True)
+    cpus = 1 + round(config.replicas * config.cpus_per_replica + config.frontends * 0.1 + 0.5)
+    with cluster.connect(num_cpus=cpus), serving(config) as url:
+        with stop_requested() as stop:
+            print(f"Ready: {config.served_name} at {url}/v1 (Ctrl-C stops it). For example:\n")
+            print(EXAMPLE.format(url=url, name=config.served_name) + "\n", flush=True)
+            while not stop.wait(1.0):
+                pass
+        print("Stopping ...", flush=True)
+    print("Stopped.", flush=True)
+
+
+def main(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Serves a registered model or a checkpoint folder behind an OpenAI-style API, until Ctrl-C."""
+    serve(ServeConfig.load(config, overrides))
+
+
+app = job(main)
+
+if __name__ == "__main__":
+    app()

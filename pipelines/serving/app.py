@@ -1,0 +1,87 @@
+"""Puts the application together and keeps it up: `with serving(config) as url`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from molmo_core.config import ConfigError
+from pipelines import tracking
+from pipelines.serving.config import ServeConfig
+from pipelines.serving.frontend import Frontend
+from pipelines.serving.replica import Replica
+
+APPLICATION = "molmo"
+# Requests that a frontend holds at a time; the bound that refuses work is the engine's.
+FRONTEND_REQUESTS = 1024
+
+
+def build(config: ServeConfig) -> serve.Application:
+    """The Serve application of a configuration: frontends that share the replicas of the model."""
+    model = fixed_version(config.model)
+    replica = serve.deployment(Replica).options(
+        name="model",
+        num_replicas=config.replicas,
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        max_ongoing_requests=config.max_batch_size,
+        max_queued_requests=config.max_queued_requests,
+        health_check_period_s=5,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=5,
+    )
+    frontend = serve.deployment(Frontend).options(
+        name="frontend",
+        num_replicas=config.frontends,
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=FRONTEND_REQUESTS,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=5,
+    )
+    return frontend.bind(config, model, replica.bind(config, model))
+
+
+def fixed_version(model: str) -> str:
+    """The model as every replica must find it, also one that starts later: a version instead of an alias, an absolute folder."""
+    if not model.startswith("models:/"):
+        return str(Path(tracking.resolve(model)).resolve())
+    return tracking.versioned(model)
+
+
+@contextlib.contextmanager
+def serving(config: ServeConfig) -> Iterator[str]:
+    """Serves a model for the length of a `with` block, on the cluster that is connected; gives the URL.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    _check_port(config.host, config.port)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    application = build(config)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.timeout_s),
+        logging_config={"enable_access_log": False},
+    )
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/", blocking=False)
+        yield config.url
+    finally:
+        serve.shutdown()
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise ConfigError(f"serve: {host}:{port} {reason}; choose another, e.g. port={port + 1}") from None
