@@ -12,12 +12,15 @@ import difflib
 import functools
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -117,12 +120,17 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Valid: {', '.join(valid)}."
 
 
-@functools.cache
+def _cached(function: Callable[[type], T]) -> Callable[[type], T]:
+    """`functools.cache` for functions of a class (dataclasses look unhashable to the type checker, their classes are not)."""
+    return functools.cache(function)
+
+
+@_cached
 def _adapter(cls: type) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-@functools.cache
+@_cached
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 

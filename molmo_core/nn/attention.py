@@ -1,0 +1,187 @@
+"""Who may see whom, and attention itself.
+
+There is one rule, `SequenceLayout.may_attend`, a function of token-level arrays. The dense mask, the FlexAttention block mask
+and the mask of cached decoding are all derived from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+PACK_STRIDE = 100_000
+"""`subsegment_ids // PACK_STRIDE` is the number of the packed example."""
+
+AttentionImplementation = Literal["auto", "sdpa", "flex"]
+Mask = torch.Tensor | BlockMask | None
+"""bool [B, 1, Q, K] (True = may attend), float [B, 1, Q, K] (added to the scores), a block mask, or None = causal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceLayout:
+    """What the attention rule knows of a batch of sequences. All arrays are [B, K]; None means the plain case.
+
+    Token q may attend to token k if it does not come later, or both stand in the same image group, or q is an image token and k
+    part of the question; and k is not in a narrower segment than q's (`segments[q] <= segments[k]`: annotations of a
+    message tree see the shared prefix and themselves, packed examples only themselves); and neither is padding. Every token sees
+    itself, so that padded rows stay finite.
+    """
+
+    valid: torch.Tensor | None = None
+    """bool: real tokens; None = all."""
+    segments: torch.Tensor | None = None
+    """int64 `subsegment_ids`: 10000 = shared prefix, k = annotation, + 100000·n for the n-th packed example."""
+    groups: torch.Tensor | None = None
+    """int64: tokens of the same group >= 0 see each other both ways; -1 = causal only. A group never spans packed examples."""
+    questions: torch.Tensor | None = None
+    """bool: tokens that image tokens (group >= 0) of the same packed example may see ahead."""
+
+    @property
+    def is_causal(self) -> bool:
+        """No array changes the causal rule."""
+        return self.valid is None and self.segments is None and self.groups is None
+
+    def after(self, past: int) -> SequenceLayout:
+        """The layout of these tokens behind `past` cached ones, to which they are related causally only."""
+        if not past:
+            return self
+        if self.segments is not None:
+            raise ValueError("subsegment_ids (message trees, packed examples) cannot be continued from a cache")
+        pad = functools.partial(F.pad, pad=(past, 0))
+        return SequenceLayout(
+            valid=None if self.valid is None else pad(self.valid, value=True),
+            groups=None if self.groups is None else pad(self.groups, value=-1),
+            questions=None if self.questions is None else pad(self.questions, value=False),
+        )
+
+    def may_attend(self, b: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The attention rule for (batch row, query position, key position): broadcastable integer tensors; bool."""
+        allowed = k <= q
+        if self.groups is not None:
+            group = self.groups[b, q]
+            both_ways = group == self.groups[b, k]
+            if self.questions is not None:
+                ahead = self.questions[b, k]
+                if self.segments is not None:
+                    ahead = ahead & (self.segments[b, q] // PACK_STRIDE == self.segments[b, k] // PACK_STRIDE)
+                both_ways = both_ways | ahead
+            allowed = allowed | ((group >= 0) & both_ways)
+        if self.segments is not None:
+            allowed = allowed & (self.segments[b, q] <= self.segments[b, k])
+        if self.valid is not None:
+            allowed = allowed & self.valid[b, q] & self.valid[b, k]
+        return allowed | (q == k)
+
+    def dense_mask(self, batch: int, keys: int, queries: int | None = None, device: torch.device | None = None) -> torch.Tensor:
+        """bool [B, 1, Q, K] for the last `queries` of `keys` positions (all by default)."""
+        first = keys - (keys if queries is None else queries)
+        b = torch.arange(batch, device=device)[:, None, None]
+        q = torch.arange(first, keys, device=device)[None, :, None]
+        k = torch.arange(keys, device=device)[None, None, :]
+        return self.may_attend(b, q, k).expand(batch, -1, -1)[:, None]
+
+    def block_mask(self, batch: int, length: int, device: torch.device) -> BlockMask:
+        """The same rule for FlexAttention over whole sequences of `length` tokens."""
+
+        def mask_mod(b: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return self.may_attend(b, q, k)
+
+        compiled = device.type == "cuda"  # without compilation the whole [B, Q, K] mask is made first
+        return create_block_mask(mask_mod, batch, None, length, length, device=str(device), _compile=compiled)
+
+    def mask(self, batch: int, keys: int, queries: int, device: torch.device, implementation: Literal["sdpa", "flex"]) -> Mask:
+        """The mask in the form that `attend` takes.
+
+        Args:
+            batch, keys, queries: sizes; the queries are the last of the keys.
+            implementation: `flex` makes a block mask when queries and keys are the same tokens.
+        """
+        if implementation == "flex" and queries == keys and not self.is_causal:
+            return self.block_mask(batch, keys, device)
+        if self.is_causal and queries in (1, keys):
+            return None
+        return self.dense_mask(batch, keys, queries, device)
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of the tokens already seen. Anything with these two members serves (for example a preallocated one)."""
+
+    @property
+    def length(self) -> int:
+        """Tokens already held, the padding of the prompt included."""
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds k, v [B, H_kv, Q, head_dim] (k already rotated) of one layer; returns all keys and values [B, H_kv, K, head_dim]."""
+
+
+class GrowingCache(list[tuple[torch.Tensor, torch.Tensor]]):
+    """The plain cache: a list of (k, v), one pair a layer, that grows by concatenation."""
+
+    @property
+    def length(self) -> int:
+        return self[0][0].shape[2] if self else 0
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer == len(self):
+            self.append((k, v))
+        else:
+            past_k, past_v = self[layer]
+            self[layer] = (torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2))
+        return self[layer]
+
+
+def as_cache(past: KeyValueCache | Sequence[tuple[torch.Tensor, torch.Tensor]] | None) -> Any:
+    """A cache to update: pairs are wrapped without touching the caller's list, other caches are used as they are."""
+    if past is None or isinstance(past, list | tuple):
+        return GrowingCache(past or ())
+    return past
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None, dropout: float = 0.0) -> torch.Tensor:
+    """Scaled dot-product attention with grouped keys and values.
+
+    Args:
+        q: [B, H, Q, head_dim].
+        k, v: [B, H_kv, K, head_dim], H a multiple of H_kv.
+        mask: see `Mask`; None is causal when Q == K and everything when Q == 1.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        [B, H, Q, head_dim].
+    """
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    share = q.shape[1] // k.shape[1]
+    if isinstance(mask, BlockMask):
+        flex = _compiled_flex_attention() if q.is_cuda else flex_attention
+        return flex(q, k, v, block_mask=mask, enable_gqa=share > 1)
+    if share > 1 and q.shape[2] == 1:
+        # One query a head: the heads that share keys become queries of one head, so the cache is not copied.
+        folded = q.unflatten(1, (k.shape[1], share)).squeeze(3)
+        return F.scaled_dot_product_attention(folded, k, v, mask, dropout).flatten(1, 2).unsqueeze(2)
+    if share > 1:
+        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and q.shape[2] > 1)
+
+
+def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """The weights that `attend` uses, float32 [B, H, Q, K], for inspection (not with a block mask)."""
+    if isinstance(mask, BlockMask):
+        raise ValueError("attention weights are not available from FlexAttention; use attention_implementation='sdpa'")
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = q.float() @ k.float().mT * q.shape[-1] ** -0.5
+    if mask is None and q.shape[2] > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1)
