@@ -1,0 +1,187 @@
+"""Raw example → model inputs: the Molmo preprocessor, and the parts that the other models' preprocessors share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from molmo_core.preprocessing.configs import DataFormatter, ImagePreprocessorConfig, MolmoPreprocessorConfig
+from molmo_core.preprocessing.data_formatter import Formatter
+from molmo_core.preprocessing.images import ImageFeatures, ImageSettings, image_tokens, join_images, load_image, preprocess_image
+from molmo_core.preprocessing.messages import Annotation, MediaTokens, assemble_sequence
+from molmo_core.preprocessing.tiling import VisionEncoder
+from molmo_core.preprocessing.tokenizer import Tokenizer
+
+IMAGE_KEYS = ("image", "images")
+
+
+@dataclasses.dataclass
+class TextPreprocessor:
+    """What every preprocessor does with the text of an example. Subclasses turn media into `MediaTokens` and arrays.
+
+    Attributes:
+        tokenizer: the tokenizer of the model.
+        formatter: makes messages of a record.
+        limits: `loss_token_weighting` and `max_text_tokens` are read from it.
+        for_inference: no answer, no labels.
+        is_training: vary prompts and resolution (never at inference).
+        include_image: put the decoded media in the metadata, for pictures of predictions.
+        max_seq_len: longest sequence; None = no limit.
+    """
+
+    tokenizer: Tokenizer
+    formatter: Formatter
+    limits: ImagePreprocessorConfig
+    for_inference: bool = False
+    is_training: bool = True
+    include_image: bool = False
+    max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        self.is_training = self.is_training and not self.for_inference
+
+    def annotations(
+        self, example: dict[str, Any], rng: np.random.RandomState, image_sizes: Sequence[tuple[int, int]] = ()
+    ) -> list[Annotation]:
+        """The conversations of an example; `image_sizes` are (width, height)."""
+        return self.formatter(example, rng, for_inference=self.for_inference, is_training=self.is_training, image_sizes=image_sizes)
+
+    def assemble(
+        self, example: dict[str, Any], annotations: Sequence[Annotation], media: Sequence[MediaTokens], arrays: dict[str, np.ndarray | None]
+    ) -> dict[str, Any]:
+        """The preprocessed example: token arrays, the media's arrays (None = absent) and `metadata`."""
+        sequence = assemble_sequence(
+            self.tokenizer,
+            annotations,
+            media,
+            for_inference=self.for_inference,
+            weighting=self.limits.loss_token_weighting,
+            max_seq_len=self.max_seq_len,
+            max_text_tokens=self.limits.max_text_tokens,
+        )
+        metadata = dict(example.get("metadata") or {})
+        truncation = sequence.pop("truncation", None)
+        if truncation:
+            metadata["truncation"] = truncation
+        return {**sequence, **{k: v for k, v in arrays.items() if v is not None}, "metadata": metadata}
+
+
+@dataclasses.dataclass
+class MolmoPreprocessor(TextPreprocessor):
+    """Text with no, one or several images.
+
+    Attributes:
+        settings: how an image is cut and pooled; None = the model takes text only.
+        config: limits and probabilities for several images and for high resolution.
+    """
+
+    settings: ImageSettings | None = None
+    config: MolmoPreprocessorConfig = dataclasses.field(default_factory=MolmoPreprocessorConfig)
+
+    def __call__(self, example: dict[str, Any], rng: np.random.RandomState | None = None) -> dict[str, Any]:
+        """Preprocesses one example.
+
+        Args:
+            example: `image` or `images` (path, bytes, Pillow image or array), if any, and a record (see `data_formatter`).
+            rng: randomness of prompts, trees and resolution; None = always the same draws.
+
+        Returns:
+            numpy arrays `input_ids`, `position_ids` [S]; in training `labels`, `loss_masks` [S]; for message trees `subsegment_ids` [S];
+            with images `images` uint8 [crops, patches, p·p·3], `pooled_patches_idx` [n, k] and, for encoders that pad, `image_masks`
+            [crops, patches]; `metadata`: the example's own, plus `image_sizes` [(width, height)] and, where they apply, `truncation`
+            and `image_arrays`.
+
+        Raises:
+            ValueError: a record, image or length that does not fit (`MediaError` for images).
+        """
+        rng = np.random.RandomState(0) if rng is None else rng
+        images = [load_image(source) for source in example_images(example)]
+        sizes = [(image.shape[1], image.shape[0]) for image in images]
+        annotations = self.annotations(example, rng, sizes)
+        media, arrays = self.image_inputs(images, rng)
+        result = self.assemble(example, annotations, media, arrays)
+        if images:
+            result["metadata"]["image_sizes"] = sizes
+        if self.include_image:
+            result["metadata"]["image_arrays"] = images
+        return result
+
+    def image_inputs(
+        self, images: Sequence[np.ndarray], rng: np.random.RandomState
+    ) -> tuple[list[MediaTokens], dict[str, np.ndarray | None]]:
+        """Tokens of each image ("Image k" before each of several) and the arrays of all of them."""
+        if not images:
+            return [], {}
+        if self.settings is None:
+            raise ValueError("the example has an image, but the model has no vision_backbone")
+        if self.config.max_images is not None and len(images) > self.config.max_images:
+            raise ValueError(f"{len(images)} images, but mm_preprocessor.max_images={self.config.max_images}")
+        settings = dataclasses.replace(self.settings, max_crops=self._max_crops(len(images), rng))
+        features = [preprocess_image(image, settings) for image in images]
+        media = []
+        for number, feature in enumerate(features, 1):
+            ids = image_tokens(feature.grids, self.tokenizer, settings)
+            if len(features) > 1:
+                ids = np.concatenate([self.tokenizer.encode(f"Image {number}"), ids])
+            media.append(MediaTokens(ids))
+        return media, image_arrays(join_images(features))
+
+    def _max_crops(self, images: int, rng: np.random.RandomState) -> int:
+        config = self.config
+        if images > 1 and config.max_multi_image_crops is not None:
+            return config.max_multi_image_crops
+        if self.is_training and config.high_res_max_crops is not None and config.p_high_res > 0 and rng.random_sample() < config.p_high_res:
+            return config.high_res_max_crops
+        return config.max_crops
+
+
+def example_images(example: dict[str, Any]) -> list[Any]:
+    """Image sources of an example: `image` (one, or a list) or `images`.
+
+    Raises:
+        ValueError: both keys are given.
+    """
+    given = [k for k in IMAGE_KEYS if example.get(k) is not None]
+    if len(given) > 1:
+        raise ValueError("an example has either image or images, not both")
+    if not given:
+        return []
+    value = example[given[0]]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def image_arrays(features: ImageFeatures) -> dict[str, np.ndarray | None]:
+    """The arrays of images under the keys of a preprocessed example."""
+    return {"images": features.images, "image_masks": features.image_masks, "pooled_patches_idx": features.pooled_patches_idx}
+
+
+def build_preprocessor(
+    tokenizer: Tokenizer,
+    vit: VisionEncoder | None,
+    data_formatter: DataFormatter,
+    config: MolmoPreprocessorConfig,
+    *,
+    for_inference: bool,
+    is_training: bool = True,
+    include_image: bool = False,
+    max_seq_len: int | None = None,
+) -> MolmoPreprocessor:
+    """The preprocessor of a Molmo model (its configuration's `build_preprocessor` calls this).
+
+    Args:
+        vit: configuration of the vision encoder; None = text only.
+    """
+    return MolmoPreprocessor(
+        tokenizer=tokenizer,
+        formatter=Formatter(data_formatter),
+        limits=config,
+        for_inference=for_inference,
+        is_training=is_training,
+        include_image=include_image,
+        max_seq_len=max_seq_len,
+        settings=None if vit is None else ImageSettings.from_configs(vit, config),
+        config=config,
+    )

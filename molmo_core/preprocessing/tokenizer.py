@@ -1,0 +1,252 @@
+"""The text tokenizer, extended by the tokens that stand for images and video frames.
+
+The embedding table of the language model has E rows; the special tokens are the rows after it, so their ids are E + index. They
+are kept outside the text tokenizer: whatever a text contains, it never turns into an image token. `save` writes the complete
+vocabulary (padding tokens up to E, then the special ones), which is the layout of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer as TextTokenizer
+
+Layout = Literal["molmo", "molmo2"]
+
+IMAGE_PROMPT = "<|image|>"
+VIDEO_PROMPT = "<|video|>"
+
+# Position in the list = index after the embedding table. Sources: published Molmo code, Molmo2 tokenizer.
+SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
+    "molmo": ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", IMAGE_PROMPT, "<im_low>"),
+    "molmo2": (
+        "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", IMAGE_PROMPT, "<im_low>", "<frame_start>", "<frame_end>",
+        VIDEO_PROMPT, "<|points|>", "<|token_index|>", "<|vit_index|>", "<|vit_location|>",
+    ),
+}  # fmt: skip
+
+_PADDING_PREFIX = "|<EXTRA_TOKENS_"
+_USUAL_EOS = ("<|endoftext|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<eos>")
+_CACHED_TEXTS = 8192
+
+
+class Tokenizer:
+    """Byte-level BPE text tokenizer plus the special tokens of a model layout.
+
+    Args:
+        backend: the text tokenizer, without special image tokens.
+        eos_token: end of a turn; also begins every sequence when there is no `bos_token` (as in all published models).
+        first_special_id: id of the first special token, E of the model; None = right after the text vocabulary.
+        layout: which special tokens exist (`molmo` or `molmo2`).
+        config: other settings of tokenizer_config.json, kept for `save`.
+
+    Raises:
+        ValueError: `eos_token` is not in the vocabulary, or the vocabulary does not fit below `first_special_id`.
+    """
+
+    def __init__(
+        self,
+        backend: TextTokenizer,
+        *,
+        eos_token: str = "<|endoftext|>",
+        bos_token: str | None = None,
+        first_special_id: int | None = None,
+        layout: Layout = "molmo",
+        config: dict[str, Any] | None = None,
+    ):
+        if layout not in SPECIAL_TOKENS:
+            raise ValueError(f"unknown tokenizer layout {layout!r}; valid: {', '.join(SPECIAL_TOKENS)}")
+        self.backend = backend
+        self.layout = layout
+        self.config = dict(config or {})
+        self.text_vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.first_special_id = self.text_vocab_size if first_special_id is None else first_special_id
+        if self.text_vocab_size > self.first_special_id:
+            raise ValueError(
+                f"the text tokenizer has {self.text_vocab_size} ids, but the model's embedding has only {self.first_special_id} rows; "
+                "set llm.embedding_size (and llm.vocab_size) to at least the tokenizer's size"
+            )
+        self.eos_token = eos_token
+        self.bos_token = bos_token or eos_token
+        self.eos_token_id = self._text_id(eos_token)
+        self.bos_token_id = self._text_id(self.bos_token)
+        self.pad_token_id = -1
+        self.special_tokens: dict[str, int] = {t: self.first_special_id + i for i, t in enumerate(SPECIAL_TOKENS[layout])}
+        self._special_names = {i: t for t, i in self.special_tokens.items()}
+        get = self.special_tokens.get
+        self.image_start_token_id = self.special_tokens["<im_start>"]
+        self.image_end_token_id = self.special_tokens["<im_end>"]
+        self.image_patch_token_id = self.special_tokens["<im_patch>"]
+        self.image_col_token_id = self.special_tokens["<im_col>"]
+        self.image_low_token_id = self.special_tokens["<im_low>"]
+        self.image_prompt_token_id = self.special_tokens[IMAGE_PROMPT]
+        self.low_res_image_start_token_id: int | None = get("<low_res_im_start>")
+        self.frame_start_token_id: int | None = get("<frame_start>")
+        self.frame_end_token_id: int | None = get("<frame_end>")
+        self.video_prompt_token_id: int | None = get(VIDEO_PROMPT)
+        self._encode = lru_cache(_CACHED_TEXTS)(self._encode_uncached)
+
+    @classmethod
+    def load(
+        cls,
+        identifier: str | Path,
+        *,
+        first_special_id: int | None = None,
+        layout: Layout = "molmo",
+        cache_dir: str | Path | None = None,
+    ) -> Tokenizer:
+        """Reads a folder that holds tokenizer.json, or a hub repository (its local cache first).
+
+        Raises:
+            FileNotFoundError: no tokenizer.json there.
+            ValueError: the file already holds special tokens, at other ids than this model uses.
+        """
+        path, config_path = _find_files(str(identifier), cache_dir)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path else {}
+        known = {t for tokens in SPECIAL_TOKENS.values() for t in tokens}
+        added = data.get("added_tokens", [])
+        extra = {t["content"]: t["id"] for t in added if t["content"] in known or t["content"].startswith(_PADDING_PREFIX)}
+        data["added_tokens"] = [t for t in added if t["content"] not in extra]
+        backend = TextTokenizer.from_str(json.dumps(data))
+        eos = _token_name(config.get("eos_token")) or next((t for t in _USUAL_EOS if backend.token_to_id(t) is not None), None)
+        if eos is None:
+            raise ValueError(f"{path}: no end-of-text token; name it as eos_token in tokenizer_config.json beside it")
+        tokenizer = cls(
+            backend,
+            eos_token=eos,
+            bos_token=_token_name(config.get("bos_token")),
+            first_special_id=first_special_id,
+            layout=layout,
+            config=config,
+        )
+        for name, token_id in tokenizer.special_tokens.items():
+            if extra.get(name, token_id) != token_id:
+                raise ValueError(
+                    f"{path}: {name} has id {extra[name]}, but a {layout!r} model whose embedding has {tokenizer.first_special_id} rows "
+                    f"expects {token_id}; check llm.embedding_size and llm.vocab_size"
+                )
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, special tokens included."""
+        return self.first_special_id + len(self.special_tokens)
+
+    @property
+    def image_token_ids(self) -> frozenset[int]:
+        """Ids that only media produce: they never carry loss."""
+        return frozenset(self.special_tokens.values())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Adds no begin or end token; texts that look like image tokens stay text."""
+        return list(self._encode(text))
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, truncate_at_eos: bool = True) -> str:
+        """Text of generated ids.
+
+        Args:
+            ids: token ids (list, array or tensor); negative ones (padding) are ignored.
+            skip_special_tokens: leave out special tokens; otherwise they are written as their names.
+            truncate_at_eos: drop a leading begin token and everything from the first end token on.
+        """
+        tokens = [i for i in map(int, ids) if i >= 0]
+        if truncate_at_eos:
+            if tokens and tokens[0] in (self.bos_token_id, self.eos_token_id):
+                tokens = tokens[1:]
+            if self.eos_token_id in tokens:
+                tokens = tokens[: tokens.index(self.eos_token_id)]
+        if skip_special_tokens:
+            return self.backend.decode([i for i in tokens if i < self.text_vocab_size], skip_special_tokens=True)
+        parts: list[str] = []
+        run: list[int] = []
+        for token in tokens:
+            if token < self.text_vocab_size:
+                run.append(token)
+                continue
+            parts += [self.backend.decode(run, skip_special_tokens=False), self._special_names.get(token, f"<{token}>")]
+            run = []
+        return "".join([*parts, self.backend.decode(run, skip_special_tokens=False)])
+
+    def id_to_token(self, token_id: int) -> str:
+        """Name of one id as it stands in the vocabulary (padding rows of the embedding included)."""
+        if token_id in self._special_names:
+            return self._special_names[token_id]
+        return self.backend.id_to_token(token_id) or f"{_PADDING_PREFIX}{token_id - self.text_vocab_size}>|"
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json (padded to E, then the special tokens) and tokenizer_config.json; `load` and transformers read them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = json.loads(self.backend.to_str())
+        padding = [f"{_PADDING_PREFIX}{i}>|" for i in range(self.first_special_id - self.text_vocab_size)]
+        for token_id, name in enumerate([*padding, *self.special_tokens], self.text_vocab_size):
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            data["added_tokens"].append({"id": token_id, "content": name, **flags})
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 10**30, "pad_token": self.eos_token}
+        config |= {k: v for k, v in self.config.items() if k not in ("added_tokens_decoder", "extra_special_tokens")}
+        config |= {"eos_token": self.eos_token, "extra_special_tokens": list(self.special_tokens)}
+        if self.bos_token != self.eos_token:
+            config["bos_token"] = self.bos_token
+        (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _encode_uncached(self, text: str) -> tuple[int, ...]:
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def _text_id(self, token: str) -> int:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"token {token!r} is not in the tokenizer's vocabulary ({self.text_vocab_size} tokens)")
+        return int(token_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_encode"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._encode = lru_cache(_CACHED_TEXTS)(self._encode_uncached)
+
+
+def _token_name(value: Any) -> str | None:
+    """`eos_token` and its like are strings or {"content": ...} in tokenizer_config.json."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _find_files(identifier: str, cache_dir: str | Path | None) -> tuple[Path, Path | None]:
+    folder = Path(identifier)
+    if folder.is_file() and folder.name == "tokenizer.json":
+        folder = folder.parent
+    if folder.is_dir():
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder}: no tokenizer.json there; transformers writes one from older files: "
+                f"AutoTokenizer.from_pretrained({identifier!r}).save_pretrained({identifier!r})"
+            )
+        config = folder / "tokenizer_config.json"
+        return path, config if config.is_file() else None
+    if folder.is_absolute() or identifier.startswith(".") or identifier.count("/") != 1:
+        raise FileNotFoundError(f"{identifier}: no such tokenizer folder")
+    return _hub_file(identifier, "tokenizer.json", cache_dir), _hub_file(identifier, "tokenizer_config.json", cache_dir)
+
+
+def _hub_file(repository: str, name: str, cache_dir: str | Path | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass  # not cached yet
+    try:
+        return Path(hf_hub_download(repository, name, cache_dir=cache_dir))
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"tokenizer {repository!r}: no such folder, and {name} is neither in the local hub cache nor reachable on the hub ({error}); "
+            "point llm.tokenizer.identifier to a folder with tokenizer.json"
+        ) from error
