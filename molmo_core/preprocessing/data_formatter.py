@@ -135,9 +135,9 @@ class Formatter:
 
 def _weight(record: dict[str, Any], example: dict[str, Any]) -> MessageWeight:
     """`message_weight` and `weight` of an annotation; the `weight` of its example multiplies it."""
-    settings = dict(record.get("message_weight") or example.get("message_weight") or {})
+    settings = record.get("message_weight") or example.get("message_weight") or {}
     unknown = settings.keys() - {"weight", "root_subsegments", "root_length"}
     if unknown:
         raise ValueError(f"message_weight has the keys weight, root_subsegments and root_length; got {sorted(unknown)}")
-    factors = (settings.pop("weight", 1.0), record.get("weight", 1.0), example.get("weight") or 1.0)
-    return MessageWeight(weight=float(np.prod(factors)), **settings)
+    scale = 1.0 if example.get("weight") is None else example["weight"]
+    return MessageWeight(**{**settings, "weight": float(settings.get("weight", 1.0) * record.get("weight", 1.0) * scale)})

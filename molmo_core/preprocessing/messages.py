@@ -198,26 +198,33 @@ def _training_sequence(
     tokenizer: Tokenizer, texts: Sequence[_Tokens], factors: Sequence[float], media: Sequence[MediaTokens]
 ) -> dict[str, Any]:
     ids, positions, weights = _with_media(tokenizer, texts[0], media)
+    if len(texts) == 1:
+        return {
+            "input_ids": ids[:-1],
+            "labels": ids[1:],
+            "loss_masks": weights[1:] * np.float32(factors[0]),
+            "position_ids": positions[:-1],
+        }
     # As an input an annotation stops before its end token, which is the label of its last token.
-    inputs, labels, places, losses = [ids[:-1]], [ids[1:]], [positions[:-1]], [weights[1:] * np.float32(factors[0])]
+    inputs: list[int] = []
+    labels: list[int] = []
+    losses: list[float] = []
+    for text in texts[1:]:
+        inputs += text.ids[:-1]
+        labels += text.ids[1:]
+        losses += text.weights[1:]
+    lengths = [len(ids) - 1, *(len(text.ids) - 1 for text in texts[1:])]
+    starts = np.repeat(np.cumsum([0, *lengths[1:-1]]), lengths[1:])
     restart = 1 + sum(m.extent for m in media)
-    for text, factor in zip(texts[1:], factors[1:]):
-        tokens = np.asarray(text.ids, np.int64)
-        inputs.append(tokens[:-1])
-        labels.append(tokens[1:])
-        places.append(np.arange(restart, restart + len(tokens) - 1))
-        losses.append(np.asarray(text.weights[1:], np.float32) * np.float32(factor))
-    sequence = {
-        "input_ids": np.concatenate(inputs),
-        "labels": np.concatenate(labels),
-        "loss_masks": np.concatenate(losses),
-        "position_ids": np.concatenate(places),
+    segments = np.repeat(np.arange(len(texts)), lengths)
+    segments[: 1 + sum(len(m.ids) for m in media)] = SHARED_SEGMENT
+    return {
+        "input_ids": np.concatenate([ids[:-1], np.array(inputs, np.int64)]),
+        "labels": np.concatenate([ids[1:], np.array(labels, np.int64)]),
+        "loss_masks": np.concatenate([weights[1:], np.array(losses, np.float32)]) * np.repeat(np.array(factors, np.float32), lengths),
+        "position_ids": np.concatenate([positions[:-1], restart + np.arange(len(starts)) - starts]),
+        "subsegment_ids": segments,
     }
-    if len(texts) > 1:
-        segments = np.repeat(np.arange(len(texts)), [len(part) for part in inputs])
-        segments[: 1 + sum(len(m.ids) for m in media)] = SHARED_SEGMENT
-        sequence["subsegment_ids"] = segments
-    return sequence
 
 
 def _inference_sequence(
