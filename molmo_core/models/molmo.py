@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -23,14 +23,8 @@ from molmo_core.preprocessing.tiling import ImageSettings
 
 if TYPE_CHECKING:
     from molmo_core.preprocessing.collator import MMCollator
-    from molmo_core.preprocessing.preprocessor import TextPreprocessor
+    from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
     from molmo_core.preprocessing.tokenizer import Tokenizer
-
-MOLMO_INPUTS = (
-    "input_ids", "images", "image_masks", "image_input_idx", "pooled_patches_idx", "labels", "loss_masks", "attention_mask",
-    "position_ids", "subsegment_ids", "response_mask", "append_last_valid_logits",
-)  # fmt: skip
-"""Tensors that `Molmo.forward` takes."""
 
 
 @dataclasses.dataclass
@@ -71,7 +65,7 @@ class MolmoConfig(BaseModelConfig):
 
     def build_preprocessor(
         self, for_inference: bool, is_training: bool = True, include_image: bool = False, max_seq_len: int | None = None
-    ) -> TextPreprocessor:
+    ) -> MolmoPreprocessor:
         """What turns an example into the inputs of the model.
 
         Args:
@@ -82,6 +76,7 @@ class MolmoConfig(BaseModelConfig):
         """
         from molmo_core.preprocessing.preprocessor import build_preprocessor
 
+        kind, settings = self.preprocessor_kind()
         return build_preprocessor(
             self.build_tokenizer(),
             None if self.vision_backbone is None else self.vision_backbone.vit,
@@ -91,7 +86,15 @@ class MolmoConfig(BaseModelConfig):
             is_training=is_training,
             include_image=include_image,
             max_seq_len=max_seq_len or self.llm.max_sequence_length,
+            kind=kind,
+            **settings,
         )
+
+    def preprocessor_kind(self) -> tuple[type[MolmoPreprocessor], dict[str, Any]]:
+        """The class of the preprocessor, and its settings beside the shared ones."""
+        from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
+
+        return MolmoPreprocessor, {}
 
     def build_collator(
         self, sequence_length: int | None, pad_mode: Literal["to_max"] | None = None, include_metadata: bool = True
@@ -102,10 +105,22 @@ class MolmoConfig(BaseModelConfig):
         return build_collator(sequence_length, pad_mode, include_metadata)
 
 
+class Encoded(NamedTuple):
+    """What `Molmo.encode` gives."""
+
+    blocks: TransformerOutput
+    loss: torch.Tensor | None = None
+    """Scalar added to the loss."""
+    metrics: dict[str, torch.Tensor] = {}  # noqa: RUF012 - never changed in place
+    internal: dict[str, torch.Tensor] | None = None
+
+
 class Molmo(ModelBase):
     """Vision backbone, language model, and the image features that are added to the embeddings of their tokens."""
 
     config: MolmoConfig
+    FEATURES: ClassVar[tuple[str, ...]] = ()
+    """Further inputs of `forward`, of other models of the family."""
 
     def __init__(self, config: MolmoConfig):
         super().__init__(config)
@@ -187,30 +202,52 @@ class Molmo(ModelBase):
             },
             self.device,
         )  # fmt: skip
-        ids, response = batch["input_ids"], _response_mask(batch)
+        unknown = [k for k, v in features.items() if k not in self.FEATURES and v is not None]
+        if unknown:
+            raise TypeError(f"{type(self).__name__}.forward got unknown input(s) {', '.join(unknown)}")
         cache = as_cache(past_key_values) if use_cache or past_key_values is not None else None
         past = 0 if cache is None else cache.length
-        valid = valid_tokens(ids, batch["attention_mask"], past)
-        x = self.transformer.wte(ids.masked_fill(~valid[:, past:], 0).clamp(min=0))
-        x = self.add_images(x, batch, first_call=past == 0)
-        positions = default_positions(valid, past) if batch["position_ids"] is None else batch["position_ids"].clamp(min=0)
-        mask = self.attention_mask(batch, valid, past, response)
-        blocks = self.transformer.run_blocks(
-            self.transformer.prepare(x), positions, BlockInputs(mask, response, None, output_attentions), cache, output_hidden_states
-        )
+        valid = valid_tokens(batch["input_ids"], batch["attention_mask"], past)
+        encoded = self.encode(batch, valid, _response_mask(batch), cache, output_hidden_states, output_attentions)
         select = batch["append_last_valid_logits"]
         if select is None and last_logits_only:
             select = last_positions(valid[:, past:])
-        output = self.output(blocks, select, batch["labels"], batch["loss_masks"], return_logits, loss_divisor, z_loss_weight)
+        output = self.output(encoded, select, batch["labels"], batch["loss_masks"], return_logits, loss_divisor, z_loss_weight)
         return output._replace(past_key_values=cache if use_cache else None)
 
     # -- steps of forward, also for the other models of the family ------------------------------------------------------
 
+    def encode(
+        self,
+        batch: dict[str, Any],
+        valid: torch.Tensor,
+        response: torch.Tensor | None,
+        cache: Any | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> Encoded:
+        """From the inputs of `forward` to the last hidden state.
+
+        Args:
+            batch: tensors by name; absent ones are None.
+            valid: bool [B, P + S], real tokens of cache and call.
+            response: bool [B, S], tokens of answers.
+            cache: receives this call's keys and values.
+        """
+        ids, past = batch["input_ids"], 0 if cache is None else cache.length
+        x = self.embed_tokens(ids.masked_fill(~valid[:, past:], 0).clamp(min=0))
+        x = self.add_images(x, batch, first_call=past == 0)
+        positions = default_positions(valid, past) if batch["position_ids"] is None else batch["position_ids"].clamp(min=0)
+        mask = self.attention_mask(batch, valid, past, response)
+        shared = BlockInputs(mask, response, None, output_attentions)
+        return Encoded(self.transformer.run_blocks(self.transformer.prepare(x), positions, shared, cache, output_hidden_states))
+
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, S, d] of token ids int64 [B, S], without padding ids."""
+        return self.transformer.wte(ids)
+
     def feature_targets(self, batch: dict[str, Any]) -> list[FeatureTarget]:
         """Which patches become which tokens, from the inputs of `forward`; a model with other index tensors overrides this."""
-        unknown = [k for k in batch if k not in MOLMO_INPUTS]
-        if unknown:
-            raise TypeError(f"{type(self).__name__}.forward got unknown input(s) {', '.join(unknown)}")
         if batch["images"] is None:
             return []
         tokens, idx = self.config.image_tokens, batch["pooled_patches_idx"]
@@ -260,7 +297,7 @@ class Molmo(ModelBase):
 
     def output(
         self,
-        blocks: TransformerOutput,
+        encoded: Encoded,
         select: torch.Tensor | None,
         labels: torch.Tensor | None,
         loss_masks: torch.Tensor | None,
@@ -268,12 +305,12 @@ class Molmo(ModelBase):
         loss_divisor: torch.Tensor | float | None = None,
         z_loss_weight: float = 0.0,
     ) -> OLMoOutput:
-        """Logits, loss and metrics from the result of the blocks (arguments as in `forward`; select int64 [B])."""
-        hidden = blocks.hidden
+        """Logits, loss and metrics from what `encode` gives (other arguments as in `forward`; select int64 [B])."""
+        blocks, hidden = encoded.blocks, encoded.blocks.hidden
         if select is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), select][:, None]
         logits = self.transformer.logits(hidden) if return_logits else hidden.new_empty(len(hidden), 0, self.config.llm.embedding_rows)
-        loss, metrics = None, self._router_metrics(blocks)
+        loss, metrics = None, self._router_metrics(blocks) | encoded.metrics
         if labels is not None:
             if labels.shape != blocks.hidden.shape[:2] or select is not None:
                 raise ValueError(f"labels {tuple(labels.shape)} must fit the logits of all {tuple(blocks.hidden.shape[:2])} positions")
@@ -283,12 +320,14 @@ class Molmo(ModelBase):
             else:
                 sums = chunked_loss_sums(self.transformer.logits, hidden.flatten(0, 1), labels.flatten(), weights)
             loss = self._loss(sums, weights.sum(), loss_divisor, z_loss_weight, metrics)
+            loss = loss if encoded.loss is None else loss + encoded.loss
         return OLMoOutput(
             logits=logits,
             loss=loss,
             hidden_states=tuple(blocks.hidden_states) or None,
             attentions=tuple(blocks.attentions) or None,
             metrics=metrics or None,
+            internal=encoded.internal,
         )
 
     def _loss(

@@ -162,19 +162,23 @@ def build_preprocessor(
     tokenizer: Tokenizer,
     vit: VisionEncoder | None,
     data_formatter: DataFormatter,
-    config: MolmoPreprocessorConfig,
+    config: ImagePreprocessorConfig,
     *,
     for_inference: bool,
     is_training: bool = True,
     include_image: bool = False,
     max_seq_len: int | None = None,
+    kind: type[MolmoPreprocessor] = MolmoPreprocessor,
+    **settings: Any,
 ) -> MolmoPreprocessor:
-    """The preprocessor of a Molmo model (its configuration's `build_preprocessor` calls this).
+    """The preprocessor of a model (its configuration's `build_preprocessor` calls this).
 
     Args:
         vit: configuration of the vision encoder; None = text only.
+        kind: class of the preprocessor.
+        settings: fields that only `kind` has.
     """
-    return MolmoPreprocessor(
+    return kind(
         tokenizer=tokenizer,
         formatter=Formatter(data_formatter),
         limits=config,
@@ -183,5 +187,6 @@ def build_preprocessor(
         include_image=include_image,
         max_seq_len=max_seq_len,
         settings=None if vit is None else ImageSettings.from_configs(vit, config),
-        config=config,
+        config=config,  # type: ignore[arg-type]
+        **settings,
     )

@@ -1,0 +1,129 @@
+"""VideoOlmo: a video's frames in, text out. Molmo with two resolutions of frames, each with its own patch token and index."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from molmo_core.config import ConfigError
+from molmo_core.models.image_inputs import FeatureTarget
+from molmo_core.models.molmo import Molmo, MolmoConfig
+from molmo_core.nn.image_tokens import ImageTokenIds
+from molmo_core.preprocessing.configs import FrameSampling, VideoPreprocessorConfig
+from molmo_core.preprocessing.tiling import single_crop_pooling
+
+
+@dataclasses.dataclass
+class VideoOlmoConfig(MolmoConfig):
+    """Configuration of VideoOlmo."""
+
+    model_name: Literal["video_olmo"] = "video_olmo"  # type: ignore[assignment]
+    mm_preprocessor: VideoPreprocessorConfig = dataclasses.field(default_factory=VideoPreprocessorConfig)
+    shared_low_high_embedding: bool = True
+    """Low-resolution tokens share the embedding of the high-resolution ones."""
+    max_frames: int = 16
+    """Most frames of a video."""
+    frame_sampling: FrameSampling = "uniform"
+    """Which frames: see `molmo_core.preprocessing.videos`."""
+
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"point_cloud_backbone": (None,), "image_as_video": (None,)}
+    MODEL: ClassVar[str] = "VideoOlmo"
+
+    # Top-level name -> the published name inside mm_preprocessor.
+    _FRAMES: ClassVar[dict[str, str]] = {"max_frames": "max_frames", "frame_sampling": "frame_sample_mode"}
+
+    @classmethod
+    def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """`max_frames` and `frame_sampling` may stand at the top, or under their published names in `mm_preprocessor`."""
+        inner = data.get("mm_preprocessor")
+        inner = dataclasses.asdict(inner) if isinstance(inner, VideoPreprocessorConfig) else dict(inner or {})
+        for name, published in cls._FRAMES.items():
+            both = name in data and published in inner and not isinstance(data.get("mm_preprocessor"), VideoPreprocessorConfig)
+            if both and data[name] != inner[published]:
+                raise ConfigError(
+                    f"{name}={data[name]!r} and mm_preprocessor.{published}={inner[published]!r} contradict each other; set {name} only"
+                )
+            if name in data:
+                inner[published] = data[name]
+            elif published in inner:
+                data[name] = inner[published]
+        data["mm_preprocessor"] = inner
+        return data
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; the frame settings stand at the top only, so that an override changes one place."""
+        data = super().as_dict()
+        for published in self._FRAMES.values():
+            del data["mm_preprocessor"][published]
+        return data
+
+    def high_res_pooling(self) -> tuple[int, int]:
+        """Patches of a high-resolution token: rows, columns."""
+        config = self.mm_preprocessor
+        return config.high_res_pooling_h or config.pooling_h, config.high_res_pooling_w or config.pooling_w
+
+
+class VideoOlmo(Molmo):
+    """Molmo on video frames.
+
+    `forward` takes what Molmo's does, with `images` the frames, patches [B, T, patches, p·p·3] or pixels [B, T, 3, H, W], and, instead
+    of `pooled_patches_idx`, `low_res_pooled_idx` int64 [B, n, k] for the low-resolution tokens and `high_res_pooled_idx` for the others.
+    Frames without either index are pooled as their tokens in `input_ids` say.
+    """
+
+    config: VideoOlmoConfig
+    FEATURES: ClassVar[tuple[str, ...]] = ("low_res_pooled_idx", "high_res_pooled_idx")
+
+    def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.transformer.wte(share_low_embedding(ids, self.config.image_tokens) if self.config.shared_low_high_embedding else ids)
+
+    def feature_targets(self, batch: dict[str, Any]) -> list[FeatureTarget]:
+        low, high = (batch.get(name) for name in self.FEATURES)
+        if batch["images"] is None:
+            return []
+        if low is None and high is None:
+            low, high = self.frame_indices(batch["input_ids"], batch["images"].shape[1])
+        tokens = self.config.image_tokens
+        pairs = ((low, tokens.low), (high, tokens.patch))
+        return [FeatureTarget(idx, token_id=token) for idx, token in pairs if idx is not None]
+
+    def frame_indices(self, input_ids: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both index tensors, int64 [B, n, k], from the tokens of every frame.
+
+        Raises:
+            ValueError: a frame's tokens are no grid that this configuration makes, or there are more frames than `frames`.
+        """
+        tokens, settings = self.config.image_tokens, self.config.image_settings()
+        poolings = {tokens.low: settings.pooling, tokens.patch: self.config.high_res_pooling()}
+        parts: dict[int | None, list[np.ndarray]] = {tokens.low: [], tokens.patch: []}
+        for row, ids in enumerate(input_ids.tolist()):
+            starts = [i for i, token in enumerate(ids) if token == tokens.start]
+            if len(starts) > frames:
+                raise ValueError(f"row {row}: input_ids show {len(starts)} frames, images has {frames}")
+            found: dict[int | None, list[np.ndarray]] = {kind: [np.empty((0, p[0] * p[1]), np.int64)] for kind, p in poolings.items()}
+            for frame, start in enumerate(starts):
+                inside = ids[start : ids.index(tokens.end, start)]
+                kind = tokens.low if tokens.low in inside else tokens.patch
+                idx = single_crop_pooling(settings, poolings[kind], frame)
+                if len(idx) != inside.count(kind):
+                    raise ValueError(f"row {row}: frame {frame} has {inside.count(kind)} tokens, this configuration makes {len(idx)}")
+                found[kind].append(idx)
+            for kind, arrays in found.items():
+                parts[kind].append(np.concatenate(arrays))
+        return _stack(parts[tokens.low], input_ids.device), _stack(parts[tokens.patch], input_ids.device)
+
+
+def share_low_embedding(ids: torch.Tensor, tokens: ImageTokenIds) -> torch.Tensor:
+    """Token ids with the low-resolution patch token replaced by the patch token."""
+    return ids.masked_fill(ids == tokens.low, tokens.patch)
+
+
+def _stack(rows: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Rows [n_b, k] of a batch, padded with -1: [B, n, k]."""
+    result = np.full((len(rows), max(len(r) for r in rows), rows[0].shape[1]), -1, np.int64)
+    for row, array in zip(result, rows):
+        row[: len(array)] = array
+    return torch.from_numpy(result).to(device)
