@@ -100,11 +100,12 @@ def join_images(features: Sequence[ImageFeatures]) -> ImageFeatures:
 def _cut(pixels: np.ndarray, tiling: Tiling, settings: ImageSettings, out: np.ndarray, start: int) -> int:
     """Cuts a canvas into overlapping crops of patches, written to out[start:]; returns the end."""
     p, (rows, cols), step = settings.patch_size, settings.crop_grid, settings.window
-    raster = pixels.reshape(pixels.shape[0] // p, p, pixels.shape[1] // p, p * 3).swapaxes(1, 2)
+    run = f"V{p * 3}"  # one row of a patch: contiguous in the canvas and in the patch, so copied as one opaque element
+    raster = np.ascontiguousarray(pixels).reshape(pixels.shape[0] // p, p, -1).view(run).swapaxes(1, 2)
+    crops = out.view(run).reshape(len(out), rows, cols, p)
     for i in range(tiling.rows):
         for j in range(tiling.cols):
-            crop = raster[i * step : i * step + rows, j * step : j * step + cols]
-            out[start].reshape(rows, cols, p, p * 3)[...] = crop
+            crops[start] = raster[i * step : i * step + rows, j * step : j * step + cols]
             start += 1
     return start
 
