@@ -118,7 +118,7 @@ class VideoOlmo(Molmo):
 
 def share_low_embedding(ids: torch.Tensor, tokens: ImageTokenIds) -> torch.Tensor:
     """Token ids with the low-resolution patch token replaced by the patch token."""
-    return ids.masked_fill(ids == tokens.low, tokens.patch)
+    return ids if tokens.low is None else ids.masked_fill(ids == tokens.low, tokens.patch)
 
 
 def _stack(rows: list[np.ndarray], device: torch.device) -> torch.Tensor:
