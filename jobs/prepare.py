@@ -1,0 +1,25 @@
+"""Turn records into a prepared dataset: Arrow shards, rejected rows, a report."""
+
+from __future__ import annotations
+
+from jobs.command import ConfigPath, Overrides, job
+from pipelines.cluster import connect
+from pipelines.data.config import PrepareConfig
+from pipelines.data.prepare import prepare
+
+
+def main(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Turn records into a prepared dataset: Arrow shards, rejected rows, a report. Run it again to continue after a stop."""
+    settings = PrepareConfig.load(config, overrides)
+    with connect():
+        report = prepare(settings)
+    print(f"{settings.output}: {report['rows_out']:,} of {report['rows_in']:,} records in {report['shards']} shards, ", end="")
+    print(f"{report['tokens']:,} tokens, {report['bytes'] / 1e6:,.1f} MB, {report['seconds']} s ({report['rows_per_second']} records/s)")
+    for reason, count in report["rejected_by_reason"].items():
+        print(f"  rejected {count:,}: {reason}")
+
+
+app = job(main)
+
+if __name__ == "__main__":
+    app()

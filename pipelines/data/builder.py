@@ -1,0 +1,74 @@
+"""One record → one preprocessed example: normalise, fetch, decode, preprocess. Plain Python; actors and bare loops share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from molmo_core.preprocessing.media import MediaError, image_size, load_image
+from pipelines.data.media import fetch
+from pipelines.data.records import normalise
+from pipelines.data.sources import Record, Rejected
+
+Preprocessor = Callable[..., dict[str, Any]]
+
+
+def example_rng(seed: int, dataset: int, epoch: int, index: int) -> np.random.RandomState:
+    """The randomness of one example: the same wherever and whenever it is made."""
+    return np.random.RandomState(np.random.SeedSequence([seed, dataset, epoch, index]).generate_state(4))
+
+
+class ExampleBuilder:
+    """Makes examples from records.
+
+    Args:
+        preprocessor: of the model.
+        max_image_pixels: larger images are rejected from their header.
+        defaults: fields given to every record that lacks them (e.g. `sampler_overrides` of a dataset).
+    """
+
+    def __init__(self, preprocessor: Preprocessor, max_image_pixels: int, defaults: dict[str, Any] | None = None):
+        self.preprocessor = preprocessor
+        self.max_image_pixels = max_image_pixels
+        self.defaults = defaults or {}
+
+    def __call__(self, record: Record, rng: np.random.RandomState) -> dict[str, Any]:
+        """The preprocessed example (contract in docs/architecture.md).
+
+        Raises:
+            Rejected: whatever is wrong with the record or its media.
+        """
+        example = {**self.defaults, **normalise(record)}
+        metadata = example.pop("metadata")
+        self.decode(example)
+        try:
+            result = self.preprocessor(example, rng=rng)
+        except MediaError as error:
+            raise Rejected("video: undecodable" if "video" in example else "image: undecodable", str(error)) from None
+        except Exception as error:  # of whatever the record holds; the reject rate tells a bug from a bad record
+            raise Rejected("record: cannot be preprocessed", f"{type(error).__name__}: {error}") from error
+        if not np.any(np.asarray(result.get("loss_masks", 1)) > 0):
+            raise Rejected("record: no answer within the sequence length", f"{len(result['input_ids']):,} tokens")
+        result["metadata"] = {**metadata, **(result.get("metadata") or {})}
+        return result
+
+    def decode(self, example: dict[str, Any]) -> None:
+        """Replaces media references: images by uint8 [h, w, 3], a video by what its reader opens."""
+        if "image" in example:
+            example["image"] = self._image(example["image"], "image")
+        elif "images" in example:
+            example["images"] = [self._image(ref, f"images[{i}]") for i, ref in enumerate(example["images"])]
+        elif "video" in example:
+            example["video"] = fetch(example["video"])
+
+    def _image(self, reference: str | bytes, field: str) -> np.ndarray:
+        data = fetch(reference)
+        try:
+            height, width = image_size(data)
+            if height * width > self.max_image_pixels:
+                raise Rejected("image: too many pixels", f"{field}: {width} x {height}, the limit is {self.max_image_pixels:,}")
+            return load_image(data, max_pixels=self.max_image_pixels)
+        except MediaError as error:
+            raise Rejected("image: undecodable", f"{field}: {error}") from None

@@ -1,0 +1,103 @@
+"""The easy-vqa data set as records: one an image, with all its questions and a pointing task whose truth comes from the pixels.
+
+The PyPI package easy-vqa 1.0 (MIT) carries 4,000 + 1,000 drawings of one coloured figure on a plain background and 38,575 + 9,673
+questions in a published split. Its files are found through the package's metadata: importing it would import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from molmo_core.config import ConfigError
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+Split = Literal["train", "test"]
+
+
+def folder() -> Path:
+    """The package's data folder.
+
+    Raises:
+        ConfigError: easy-vqa is not installed.
+    """
+    try:
+        files = importlib.metadata.files("easy-vqa") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError("easy-vqa is not installed: pip install easy-vqa==1.0 (or the project's [demo] extra)") from None
+    answers = next((f for f in files if f.name == "answers.txt"), None)
+    if answers is None:
+        raise ConfigError("the installed easy-vqa has no answers.txt; install easy-vqa==1.0 again")
+    return Path(str(answers.locate())).parent
+
+
+def question_type(answer: str) -> str:
+    """`shape`, `colour` or `yes_no`, by what the answer is."""
+    return "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes_no"
+
+
+def centre(pixels: np.ndarray) -> tuple[float, float]:
+    """(x, y) of the figure's centroid in percent of the width and height.
+
+    Args:
+        pixels: [h, w, 3] uint8. The background is the colour of the border; blended edge pixels count in proportion.
+    """
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    colours, counts = np.unique(border, axis=0, return_counts=True)
+    distance = np.abs(pixels.astype(np.float64) - colours[counts.argmax()]).sum(-1)
+    weight = distance / distance.max()
+    weight[weight < 0.1] = 0
+    height, width = weight.shape
+    x = (weight.sum(0) @ (np.arange(width) + 0.5)) / weight.sum()
+    y = (weight.sum(1) @ (np.arange(height) + 0.5)) / weight.sum()
+    return round(float(100 * x / width), 1), round(float(100 * y / height), 1)
+
+
+def records(split: Split) -> list[dict[str, Any]]:
+    """Records of a split, in the order of the image numbers.
+
+    Each is `{"image": path, "message_list": [{"style", "question", "answer", "type"}, ...], "metadata"}`; `type` is shape, colour,
+    yes_no or pointing, and metadata holds the figure's name and its `point` (x, y in percent).
+    """
+    base = folder() / split
+    questions: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for question, answer, image in json.loads((base / "questions.json").read_text()):
+        questions[image].append((question, answer))
+    return [_record(base / "images" / f"{image}.png", pairs) for image, pairs in sorted(questions.items())]
+
+
+def _record(path: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    annotations = [{"style": "demo", "question": q, "answer": a, "type": question_type(a)} for q, a in pairs]
+    figure = _figure(pairs)
+    with Image.open(path) as image:
+        x, y = centre(np.asarray(image.convert("RGB")))
+    point = f'<point x="{x}" y="{y}" alt="{figure}">{figure}</point>'
+    annotations.append({"style": "demo", "question": f"Point to the {figure}.", "answer": point, "type": "pointing"})
+    return {"image": str(path), "message_list": annotations, "metadata": {"figure": figure, "point": [x, y]}}
+
+
+def _figure(pairs: list[tuple[str, str]]) -> str:
+    """The figure's name as far as the questions give it away, else "shape"."""
+    for question, answer in pairs:
+        if answer in SHAPES:
+            return answer
+        named = next((shape for shape in SHAPES if shape in question), None)
+        presupposed = question.startswith("what color is the") or "color of the" in question
+        if named and (presupposed or (answer == "yes") != bool({"not", "no"} & set(question.rstrip("?").split()))):
+            return named
+    return "shape"
+
+
+def write(split: Split, path: Path, limit: int | None = None) -> int:
+    """Writes a split's records as JSON lines; returns their number."""
+    rows = records(split)[:limit]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return len(rows)

@@ -1,0 +1,108 @@
+"""Shards of a preparation: written one at a time, each committed by its summary, so that a stopped run continues.
+
+A shard holds the examples of a fixed range of records: `shard-00000.arrow` and `shard-00000.json`, its summary. Both appear
+atomically and the summary last; a shard without one is made again. Nothing in them depends on which worker made them or when.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.data import schema
+from pipelines.data.builder import ExampleBuilder, example_rng
+from pipelines.data.sources import Records, Rejected
+
+_BATCH_BYTES = 64 << 20
+
+
+def shard_path(folder: Path, shard: int, suffix: str) -> Path:
+    """`shard-00000.arrow` or `.json` of a folder."""
+    return folder / f"shard-{shard:05d}{suffix}"
+
+
+def write_shard(folder: Path, shard: int, rows: range, records: Records, builder: ExampleBuilder, seed: int) -> dict[str, Any]:
+    """Makes and commits one shard.
+
+    Returns:
+        Its summary: rows_in, rows_out, rejected [[source, row, reason, detail], ...], tokens and crops of each example, bytes, seconds.
+    """
+    started = time.perf_counter()
+    rejected: list[list[Any]] = []
+    tokens: list[int] = []
+    crops: list[int] = []
+    rows_in: collections.Counter[str] = collections.Counter()
+
+    def tables() -> Any:
+        pending: list[dict[str, Any]] = []
+        where: list[tuple[str, int]] = []
+        size = 0
+        for i in rows:
+            source, row = records.where(i)
+            rows_in[source] += 1
+            try:
+                example = builder(records[i], example_rng(seed, 0, 0, i))
+            except Rejected as reason:
+                rejected.append([source, row, reason.reason, reason.detail])
+                continue
+            tokens.append(len(example["input_ids"]))
+            crops.append(len(example["images"]) if example.get("images") is not None else 0)
+            pending.append(example)
+            where.append((source, row))
+            size += sum(v.nbytes for v in example.values() if isinstance(v, np.ndarray))
+            if size > _BATCH_BYTES:
+                yield schema.encode(pending, *zip(*where))
+                pending, where, size = [], [], 0
+        if pending:
+            yield schema.encode(pending, *zip(*where))
+
+    path = shard_path(folder, shard, ".arrow")
+    schema.write(path, tables())
+    summary = {
+        "shard": shard,
+        "rows_in": dict(rows_in),
+        "rows_out": len(tokens),
+        "rejected": rejected,
+        "tokens": tokens,
+        "crops": crops,
+        "bytes": path.stat().st_size,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    final = shard_path(folder, shard, ".json")
+    temporary = final.with_name(f".{final.name}.tmp")
+    temporary.write_text(json.dumps(summary, ensure_ascii=False))
+    temporary.replace(final)
+    return summary
+
+
+def read_summary(folder: Path, shard: int) -> dict[str, Any] | None:
+    """Summary of a committed shard, None if it has yet to be made."""
+    path = shard_path(folder, shard, ".json")
+    return json.loads(path.read_text()) if path.is_file() and shard_path(folder, shard, ".arrow").is_file() else None
+
+
+class ShardWriter:
+    """The Ray Data actor that makes shards: reads, decodes, preprocesses and writes where the CPU is.
+
+    A row of its input is a shard number. Raw pixels never leave the process, so memory is one medium at a time and nothing
+    passes through the object store but summaries.
+    """
+
+    def __init__(self, folder: str, records: Any, builder: Any, shard_rows: int, total: int, seed: int):
+        import ray
+
+        self.folder, self.seed, self.shard_rows, self.total = Path(folder), seed, shard_rows, total
+        self.records, self.builder = ray.get([records, builder])
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        summaries = []
+        for shard in batch.column("shard").to_pylist():
+            rows = range(shard * self.shard_rows, min(self.total, (shard + 1) * self.shard_rows))
+            summaries.append(write_shard(self.folder, shard, rows, self.records, self.builder, self.seed))
+        return pa.table({"summary": [json.dumps(s, ensure_ascii=False) for s in summaries]})
