@@ -17,6 +17,8 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
+from molmo_core.config import ConfigError
+
 CHUNK_BYTES = 64 * 2**20
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -30,7 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ConfigError):
     """A checkpoint that cannot be used. The message says what is wrong with which file or tensor, and what to do."""
 
 

@@ -1,0 +1,34 @@
+"""Writes a checkpoint for other tools (transformers, vLLM) and checks the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from jobs.command import job
+from molmo_core.checkpoint.export import export_and_verify
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def main(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder (own or published), or a hub repository.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist yet.")],
+    format: Annotated[
+        Literal["huggingface", "native"], typer.Option(help="huggingface: the published layout; native: this project's own.")
+    ] = "huggingface",
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="Floating-point type to store (default: as it is).")
+    ] = None,
+) -> None:
+    """Exports a checkpoint, reads it back and compares its answers with the original's."""
+    export_and_verify(checkpoint, out, format, DTYPES[dtype] if dtype else None)
+
+
+app = job(main)
+
+if __name__ == "__main__":
+    app()

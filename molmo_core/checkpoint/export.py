@@ -1,0 +1,164 @@
+"""Writing a model for other tools, and checking what was written by reading it back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from molmo_core.checkpoint.huggingface import from_pretrained
+from molmo_core.checkpoint.layouts import published_links
+from molmo_core.checkpoint.links import export_specs, exporter, model_tensors
+from molmo_core.checkpoint.native import SHARD_BYTES, new_folder, publish_folder, save_checkpoint
+from molmo_core.checkpoint.published_export import published_layout_of, write_published_files
+from molmo_core.checkpoint.safetensors_stream import CheckpointError, write_safetensors
+
+if TYPE_CHECKING:
+    from molmo_core.models.base import ModelBase
+
+ExportFormat = Literal["huggingface", "native"]
+PROMPT = "Point to the dogs and count them."
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How the logits of a reloaded export compare with the model's, on an image and a question."""
+
+    reader: str
+    """Who read the export: `molmo_core` or `transformers`."""
+    positions: int
+    max_difference: float
+    """Largest absolute difference of a logit."""
+    scale: float
+    """Largest absolute logit of the model."""
+    top1_agreement: float
+    """Share of positions with the same most probable token."""
+
+    @property
+    def passed(self) -> bool:
+        """Same reader code: nearly equal; transformers: equal up to the order of sums, in the precision of the weights."""
+        limit = 1e-4 if self.reader == "molmo_core" else 5e-2
+        return self.max_difference <= limit * max(1.0, self.scale)
+
+    def __str__(self) -> str:
+        return (
+            f"{'verified' if self.passed else 'FAILED'}: read back by {self.reader}, {self.positions} positions of image and question, "
+            f"logits differ by at most {self.max_difference:.2g} (largest logit {self.scale:.3g}), "
+            f"same best token at {self.top1_agreement:.1%}"
+        )
+
+
+def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = "huggingface", dtype: torch.dtype | None = None) -> Path:
+    """Writes a model to a folder in a layout that others read.
+
+    Args:
+        model: any of the models; `huggingface` covers Molmo, MolmoE and Molmo2.
+        out: a folder that does not exist yet.
+        format: `huggingface`: the published layout with config, tokenizer, chat template, generation and processor settings (Molmo2:
+            what transformers' native class and vLLM read); `native`: our own.
+        dtype: floating-point type to store (None: the model's).
+
+    Raises:
+        CheckpointError: `out` exists, or the published layout cannot express the model.
+    """
+    out = Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out} exists; an export goes to a new folder")
+    if format == "native":
+        save_checkpoint(model, out, sharded=True, dtype=dtype)
+        return out
+    layout = published_layout_of(model.config)
+    tensors = model_tensors(model)
+    links = published_links(layout, tensors, model.config.llm)
+    specs = export_specs(tensors, links, dtype)
+    folder = new_folder(out)
+    write_published_files(folder, model.config, layout, model.tokenizer, str(next(iter(specs.values())).dtype).removeprefix("torch."))
+    write_safetensors(folder, specs, exporter(tensors, links), SHARD_BYTES)
+    publish_folder(folder, out)
+    return out
+
+
+def reference_logits(model: ModelBase) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A prompt with an image for this model, and its logits [1, S, E] float32 on the CPU."""
+    preprocessor = model.config.build_preprocessor(for_inference=True)
+    gradient = np.linspace(0, 255, 300 * 400 * 3).astype(np.uint8).reshape(300, 400, 3)
+    example = {"image": gradient, "messages": [PROMPT]}
+    batch = model.config.build_collator(model.config.llm.max_sequence_length, None, include_metadata=False)([preprocessor(example)])
+    with torch.no_grad():
+        return batch, model(**batch).logits.float().cpu()
+
+
+def verify_export(
+    out: Path, batch: dict[str, torch.Tensor], expected: torch.Tensor, dtype: torch.dtype | None = None
+) -> list[Verification]:
+    """Reads an export back and compares logits: with this project's loader, and for Molmo2 with transformers' own class, too.
+
+    Args:
+        out: the exported folder.
+        batch, expected: from `reference_logits` of the model that was exported (in the dtype that was stored).
+        dtype: precision to compare in (None: as stored).
+    """
+    model = from_pretrained(out, dtype=dtype)
+    with torch.no_grad():
+        results = [_compare("molmo_core", model(**batch).logits, expected)]
+    if model.config.model_name == "molmo2" and (out / "config.json").is_file():
+        token_ids = sorted(model.tokenizer.image_token_ids)
+        del model
+        logits = _transformers_molmo2(out, batch, token_ids, dtype)
+        if logits is not None:
+            results.append(_compare("transformers", logits, expected))
+    return results
+
+
+def export_and_verify(
+    checkpoint: str | Path, out: str | Path, format: ExportFormat, dtype: torch.dtype | None = None, log: Callable[[str], Any] = print
+) -> list[Verification]:
+    """Loads a checkpoint, exports it, reads it back. Only one copy of the model is in memory at a time.
+
+    Raises:
+        CheckpointError: the export, read back, gives other logits (it is left in place to be looked at).
+    """
+    model = from_pretrained(checkpoint, dtype=dtype)
+    batch, expected = reference_logits(model)
+    written = export_checkpoint(model, out, format)
+    log(f"wrote {written} ({sum(f.stat().st_size for f in written.rglob('*') if f.is_file()) / 1e6:,.1f} MB, {format} layout)")
+    del model
+    results = verify_export(written, batch, expected, dtype)
+    for result in results:
+        log(str(result))
+    if not all(result.passed for result in results):
+        raise CheckpointError(f"{out}: the export does not compute what the checkpoint computes")
+    return results
+
+
+def _compare(reader: str, logits: torch.Tensor, expected: torch.Tensor) -> Verification:
+    logits = logits.float().cpu()
+    same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
+    return Verification(reader, expected.shape[1], float((logits - expected).abs().max()), float(expected.abs().max()), float(same))
+
+
+def _transformers_molmo2(
+    folder: Path, batch: dict[str, torch.Tensor], image_token_ids: list[int], dtype: torch.dtype | None
+) -> torch.Tensor | None:
+    """Logits of transformers' Molmo2 (None where the installed version has none)."""
+    try:
+        from transformers import Molmo2ForConditionalGeneration
+    except ImportError:
+        return None
+    model = Molmo2ForConditionalGeneration.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True).eval()
+    ids, images, pooling = batch["input_ids"], batch["images"][0], batch["pooled_patches_idx"][0]
+    pixels = images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+    with torch.no_grad():
+        return model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=torch.isin(ids, torch.tensor(image_token_ids)).long(),
+            pixel_values=pixels.to(model.dtype),
+            image_token_pooling=pooling,
+            image_grids=torch.tensor([[len(pooling), 1, 0, 0]]),
+            image_num_crops=torch.tensor([len(images)]),
+        ).logits
