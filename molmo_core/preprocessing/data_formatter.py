@@ -84,7 +84,7 @@ class Formatter:
             messages[0] = " ".join(part for part in (prefix, messages[0]) if part)
         if reader.for_inference and "messages" not in record:
             messages = messages[:1]
-        if self.config.image_last:
+        if self.config.image_last and reader.image_sizes:
             messages[0] += IMAGE_PROMPT
         return Annotation(self._with_roles(messages), _weight(record, example if own else {}))
 
