@@ -22,6 +22,8 @@ import numpy as np
 NONE_TEXT = "There are none."
 NO_TRACKS_TEXT = "No tracks available."
 HTML_SCALE = 1000
+CLAMPED_PERCENT = 5.0
+"""Points this far outside the image are moved to its border."""
 _SEPARATOR = {"html-v1": "\t", "html-v2": ";"}
 
 PointMode = Literal["point", "point_then_count", "count_then_point", "count"]
@@ -55,7 +57,7 @@ def percent(points: Iterable[Sequence[float]], scale: float | None, image_size: 
         float64 [n, 2].
 
     Raises:
-        ValueError: not pairs, pixels without an image, or points outside the image.
+        ValueError: not pairs, pixels without an image, or points further outside the image than a slip of the annotator.
     """
     array = np.asarray(list(points), np.float64)
     if array.size == 0:
@@ -68,10 +70,11 @@ def percent(points: Iterable[Sequence[float]], scale: float | None, image_size: 
         array = array * 100.0 / np.asarray(image_size, np.float64)
     elif scale != 100:
         array = array * (100.0 / scale)
-    if not np.isfinite(array).all() or array.min() < 0 or array.max() > 100:
-        worst = array[np.argmax(np.abs(array - 50).max(axis=1))]
-        raise ValueError(f"point outside the image: ({worst[0]:.1f} %, {worst[1]:.1f} %) of width and height; check point_scale={scale!r}")
-    return array
+    beyond = np.maximum(-array, array - 100)
+    if not np.isfinite(array).all() or beyond.max() > CLAMPED_PERCENT:
+        x, y = array[int(np.nan_to_num(beyond, nan=np.inf).max(axis=1).argmax())]
+        raise ValueError(f"point outside the image: ({x:.1f} %, {y:.1f} %) of width and height; check point_scale={scale!r}")
+    return array.clip(0, 100)
 
 
 def format_v1(points: np.ndarray, label: str, alt: str | None = None) -> str:
@@ -160,8 +163,8 @@ def _tag(kind: str, blocks: Sequence[str], label: str, version: str, alt: str | 
 
 
 _HTML_TAG = re.compile(r'<(?:points|tracks)\b[^>]*?\bcoords="([0-9\t;:,. ]+)"?')
-_HTML_BLOCK = re.compile(r"(?:^|[\t;:,])\s*([0-9.]+)((?:\s+[0-9.]+){3,})")
-_HTML_TRIPLE = re.compile(r"(\d+)\s+(\d{3,4})\s+(\d{3,4})(?!\d)")
+_HTML_BLOCK = re.compile(r"(?:^|[\t;:,]) *(\d+(?:\.\d+)?)((?: +\d+ +\d{3,4} +\d{3,4}\b)+)")
+_HTML_TRIPLE = re.compile(r"(\d+) +(\d{3,4}) +(\d{3,4})\b")
 _V1_TAG = re.compile(r"<points?\b([^>]*)>?")
 _V1_PAIR = re.compile(r'\bx(\d*)\s*=\s*"?\s*([0-9]+(?:\.[0-9]+)?)"?\s+y\1\s*=\s*"?\s*([0-9]+(?:\.[0-9]+)?)')
 _PAIR = re.compile(r"\(\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*([0-9]+(?:\.[0-9]+)?)\s*\)")

@@ -106,16 +106,14 @@ class Tokenizer:
             ValueError: the file already holds special tokens, at other ids than this model uses.
         """
         path, config_path = _find_files(str(identifier), cache_dir)
-        data = json.loads(path.read_text(encoding="utf-8"))
+        backend, extra = _without_special_tokens(path.read_text(encoding="utf-8"))
         config = json.loads(config_path.read_text(encoding="utf-8")) if config_path else {}
-        known = {t for tokens in SPECIAL_TOKENS.values() for t in tokens}
-        added = data.get("added_tokens", [])
-        extra = {t["content"]: t["id"] for t in added if t["content"] in known or t["content"].startswith(_PADDING_PREFIX)}
-        data["added_tokens"] = [t for t in added if t["content"] not in extra]
-        backend = TextTokenizer.from_str(json.dumps(data))
-        eos = _token_name(config.get("eos_token")) or next((t for t in _USUAL_EOS if backend.token_to_id(t) is not None), None)
+        eos = _token_name(config.get("eos_token"))
         if eos is None:
-            raise ValueError(f"{path}: no end-of-text token; name it as eos_token in tokenizer_config.json beside it")
+            candidates = [t for t in _USUAL_EOS if backend.token_to_id(t) is not None]
+            if len(candidates) != 1:
+                raise ValueError(f"{path}: which token ends a text ({candidates})? Name it as eos_token in tokenizer_config.json beside it")
+            eos = candidates[0]
         tokenizer = cls(
             backend,
             eos_token=eos,
@@ -143,7 +141,11 @@ class Tokenizer:
         return frozenset(self.special_tokens.values())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Adds no begin or end token; texts that look like image tokens stay text."""
+        """Token ids of a text. Adds no begin or end token.
+
+        Special tokens of the text tokenizer itself (`<|endoftext|>`, chat turns) are recognised, as in the published models; what looks
+        like an image token stays text.
+        """
         return list(self._encode(text))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, truncate_at_eos: bool = True) -> str:
@@ -210,6 +212,17 @@ class Tokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._encode = lru_cache(_CACHED_TEXTS)(self._encode_uncached)
+
+
+def _without_special_tokens(text: str) -> tuple[TextTokenizer, dict[str, int]]:
+    """The tokenizer of a tokenizer.json without its padding and image tokens, and those tokens with their ids."""
+    known = {t for tokens in SPECIAL_TOKENS.values() for t in tokens}
+    if _PADDING_PREFIX not in text and not any(t in text for t in known):  # parsing a large vocabulary twice takes a second
+        return TextTokenizer.from_str(text), {}
+    data = json.loads(text)
+    extra = {t["content"]: t["id"] for t in data["added_tokens"] if t["content"] in known or t["content"].startswith(_PADDING_PREFIX)}
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] not in extra]
+    return TextTokenizer.from_str(json.dumps(data)), extra
 
 
 def _token_name(value: Any) -> str | None:

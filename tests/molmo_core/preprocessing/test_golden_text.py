@@ -1,6 +1,7 @@
 """The reference's own sequences: prompts and answers by style, trees, points, counting, multiple choice, and two whole batches."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from molmo_core.preprocessing.configs import DataFormatter, MolmoPreprocessorCon
 from molmo_core.preprocessing.preprocessor import build_preprocessor
 from molmo_core.preprocessing.tokenizer import Tokenizer
 
-CASES = json.loads((__import__("pathlib").Path(__file__).parents[2] / "golden/text/text_formatting.json").read_text())
+CASES = json.loads((Path(__file__).parents[2] / "golden/text/text_formatting.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_sequences_equal_the_reference(case, tokenizer):
         assert got["labels"].tolist() == expected["target_tokens"]
         np.testing.assert_allclose(got["loss_masks"], expected["loss_masks"], atol=1e-6)
     else:
-        assert "labels" not in got and "loss_masks" not in got
+        assert not {"labels", "loss_masks"} & got.keys()
 
 
 EXAMPLES = [
