@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from molmo_core.preprocessing.media import MediaError, image_size, load_image
+from molmo_core.preprocessing.media import MediaError, load_image
 from pipelines.data.media import fetch
 from pipelines.data.records import normalise
 from pipelines.data.sources import Record, Rejected
@@ -66,9 +66,7 @@ class ExampleBuilder:
     def _image(self, reference: str | bytes, field: str) -> np.ndarray:
         data = fetch(reference)
         try:
-            height, width = image_size(data)
-            if height * width > self.max_image_pixels:
-                raise Rejected("image: too many pixels", f"{field}: {width} x {height}, the limit is {self.max_image_pixels:,}")
-            return load_image(data, max_pixels=self.max_image_pixels)
+            return load_image(data, max_pixels=self.max_image_pixels)  # checks the limit before decoding
         except MediaError as error:
-            raise Rejected("image: undecodable", f"{field}: {error}") from None
+            large = "more than the limit" in str(error) or "too large" in str(error)
+            raise Rejected("image: too many pixels" if large else "image: undecodable", f"{field}: {error}") from None

@@ -88,9 +88,6 @@ class PackingConfig(BaseConfig):
     """Examples among which each stream chooses what goes together."""
     max_crops: int = 128
     """Crops or frames of one pack."""
-    text_weight: float = 1.0
-    image_weight: float = 30.0
-    """Value of a crop relative to a token when the packer chooses."""
 
 
 @dataclasses.dataclass
