@@ -15,12 +15,13 @@ import torch
 from molmo_core.generation.generate import PAD_TOKEN_ID, Decoder, prepare_inputs
 
 Example = dict[str, Any]
+Collate = Callable[[list[Example]], dict[str, Any]]
 COMPACT_AT = 0.5
 """Ended rows are dropped from the cache once at least this share of its rows has ended (each time copies the rest)."""
 
 
 @torch.inference_mode()
-def answer(model: Any, groups: Sequence[Sequence[Example]], collate: Callable[[list[Example]], dict], max_new_tokens: int) -> list[list[str]]:
+def answer(model: Any, groups: Sequence[Sequence[Example]], collate: Collate, max_new_tokens: int) -> list[list[str]]:
     """The model's answers.
 
     Args:
@@ -94,6 +95,6 @@ def _greedy(decoder: Decoder, logits: torch.Tensor, end: int, max_new_tokens: in
     return answers
 
 
-def _separately(model: Any, groups: Sequence[Sequence[Example]], collate: Callable[[list[Example]], dict], limit: int) -> list[list[str]]:
+def _separately(model: Any, groups: Sequence[Sequence[Example]], collate: Collate, limit: int) -> list[list[str]]:
     texts = iter(model.generate(**collate([example for group in groups for example in group]), max_new_tokens=limit).text)
     return [[next(texts) for _ in group] for group in groups]

@@ -35,7 +35,7 @@ class Replica:
         """`model`: the checkpoint, with its version fixed (an alias may move while replicas start)."""
         device = "cuda" if config.gpus_per_replica else "cpu"
         self._config = config
-        loaded = load_model(tracking.resolve(model)).to(device=device, dtype=getattr(torch, config.dtype))
+        loaded = load_model(tracking.resolve(model), getattr(torch, config.dtype), device)
         self._engine = Engine(loaded)
         self._waiting: queue.SimpleQueue[Row] = queue.SimpleQueue()
         self._failure: BaseException | None = None
