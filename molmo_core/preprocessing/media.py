@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 MAX_PIXELS = 89_478_485
 """Default limit of an image's size, checked before it is decoded (Pillow's own warning threshold)."""
@@ -69,10 +71,15 @@ def image_size(source: ImageSource) -> tuple[int, int]:
     """
     if isinstance(source, np.ndarray):
         return source.shape[0], source.shape[1]
-    if isinstance(source, Image.Image):
-        return _oriented_size(source)
-    with _open(source) as image:
-        return _oriented_size(image)
+    image = source if isinstance(source, Image.Image) else _open(source)
+    try:
+        orientation = 1 if image.format == "TIFF" else _orientation(image)  # a TIFF's size is that after rotation
+    except Exception as error:  # see _decode
+        raise MediaError(f"{_name(source)}: unreadable metadata: {type(error).__name__}: {error}") from error
+    finally:
+        if image is not source:
+            image.close()
+    return (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
 
 
 def _name(source: Any) -> str:
@@ -135,12 +142,30 @@ def _oriented(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, without decoding the image unless there is no other way."""
+    if isinstance(image, PngImageFile) and not _has_late_metadata(image):
+        return Image.Image.getexif(image).get(_ORIENTATION, 1)  # the PNG class' own method decodes the whole image first
     return image.getexif().get(_ORIENTATION, 1)
 
 
-def _oriented_size(image: Image.Image) -> tuple[int, int]:
-    swap = image.format != "TIFF" and _orientation(image) >= 5
-    return (image.width, image.height) if swap else (image.height, image.width)
+def _has_late_metadata(image: PngImageFile) -> bool:
+    """Whether a PNG that is not decoded yet has metadata behind its pixels."""
+    stream = image.fp
+    if stream is None or "exif" in image.info:
+        return False
+    position = stream.tell()
+    try:
+        stream.seek(8)
+        pixels = False
+        while len(header := stream.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            pixels |= kind == b"IDAT"
+            stream.seek(length + 4, os.SEEK_CUR)
+        return False
+    finally:
+        stream.seek(position)
 
 
 def _from_array(array: np.ndarray, max_pixels: int, name: str = "array") -> np.ndarray:
