@@ -81,7 +81,7 @@ def sequence_layout(
     pack = torch.zeros_like(input_ids) if segments is None else segments // PACK_STRIDE
     if mode == "within_image":
         opens = torch.isin(input_ids, torch.tensor(tokens.openers, device=input_ids.device))
-        group = opens.cumsum(-1)
+        group = pack * (input_ids.shape[1] + 1) + opens.cumsum(-1)
     else:
         group = pack
     questions = None
