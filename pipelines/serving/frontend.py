@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from molmo_core.models import BaseModelConfig
+from molmo_core.models.base import BaseModelConfig
 from pipelines import tracking
 from pipelines.serving import schema
 from pipelines.serving.config import ServeConfig
