@@ -55,7 +55,7 @@ class BaseConfig:
         try:
             return _adapter(cls).validate_python(checked)
         except ValidationError as error:
-            lines = [f"  {'.'.join(str(p) for p in e['loc'])}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+            lines = [_describe(dict(e)) for e in error.errors()]
             raise ConfigError(f"{source}: {len(lines)} invalid value(s)\n" + "\n".join(lines)) from None
 
     @classmethod
@@ -123,6 +123,14 @@ def nearest(name: str, valid: typing.Iterable[str]) -> str:
 def _cached(function: Callable[[type], T]) -> Callable[[type], T]:
     """`functools.cache` for functions of a class (dataclasses look unhashable to the type checker, their classes are not)."""
     return functools.cache(function)
+
+
+def _describe(error: dict[str, Any]) -> str:
+    """One line about a value that pydantic refused; a check across keys (`__post_init__`) has no single value to show."""
+    where = ".".join(str(part) for part in error["loc"])
+    if isinstance(error["input"], dict):
+        return f"  {f'{where}: ' if where else ''}{error['msg'].removeprefix('Value error, ')}"
+    return f"  {where}: {error['msg']} (got {error['input']!r})"
 
 
 @_cached

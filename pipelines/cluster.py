@@ -75,11 +75,10 @@ def connect(
 def _start(num_cpus: int | None, num_gpus: int | None, object_store_memory: int | None, common: dict[str, Any]) -> None:
     for name, value in LOCAL_ENV.items():
         os.environ.setdefault(name, value)
-    # Ray's ports are open to every user of the machine. A token that only this process and its children know keeps others out
-    # (and, unlike Ray's default, is not written to the home directory).
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray's ports are open to every user of the machine, so it asks for a token unless RAY_AUTH_MODE says otherwise. One that only
+    # this process and its children know keeps others out, and (unlike Ray's default) is not written to the home directory.
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         num_cpus=num_cpus or os.cpu_count(),
         num_gpus=num_gpus,

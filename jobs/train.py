@@ -1,0 +1,34 @@
+"""Train a model on prepared data or records, on any number of workers; a stopped run goes on when started again."""
+
+from __future__ import annotations
+
+from jobs.command import ConfigPath, Overrides, job
+from pipelines import cluster, tracking
+from pipelines.training.config import TrainConfig
+from pipelines.training.trainer import train
+
+
+def main(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a model with Ray Train (FSDP), from records or a prepared dataset to a checkpoint folder that can be served.
+
+    Progress goes to the terminal, numbers and pictures to MLflow. A run of the same `name` and `storage` goes on from its last checkpoint;
+    Ctrl-C or SIGTERM saves one first.
+    """
+    settings = TrainConfig.load(config, overrides)
+    with cluster.connect(num_cpus=cpus_needed(settings)):
+        result = train(settings)
+    print(f"{'trained' if result.finished else 'stopped at'} {result.step} of {result.steps} steps in {result.seconds:.0f} s")
+    if result.checkpoint:
+        print(f"model    {result.checkpoint}")
+    print(f"MLflow   {tracking.tracking_uri()} run {result.run_id}")
+
+
+def cpus_needed(settings: TrainConfig) -> int:
+    """CPUs of a cluster that is started for this run: its workers and one for what works beside them."""
+    return int(settings.num_workers * settings.cpus_per_worker) + 1
+
+
+app = job(main)
+
+if __name__ == "__main__":
+    app()

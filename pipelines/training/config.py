@@ -1,0 +1,232 @@
+"""The configuration of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from molmo_core.config import BaseConfig, ConfigError, read_yaml
+from molmo_core.models.base import BaseModelConfig, config_class
+from pipelines.data.config import DataConfig
+
+Precision = Literal["fp32", "amp_bf16", "bf16"]
+
+
+@dataclasses.dataclass
+class GroupConfig(BaseConfig):
+    """Optimiser settings of one part of the model."""
+
+    lr: float = 1e-5
+    """Peak learning rate of AdamW."""
+    warmup: int = 200
+    """Steps from 0 to the peak, linearly."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    muon_lr: float | None = None
+    """Peak learning rate of Muon for this part's matrices (all but embeddings and the output head); None = AdamW for them, too."""
+
+
+@dataclasses.dataclass
+class ScheduleConfig(BaseConfig):
+    """How the learning rates go on after warmup."""
+
+    name: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    alpha_f: float = 0.1
+    """Share of the peak that `cosine` and `linear` end at."""
+    hold: float = 0.0
+    """Share of the run (warmup included) that stays at the peak before `cosine` or `linear` begin."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.hold < 1 and 0 <= self.alpha_f <= 1):
+            raise ConfigError(f"schedule: hold={self.hold} must be in [0, 1) and alpha_f={self.alpha_f} in [0, 1]")
+
+
+@dataclasses.dataclass
+class OptimConfig(BaseConfig):
+    """The optimiser. Defaults are those of the published pre-training."""
+
+    connector: GroupConfig = dataclasses.field(default_factory=lambda: GroupConfig(lr=2e-4, warmup=200))
+    vit: GroupConfig = dataclasses.field(default_factory=lambda: GroupConfig(lr=6e-6, warmup=2000))
+    llm: GroupConfig = dataclasses.field(default_factory=lambda: GroupConfig(lr=2e-5, warmup=2000))
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    max_grad_norm: float | None = 1.0
+    """Gradients of each part are scaled down to this norm; None = never."""
+    muon_momentum: float = 0.95
+
+    def of(self, group: str) -> GroupConfig:
+        """Settings of `connector`, `vit` or `llm`."""
+        return getattr(self, group)
+
+
+@dataclasses.dataclass
+class CheckpointConfig(BaseConfig):
+    """Checkpoints while training. The last step always gets one."""
+
+    interval: int = 1000
+    """Steps between two."""
+    keep: int | None = 2
+    """How many of the latest stay; None = all."""
+
+
+@dataclasses.dataclass
+class ValidationConfig(BaseConfig):
+    """The loss on data that is not trained on."""
+
+    data: DataConfig
+    interval: int = 1000
+    """Steps between two."""
+    batches: int = 8
+    """Global batches, the same ones every time."""
+
+
+@dataclasses.dataclass
+class SamplesConfig(BaseConfig):
+    """Answers of the model to questions of a few records, as a picture."""
+
+    records: str
+    """A file, a folder or a glob of records with answers (docs/data.md)."""
+    interval: int = 1000
+    """Steps between two; the last step always gets one."""
+    count: int = 8
+    """Records, one question each."""
+    max_new_tokens: int = 64
+
+    PATHS: ClassVar[tuple[str, ...]] = ("records",)
+
+
+@dataclasses.dataclass
+class TrainConfig(BaseConfig):
+    """`python -m jobs.train`. A run of the same `name` and `storage` goes on where it stopped."""
+
+    name: str
+    """Name of the run: of its folder under `storage` and of its MLflow run."""
+    model: BaseModelConfig
+    """A model configuration, the path of one, or a checkpoint folder (then `init_from` is that folder unless given)."""
+    data: DataConfig
+    """What to train on, or the path of a file that says so."""
+    steps: int
+    storage: str = "runs"
+    """Folder, or URL that pyarrow understands (s3://...), of checkpoints and of the run's state."""
+    experiment: str = "molmo"
+    """MLflow experiment."""
+    init_from: str | None = None
+    """Weights to begin with: a checkpoint folder of any layout or a registered model (models:/name@alias); None = random, and what
+    `init_path` of language model and encoder name."""
+
+    global_batch_size: int = 128
+    """Sequences of one optimiser step over all workers."""
+    device_batch_size: int | None = None
+    """Sequences of one worker at a time; its share of the global batch is accumulated from as many. None = all at once."""
+    sequence_length: int = 2304
+    seed: int = 6198
+
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    z_loss: float = 1e-4
+    """Weight of the mean squared log-normaliser of the output distribution; 0 = none."""
+    ft_connector: bool = True
+    """Train pooling, projector, padding and special-token embeddings."""
+    ft_vit: bool = True
+    ft_llm: bool = True
+    ft_embedding: Literal["lm_head", "ln_f", "wte", "all"] = "lm_head"
+    """What of the language model's ends is trained: `lm_head` the last norm and the output head, `ln_f` only the last norm, `wte` only the
+    token embeddings, `all` everything. (With tied weights the head is the embedding and follows `wte`.)"""
+
+    precision: Precision = "amp_bf16"
+    """`amp_bf16`: float32 weights, bfloat16 arithmetic; `bf16`: everything in bfloat16; `fp32`: everything in float32."""
+    activation_checkpointing: bool = False
+    """Recompute every block in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """torch.compile every block."""
+
+    num_workers: int = 1
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """One GPU a worker, or none; `auto`: GPUs if the cluster has as many as workers."""
+    cpus_per_worker: float = 1.0
+    max_failures: int = 3
+    """Restarts from the last checkpoint after a worker died; 0 = none."""
+
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log_interval: int = 20
+    """Steps that one logged number is the mean of."""
+    validation: ValidationConfig | None = None
+    samples: SamplesConfig | None = None
+
+    PATHS: ClassVar[tuple[str, ...]] = ("init_from",)
+
+    def __post_init__(self) -> None:
+        share, rest = divmod(self.global_batch_size, self.num_workers)
+        if rest:
+            raise ConfigError(f"global_batch_size={self.global_batch_size} is not a multiple of num_workers={self.num_workers}")
+        if self.device_batch_size and share % self.device_batch_size:
+            raise ConfigError(
+                f"device_batch_size={self.device_batch_size} does not divide a worker's share of {share} sequences "
+                f"(global_batch_size / num_workers)"
+            )
+        for name in ("steps", "global_batch_size", "sequence_length", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not (self.ft_connector or self.ft_vit or self.ft_llm):
+            raise ConfigError("nothing to train: ft_connector, ft_vit and ft_llm are all false")
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes of one worker in one step."""
+        share = self.global_batch_size // self.num_workers
+        return share // (self.device_batch_size or share)
+
+    @classmethod
+    def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(data.get("model"), dict):
+            model = dict(data["model"])
+            data["model"] = config_class(model.get("model_name", "molmo"), "model").from_dict(model, source="model")
+        return data
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None, key: str | None = None) -> Self:
+        """Reads a YAML file whose `model` and `data` may be paths of further files; overrides reach into those (`model.llm.n_layers=2`)."""
+        path = Path(path)
+        outer = [o for o in overrides or () if not o.startswith(("model.", "data."))]
+        content = read_yaml(path, outer, key)
+        model = content.get("model")
+        if isinstance(model, str):
+            file = _beside(path, model)
+            if file.is_dir():
+                content.setdefault("init_from", str(file))
+            content["model"] = BaseModelConfig.load(file, _inner(overrides, "model."))
+        elif model is not None:
+            content["model"] = BaseModelConfig.load(path, _inner(overrides, "model."), key=f"{key}.model" if key else "model")
+        if isinstance(content.get("data"), str):
+            content["data"] = DataConfig.load(_beside(path, content["data"]), _inner(overrides, "data."))
+        elif content.get("data") is not None:
+            content["data"] = DataConfig.load(path, _inner(overrides, "data."), key=f"{key}.data" if key else "data")
+        return cls.from_dict(content, source=str(path), base=path.parent)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run is resumed: the model, the data, their order and how the steps depend on them."""
+        names = (
+            "model",
+            "data",
+            "init_from",
+            "global_batch_size",
+            "sequence_length",
+            "seed",
+            "ft_connector",
+            "ft_vit",
+            "ft_llm",
+            "ft_embedding",
+        )
+        content = self.as_dict()
+        data = {k: v for k, v in content["data"].items() if k not in ("actors", "prefetch", "max_reject_rate")}
+        return {name: content[name] for name in names} | {"data": data}
+
+
+def _inner(overrides: list[str] | None, prefix: str) -> list[str]:
+    return [o.removeprefix(prefix) for o in overrides or () if o.startswith(prefix)]
+
+
+def _beside(path: Path, value: str) -> Path:
+    """A path relative to the file that holds it, or to the current folder."""
+    beside = path.parent / value
+    return beside if beside.exists() else Path(value)

@@ -1,0 +1,142 @@
+"""What is trained and how: frozen parameters, the optimisers with their groups, learning-rate schedules, gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from molmo_core.config import ConfigError
+from molmo_core.models.base import ModelBase
+from pipelines.training.config import GroupConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pipelines.training.muon import Muon
+
+# Two-dimensional parameters that are tables of vectors or the output layer; Muon is for matrices between hidden layers.
+NO_MATRIX = ("embedding", "new_embedding", "positional_embedding", "class_embedding", "pad_embed", "transformer.ff_out.weight")
+
+
+def freeze(model: ModelBase, config: TrainConfig) -> None:
+    """Sets `requires_grad` of all parameters from the `ft_*` settings.
+
+    Raises:
+        ConfigError: nothing would be left to train.
+    """
+    enabled = {"connector": config.ft_connector, "vit": config.ft_vit, "llm": config.ft_llm}
+    for group, parameters in model.parameter_groups().items():
+        for name, parameter in parameters:
+            parameter.requires_grad_(enabled[group] and (group != "llm" or _end_trains(name, config.ft_embedding)))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("nothing to train: the parts that ft_connector, ft_vit and ft_llm choose have no parameters in this model")
+
+
+def _end_trains(name: str, ft_embedding: str) -> bool:
+    """Whether `ft_embedding` lets a parameter of the language model train (blocks always do)."""
+    if name == "transformer.wte.embedding":
+        return ft_embedding in ("wte", "all")
+    if name.startswith("transformer.ff_out."):
+        return ft_embedding in ("lm_head", "all")
+    if name.startswith("transformer.ln_f."):
+        return ft_embedding in ("lm_head", "ln_f", "all")
+    return True
+
+
+class Optimizer:
+    """AdamW, and Muon where it is asked for, over the trainable parameters of each part of the model."""
+
+    def __init__(self, model: ModelBase, config: OptimConfig):
+        self.config = config
+        self.parameters: dict[str, list[nn.Parameter]] = {}
+        """Trainable parameters of each part that has any."""
+        adamw: list[dict[str, Any]] = []
+        muon: list[dict[str, Any]] = []
+        for group, named in model.parameter_groups().items():
+            settings = config.of(group)
+            trainable = [(name, p) for name, p in named if p.requires_grad]
+            if not trainable:
+                continue
+            self.parameters[group] = [p for _, p in trainable]
+            matrices = [p for name, p in trainable if settings.muon_lr is not None and is_matrix(name, p)]
+            chosen = {id(p) for p in matrices}
+            rest = [p for p in self.parameters[group] if id(p) not in chosen]
+            shared = {"group": group, "weight_decay": settings.weight_decay}
+            if rest:
+                adamw.append({"params": rest, "lr": settings.lr, "betas": settings.betas, "eps": settings.eps, **shared})
+            if matrices:
+                muon.append({"params": matrices, "lr": settings.muon_lr, "momentum": config.muon_momentum, **shared})
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if adamw:
+            self.optimizers.append(torch.optim.AdamW(adamw, fused=True))
+        if muon:
+            self.optimizers.append(Muon(muon))
+
+    def set_learning_rates(self, step: int, steps: int) -> dict[str, float]:
+        """Sets the rates of step `step` (from 1) of `steps`; returns them as `lr/<part>` and `lr/<part>_muon`."""
+        rates = {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                settings = self.config.of(group["group"])
+                muon = isinstance(optimizer, Muon)
+                peak = settings.muon_lr if muon else settings.lr
+                assert peak is not None
+                group["lr"] = learning_rate(peak, step, steps, settings, self.config.schedule)
+                rates[f"lr/{group['group']}{'_muon' if muon else ''}"] = group["lr"]
+        return rates
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def squared_norms(self) -> dict[str, torch.Tensor]:
+        """Σ gradient² of each part over what this process holds, float32 scalars."""
+        return {group: _squared_norm(parameters) for group, parameters in self.parameters.items()}
+
+    def clip(self, norms: dict[str, torch.Tensor]) -> None:
+        """Scales every part's gradients down to `max_grad_norm`, given the norms over all processes."""
+        limit = self.config.max_grad_norm
+        if limit is None:
+            return
+        for group, parameters in self.parameters.items():
+            scale = (limit / (norms[group] + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(_local_gradients(parameters), scale)
+
+
+def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether Muon may update a parameter: a matrix that maps one hidden vector to another."""
+    return parameter.ndim == 2 and not name.removesuffix(".weight").endswith(NO_MATRIX) and not name.endswith(NO_MATRIX)
+
+
+def learning_rate(peak: float, step: int, steps: int, group: GroupConfig, schedule: ScheduleConfig) -> float:
+    """The learning rate of step `step` (from 1) of a run of `steps`."""
+    warmup = group.warmup
+    if step < warmup:
+        return peak * step / warmup
+    if schedule.name == "constant":
+        return peak
+    if schedule.name == "inverse_sqrt":
+        return peak * math.sqrt(max(warmup, 1) / max(step, 1))
+    start = max(warmup, schedule.hold * steps)
+    done = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
+    final = schedule.alpha_f * peak
+    if schedule.name == "linear":
+        return peak + (final - peak) * done
+    return final + (peak - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    gradients = (p.grad for p in parameters if p.grad is not None)
+    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+
+
+def _squared_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    gradients = [g for g in _local_gradients(parameters) if g.numel()]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
+    return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()

@@ -1,0 +1,104 @@
+"""Looks at the model while it trains: the loss on other data, and answers to a few questions."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from molmo_core.config import ConfigError
+from molmo_core.models.base import ModelBase
+from pipelines.data.builder import ExampleBuilder
+from pipelines.data.records import normalise
+from pipelines.data.sources import Rejected, open_records
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.questions import Question, media_of, questions, score
+from pipelines.training.config import TrainConfig
+from pipelines.training.parallel import all_sum, autocast, rank, world_size
+
+SCORING = EvaluateConfig(model="-", records="-", output="-")
+MAX_PIXELS = 178_956_970
+
+
+class Validator:
+    """The mean loss over the same global batches every time."""
+
+    def __init__(self, config: TrainConfig, make_loader: Any, model: ModelBase, device: torch.device):
+        assert config.validation is not None
+        self.batches, self.precision, self.device, self.model = config.validation.batches, config.precision, device, model
+        sizes = {"global_batch_size": config.global_batch_size, "sequence_length": config.sequence_length}
+        self.loader = make_loader(config.validation.data, config.model, **sizes, seed=config.seed, rank=rank(), world_size=world_size())
+        self.beginning = self.loader.state_dict()
+
+    @torch.no_grad()
+    def run(self) -> dict[str, float]:
+        """`validation/loss` and `validation/accuracy`; every rank calls it."""
+        self.loader.load_state_dict(self.beginning)
+        self.model.eval()
+        sums = torch.zeros(3, device=self.device)
+        batches = iter(self.loader)
+        for batch in itertools.islice(batches, self.batches):
+            with autocast(self.precision, self.device):
+                metrics = self.model(**batch, return_logits=False).metrics
+            sums += (
+                torch.stack([metrics["cross_entropy"], metrics["accuracy"], torch.ones_like(metrics["accuracy"])]) * metrics["loss_weight"]
+            )
+        batches.close()
+        back_to_training(self.model)
+        loss, correct, weight = all_sum(sums).tolist()
+        return {"validation/loss": loss / weight, "validation/accuracy": correct / weight}
+
+
+class Sampler:
+    """Greedy answers to a question of each of the first records; every rank computes the same ones."""
+
+    def __init__(self, config: TrainConfig, model: ModelBase):
+        assert config.samples is not None
+        self.settings, self.precision, self.model = config.samples, config.precision, model
+        preprocess = config.model.build_preprocessor(for_inference=True, is_training=False)  # type: ignore[attr-defined]
+        self.collate = config.model.build_collator(None, None, include_metadata=False)  # type: ignore[attr-defined]
+        builder = ExampleBuilder(preprocess, MAX_PIXELS)
+        records = open_records(self.settings.records)
+        self.questions: list[Question] = []
+        self.prompts: list[dict[str, Any]] = []
+        try:
+            for i in range(min(self.settings.count, len(records))):
+                example = normalise(records[i])
+                question = _of_type(questions(example), i)
+                builder.decode(example)
+                self.questions.append(question)
+                self.prompts.append(preprocess({**media_of(example), **question.task}))
+        except Rejected as error:
+            raise ConfigError(f"samples.records: {self.settings.records}: record {i}: {error}") from None
+
+    @torch.no_grad()
+    def run(self) -> list[dict[str, Any]]:
+        """A result for each record, in the form of an evaluation's; every rank calls it."""
+        self.model.eval()
+        with autocast(self.precision, self.model.device):
+            texts = self.model.generate(**self.collate(self.prompts), max_new_tokens=self.settings.max_new_tokens).text
+        back_to_training(self.model)
+        results = []
+        for i, (question, prompt, text) in enumerate(zip(self.questions, self.prompts, texts)):
+            sizes = prompt.get("metadata", {}).get("image_sizes")
+            points = score(question, text, SCORING, tuple(sizes[0]) if sizes else (100, 100))
+            answer = {"question": question.text, "type": question.type, "answers": question.answers, "prediction": text, "score": points}
+            results.append({"record": i, "questions": [answer]})
+        return results
+
+
+def _of_type(asked: list[Question], turn: int) -> Question:
+    """One of a record's questions; successive turns take different types."""
+    types = sorted({question.type for question in asked})
+    return next(question for question in asked if question.type == types[turn % len(types)])
+
+
+def back_to_training(model: ModelBase) -> None:
+    """After a look without gradients: training mode, and FSDP's gathered parameters freed."""
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    model.train()
