@@ -13,7 +13,7 @@ import torch
 from molmo_core.checkpoint.huggingface import from_pretrained
 from molmo_core.checkpoint.layouts import published_links
 from molmo_core.checkpoint.links import export_specs, exporter, model_tensors
-from molmo_core.checkpoint.native import SHARD_BYTES, new_folder, publish_folder, save_checkpoint
+from molmo_core.checkpoint.native import SHARD_BYTES, atomic_folder, save_checkpoint
 from molmo_core.checkpoint.published_export import published_layout_of, write_published_files
 from molmo_core.checkpoint.safetensors_stream import CheckpointError, write_safetensors
 
@@ -75,10 +75,10 @@ def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = 
     tensors = model_tensors(model)
     links = published_links(layout, tensors, model.config.llm)
     specs = export_specs(tensors, links, dtype)
-    folder = new_folder(out)
-    write_published_files(folder, model.config, layout, model.tokenizer, str(next(iter(specs.values())).dtype).removeprefix("torch."))
-    write_safetensors(folder, specs, exporter(tensors, links), SHARD_BYTES)
-    publish_folder(folder, out)
+    stored = str(next(iter(specs.values())).dtype).removeprefix("torch.")
+    with atomic_folder(out) as folder:
+        write_published_files(folder, model.config, layout, model.tokenizer, stored)
+        write_safetensors(folder, specs, exporter(tensors, links), SHARD_BYTES)
     return out
 
 

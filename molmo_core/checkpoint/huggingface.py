@@ -41,9 +41,7 @@ def from_pretrained(
     """
     if isinstance(dtype, str):
         dtype = _dtype(dtype)
-    folder = Path(path)
-    if not folder.exists():
-        folder = _download(str(path))
+    folder = local_folder(path)
     if (folder / CONFIG_NAME).is_file():
         return load_model(folder, dtype, device)
     if not is_published(folder):
@@ -53,6 +51,16 @@ def from_pretrained(
     data = read_published_config(folder)
     config = config_class(data["model_name"], str(folder)).from_dict(data, source=str(folder / "config.json"))
     return build_and_load(config, folder, dtype, device)
+
+
+def local_folder(path: str | Path) -> Path:
+    """A folder as it is; a hub repository after its download (or from the local cache).
+
+    Raises:
+        CheckpointError: neither exists.
+    """
+    folder = Path(path)
+    return folder if folder.exists() else _download(str(path))
 
 
 def _dtype(name: str) -> torch.dtype:

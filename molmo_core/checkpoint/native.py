@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +45,17 @@ def save_checkpoint(model: ModelBase, path: str | Path, sharded: bool = False, d
     tokenizer = model.tokenizer  # on every rank, so that a missing one fails on every rank
     if path.exists() and not (path / CONFIG_NAME).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"{path} exists and is not a checkpoint; it is not overwritten")
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    folder = new_folder(path) if writes else path
     tensors = model_tensors(model)
     links = same_names(tensors)
-    write_safetensors(folder, export_specs(tensors, links, dtype), exporter(tensors, links), SHARD_BYTES if sharded else None, writes)
-    if writes:
-        tokenizer.save(folder / TOKENIZER_NAME)
-        _portable(model.config).save(folder / CONFIG_NAME)
-        publish_folder(folder, path)
+    specs, tensor = export_specs(tensors, links, dtype), exporter(tensors, links)
+    limit = SHARD_BYTES if sharded else None
+    if dist.is_initialized() and dist.get_rank() != 0:
+        write_safetensors(path, specs, tensor, limit, write=False)
+    else:
+        with atomic_folder(path) as folder:
+            write_safetensors(folder, specs, tensor, limit)
+            tokenizer.save(folder / TOKENIZER_NAME)
+            _portable(model.config).save(folder / CONFIG_NAME)
     if dist.is_initialized():
         dist.barrier()
 
@@ -103,23 +107,23 @@ def checkpoint_links(model: ModelBase, reader: SafetensorsReader) -> list[Link]:
     return published_links(published_layout(reader.path, reader.specs), names, model.config.llm, reader.specs)
 
 
-def new_folder(path: Path) -> Path:
-    """An empty folder beside `path`, to be filled and then given that name by `publish_folder`."""
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its name, and its place, when the block ends well; it vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    folder.chmod(0o755)
-    return folder
-
-
-def publish_folder(folder: Path, path: Path) -> None:
-    """Gives a finished folder its name, replacing what is there."""
-    if path.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        os.replace(path, old / path.name)
-        os.replace(folder, path)
-        shutil.rmtree(old)
-    else:
-        os.replace(folder, path)
+    try:
+        folder.chmod(0o755)
+        yield folder
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(folder, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # nothing is there after success
 
 
 def _portable(config: Any) -> Any:

@@ -139,7 +139,7 @@ def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     text, adapter = data["text_config"], data["adapter_config"]
     released = "vision_config" not in data  # the released files name it vit_config, and declare encoder blocks they do not hold
     vision = data["vit_config"] if released else data["vision_config"]
-    llm = _renamed(text, MOLMO2_LLM) | _rope(text)
+    llm = _renamed(text, MOLMO2_LLM) | rope_settings(text)
     llm |= {
         "mlp_hidden_size": 2 * text["intermediate_size"],
         "attention_layer_norm": text.get("use_qk_norm", True),
@@ -201,9 +201,10 @@ def _molmo2_preprocessor(folder: Path) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if v is not None}
 
 
-def _rope(text: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings of either spelling: rope_theta + rope_scaling, or rope_parameters."""
+def rope_settings(text: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings of a text configuration in any spelling: rope_theta + rope_scaling, rope_parameters, or those per kind of layer."""
     parameters = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    parameters = dict(parameters.get("full_attention", parameters))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     settings = {"rope_type": kind, "rope_theta": float(parameters.get("rope_theta", text.get("rope_theta", 1e4)))}
     if kind == "default":
