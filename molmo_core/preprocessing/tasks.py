@@ -37,6 +37,7 @@ _POINT_MODES: dict[str, point_text.PointMode] = {
 }
 _POINT_TEMPLATES = {"point_then_count": "point_count", "count_then_point": "count_then_point", "count": "count", "point": "pointing"}
 POINT_STYLES = frozenset({"pointing", "cosyn_point", *_POINT_MODES})
+_OPEN_QA_STYLES = frozenset({"user_qa", "synthetic_qa"})
 _CAPTION_KINDS = ("video_short_caption", "video_long_caption", "short_caption", "transcript")
 _TASK_KEYS = ("messages", "options", "unlabelled_options", "points", "image_points", "tracks", "label", "question", "text")
 
@@ -96,7 +97,7 @@ class TaskReader:
             answer = None if answer is None else f"{_text(record, 'explanation')} Answer: {answer}"
             if self.templates:
                 question = prompts.fill("explanation", self.rng, self.vary, question=question)
-        elif self.templates and self.vary and style == "user_qa" and "answer_annotations" not in record:
+        elif self.templates and self.vary and style in _OPEN_QA_STYLES and "answer_annotations" not in record:
             question = prompts.without_pointing(question, self.rng)
         return question, answer
 

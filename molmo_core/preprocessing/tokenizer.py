@@ -25,7 +25,7 @@ SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
     "molmo": ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", IMAGE_PROMPT, "<im_low>"),
     "molmo2": (
         "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", IMAGE_PROMPT, "<im_low>", "<frame_start>", "<frame_end>",
-        VIDEO_PROMPT, "<|points|>", "<|token_index|>", "<|vit_index|>", "<|vit_location|>",
+        VIDEO_PROMPT, "<|points|>", "<|token_index|>", "<|vit_index|>", "<|vit_loc|>",
     ),
 }  # fmt: skip
 
