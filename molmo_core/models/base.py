@@ -246,26 +246,24 @@ class ModelBase(nn.Module):
         reshard_after_forward: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Shards the parameters with `fully_shard`: every block, the rest of encoder and connector, then the root.
+        """Shards the parameters with `fully_shard`: every block is a unit, everything else the root.
+
+        Inputs are never cast: the blocks take float32 rotary tables and the root float32 loss weights, whatever the parameters are.
 
         Args:
             mesh: one or two dimensions (hybrid sharding); None = all ranks.
-            mp_policy: dtypes of the gathered parameters, the reduction and the output.
+            mp_policy: dtypes of the gathered parameters, of the reduction and of the output.
             reshard_after_forward: free the gathered parameters of a block between forward and backward.
             kwargs: further arguments of `fully_shard`.
         """
-        options = {"mesh": mesh, "mp_policy": mp_policy or MixedPrecisionPolicy(), **kwargs}
+        policy = dataclasses.replace(mp_policy or MixedPrecisionPolicy(), cast_forward_inputs=False)
         for block in self.training_blocks():
-            fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-        backbone = getattr(self, "vision_backbone", None)
-        if backbone is not None:
-            for name in ("image_vit", "image_projector"):
-                fully_shard(getattr(backbone, name), reshard_after_forward=reshard_after_forward, **options)
-        fully_shard(self, reshard_after_forward=False, **options)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **kwargs)
+        fully_shard(self, mesh=mesh, mp_policy=policy, reshard_after_forward=False, **kwargs)
 
 
 def clean_name(name: str) -> str:
     """A parameter's own name, without what wrappers add."""
-    for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.", "module."):
-        name = name.replace(wrapper, "") if wrapper != "module." else name.removeprefix(wrapper)
+    for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
     return name
