@@ -188,16 +188,8 @@ class HeMolmo(TokenScoring, Molmo):
             image = self.config.image_tokens.contains(view["input_ids"])
             x, valid = x * image[..., None], valid & image
         shared = BlockInputs(self.attention_mask(view, valid, 0, response), response)
-        keep = (
-            not torch.is_grad_enabled()
-            and not output_attentions
-            and not scorer.unconditioned
-            and self.config.bi_directional_attn in (None, "within_image")
-            and batch["subsegment_ids"] is None
-            and (batch["attention_mask"] is None or batch["attention_mask"].dim() == 2)
-        )
         x = self.transformer.prepare(x if scorer.bp_low_res_embed else x.detach())
-        if keep:
+        if self.may_reuse_first_pass(batch) and not output_attentions:
             cache = GrowingCache()
             return _FirstPass(self.transformer.run_blocks(x, positions, shared, cache, output_hidden_states=True), cache, ends)
         start, stop = scorer.bp_low_res_start, min(max(scorer.bp_low_res_end, scorer.bp_low_res_start), layers)
@@ -208,6 +200,18 @@ class HeMolmo(TokenScoring, Molmo):
             x = blocks.hidden
             hidden_states += blocks.hidden_states
         return _FirstPass(blocks._replace(hidden_states=hidden_states), None, ends)
+
+    def may_reuse_first_pass(self, batch: dict[str, Any]) -> bool:
+        """Whether the tokens of the first pass see the same in the second: no gradient, no dropout, nothing ahead, the question too."""
+        mask = batch["attention_mask"]
+        return (
+            not torch.is_grad_enabled()
+            and not self.training
+            and not self.config.token_scorer.unconditioned
+            and self.config.bi_directional_attn in (None, "within_image")
+            and batch["subsegment_ids"] is None
+            and (mask is None or mask.dim() == 2)
+        )
 
     def _place(
         self, x: torch.Tensor, positions: torch.Tensor, batch: dict[str, Any], high: torch.Tensor, selection: Selection

@@ -89,7 +89,7 @@ def he_layout(
     positions = np.concatenate([np.arange(len(low)), len(low) + np.concatenate([[0], np.ones(k, np.int64), tail])])
     arrays = {
         "low_res_tokens_idx": low_idx,
-        "high_res_tokens_idx": pooled_patches(tiling, settings)[-candidates:],
+        "high_res_tokens_idx": pooled_patches(tiling, settings)[-candidates:].copy(),
         "high_res_pos_ids": places.astype(np.int64),
         "high_res_features_weights": np.ones(k, np.float32),
         "low_to_high": interpolation(low_grid, (height, width), interpolation_factor),
