@@ -26,7 +26,7 @@ FRONTEND_REQUESTS = 1024
 def build(config: ServeConfig) -> serve.Application:
     """The Serve application of a configuration: frontends that share the replicas of the model."""
     model = fixed_version(config.model)
-    replica = serve.deployment(Replica).options(
+    replica = serve.deployment(
         name="model",
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
@@ -35,15 +35,15 @@ def build(config: ServeConfig) -> serve.Application:
         health_check_period_s=5,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,
-    )
-    frontend = serve.deployment(Frontend).options(
+    )(Replica)
+    frontend = serve.deployment(
         name="frontend",
         num_replicas=config.frontends,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=FRONTEND_REQUESTS,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,
-    )
+    )(Frontend)
     return frontend.bind(config, model, replica.bind(config, model))
 
 
@@ -57,6 +57,8 @@ def fixed_version(model: str) -> str:
 @contextlib.contextmanager
 def serving(config: ServeConfig) -> Iterator[str]:
     """Serves a model for the length of a `with` block, on the cluster that is connected; gives the URL.
+
+    Serve itself stays up (other applications may use it) until the cluster ends.
 
     Raises:
         ConfigError: the port is taken.
@@ -73,7 +75,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
         serve.run(application, name=APPLICATION, route_prefix="/", blocking=False)
         yield config.url
     finally:
-        serve.shutdown()
+        serve.delete(APPLICATION)
 
 
 def _check_port(host: str, port: int) -> None:

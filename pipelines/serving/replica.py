@@ -57,18 +57,16 @@ class Replica:
         row = Row(example, max_new_tokens, sampling, seed, emit)
         self._waiting.put(row)
         try:
-            finish_reason = None
-            while finish_reason is None:
-                tokens: list[int] = []
+            piece = Piece([], None)
+            while piece.finish_reason is None:
                 ready = [await events.get()]
                 while not events.empty():  # what has come meanwhile goes out as one part
                     ready.append(events.get_nowait())
-                for token, finish_reason, error in ready:
+                for _, _, error in ready:
                     if error is not None:
                         raise error
-                    if token is not None:
-                        tokens.append(token)
-                yield Piece(tokens, finish_reason)
+                piece = Piece([token for token, _, _ in ready if token is not None], ready[-1][1])
+                yield piece
         finally:
             row.cancelled = True
 

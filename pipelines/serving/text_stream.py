@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _INCOMPLETE = "�"  # what a tokenizer decodes the first bytes of a multi-byte character to
+SETTLE_AFTER = 32
+"""Tokens decoded together: long answers are not decoded from the beginning for every token."""
 
 
 class TextStream:
-    """The text of one answer while its tokens arrive.
+    """The text of one answer while its tokens arrive, without blanks at its beginning.
 
     Args:
         decode: token ids to text.
@@ -18,7 +20,8 @@ class TextStream:
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode = decode
         self._stops = tuple(stops)
-        self._tokens: list[int] = []
+        self._pending: list[int] = []  # tokens whose text may still change
+        self._settled = ""
         self._text = ""
         self._sent = 0
         self.stopped = False
@@ -28,8 +31,12 @@ class TextStream:
         """Adds a token; returns the text that has become certain."""
         if self.stopped:
             return ""
-        self._tokens.append(token)
-        self._text = self._decode(self._tokens)
+        self._pending.append(token)
+        self._text = self._settled + self._decode(self._pending)
+        if not self._settled:
+            self._text = self._text.lstrip()  # models begin an answer with the blank that follows the role
+        if len(self._pending) >= SETTLE_AFTER and not self._text.endswith(_INCOMPLETE):
+            self._settled, self._pending = self._text, []
         found = [at for at in (self._text.find(stop) for stop in self._stops) if at >= 0]
         if found:
             self.stopped = True

@@ -1,0 +1,164 @@
+"""From a request to the events of its answer: checks, media, tokens, text. Knows nothing of HTTP or Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from pipelines.serving import schema
+from pipelines.serving.config import ServeConfig
+from pipelines.serving.errors import ApiError, bad_request
+from pipelines.serving.media import decode_image
+from pipelines.serving.replica import Piece
+from pipelines.serving.schema import ChatRequest
+from pipelines.serving.text_stream import TextStream
+
+logger = logging.getLogger("ray.serve")
+
+
+class Pieces(Protocol):
+    """An answer on its way: an asynchronous iterator that can be stopped."""
+
+    def __anext__(self) -> Any: ...
+
+    def cancel(self) -> Any: ...
+
+
+Generate = Callable[..., Any]
+"""(example, max_new_tokens, temperature, top_p, seed) -> `Pieces` (`Replica.generate`)."""
+
+
+class ChatService:
+    """Answers chat requests to one model."""
+
+    def __init__(self, config: ServeConfig, model: Any, generate: Generate) -> None:
+        """`model`: its configuration."""
+        self.name = config.served_name
+        self.context: int = model.llm.max_sequence_length
+        self._config = config
+        self._generate = generate
+        self._tokenizer = model.build_tokenizer()
+        self._preprocess = model.build_preprocessor(for_inference=True, is_training=False)
+
+    async def start(self, body: Any) -> Answer:
+        """Checks a request and begins its answer.
+
+        Args:
+            body: the parsed JSON.
+
+        Raises:
+            ApiError: whatever is wrong with the request.
+        """
+        chat = ChatRequest.parse(body)
+        if chat.model != self.name:
+            message = f"The model '{chat.model}' does not exist; this server has '{self.name}'."
+            raise ApiError(404, message, "model", "model_not_found")
+        # In a thread: decoding an image must not hold up other requests.
+        example = await asyncio.to_thread(self._prepare, chat)
+        limit = self._new_tokens(chat, len(example["input_ids"]))
+        pieces = self._generate(example, limit, chat.temperature, chat.top_p, chat.seed)
+        return Answer(chat, len(example["input_ids"]), pieces, TextStream(self._tokenizer.decode, chat.stops))
+
+    def _prepare(self, chat: ChatRequest) -> dict[str, Any]:
+        """Model inputs of a request."""
+        urls = [
+            (part.image_url.url, f"messages[{i}].content[{j}].image_url.url")
+            for i, message in enumerate(chat.messages)
+            for j, part in enumerate(message.content)
+            if isinstance(part, schema.ImagePart)
+        ]
+        if len(urls) > self._config.max_images:
+            raise bad_request(f"{len(urls)} images; this server takes at most {self._config.max_images} in a request.", "messages")
+        images = [decode_image(url, self._config.max_image_pixels, where) for url, where in urls]
+        example: dict[str, Any] = {"messages": [{"role": message.role, "content": message.text} for message in chat.messages]}
+        if images:
+            example |= {"image": images[0]} if len(images) == 1 else {"images": images}
+        try:
+            inputs = self._preprocess(example)
+        except ValueError as error:
+            raise bad_request(f"The model cannot read this conversation: {error}.", "messages") from error
+        inputs.pop("metadata", None)
+        return inputs
+
+    def _new_tokens(self, chat: ChatRequest, prompt_tokens: int) -> int:
+        """How long the answer may get."""
+        room = self.context - prompt_tokens
+        if room < (chat.new_tokens or 1):
+            raise bad_request(
+                f"The prompt has {prompt_tokens} tokens (images included) and the answer may have {chat.new_tokens or 1}, "
+                f"but the model's context is {self.context} tokens.",
+                "messages",
+                "context_length_exceeded",
+            )
+        return chat.new_tokens or min(self._config.max_new_tokens, room)
+
+
+class Answer:
+    """One answer on its way from the engine to the client."""
+
+    def __init__(self, chat: ChatRequest, prompt_tokens: int, pieces: Pieces, text: TextStream) -> None:
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._chat = chat
+        self._prompt_tokens = prompt_tokens
+        self._pieces = pieces
+        self._text = text
+        self._tokens = 0
+        self._finish_reason: str | None = None
+        self.streamed = chat.stream
+
+    async def next(self) -> str | None:
+        """Text that has become certain; None after the end."""
+        if self._finish_reason is not None:
+            return None
+        piece: Piece = await self._pieces.__anext__()
+        text = ""
+        for token in piece.tokens:
+            self._tokens += 1
+            text += self._text.push(token)
+            if self._text.stopped:
+                self._finish_reason = "stop"
+                self._pieces.cancel()
+                return text
+        self._finish_reason = piece.finish_reason
+        return text + self._text.finish() if self._finish_reason else text
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        text = ""
+        while (part := await self.next()) is not None:
+            text += part
+        assert self._finish_reason is not None
+        return schema.completion(self._id, self._created, self._chat.model, text, self._finish_reason, self._usage())
+
+    async def events(self, first: str | None) -> AsyncIterator[str]:
+        """Server-sent events of a streamed answer, from its first text on. What fails from here on can only be told as an event."""
+        try:
+            yield _event(self._chunk({"role": "assistant", "content": ""}))
+            text = first
+            while text is not None:
+                if text:
+                    yield _event(self._chunk({"content": text}))
+                text = await self.next()
+            yield _event(self._chunk({}, self._finish_reason))
+            if self._chat.stream_options and self._chat.stream_options.include_usage:
+                yield _event({**self._chunk({}), "choices": [], "usage": self._usage()})
+        except Exception:
+            logger.exception("An answer failed while it was streamed")
+            yield _event(ApiError(500, "The server failed while writing this answer; try again.").body())
+        yield "data: [DONE]\n\n"
+
+    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        return schema.chunk(self._id, self._created, self._chat.model, delta, finish_reason)
+
+    def _usage(self) -> dict[str, int]:
+        return schema.usage(self._prompt_tokens, self._tokens)
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
