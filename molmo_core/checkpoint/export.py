@@ -37,12 +37,12 @@ class Verification:
     """Largest absolute logit of the model."""
     top1_agreement: float
     """Share of positions with the same most probable token."""
+    tolerance: float
+    """Allowed difference, relative to the largest logit."""
 
     @property
     def passed(self) -> bool:
-        """Same reader code: nearly equal; transformers: equal up to the order of sums, in the precision of the weights."""
-        limit = 1e-4 if self.reader == "molmo_core" else 5e-2
-        return self.max_difference <= limit * max(1.0, self.scale)
+        return self.max_difference <= self.tolerance * self.scale
 
     def __str__(self) -> str:
         return (
@@ -104,13 +104,14 @@ def verify_export(
     """
     model = from_pretrained(out, dtype=dtype)
     with torch.no_grad():
-        results = [_compare("molmo_core", model(**batch).logits, expected)]
+        results = [_compare("molmo_core", model(**batch).logits, expected, 1e-4)]
     if model.config.model_name == "molmo2" and (out / "config.json").is_file():
         token_ids = sorted(model.tokenizer.image_token_ids)
         del model
         logits = _transformers_molmo2(out, batch, token_ids, dtype)
         if logits is not None:
-            results.append(_compare("transformers", logits, expected))
+            # Another implementation: sums in another order, rounded in the precision of the weights.
+            results.append(_compare("transformers", logits, expected, 1e-3 if logits.dtype == torch.float32 else 5e-2))
     return results
 
 
@@ -135,10 +136,11 @@ def export_and_verify(
     return results
 
 
-def _compare(reader: str, logits: torch.Tensor, expected: torch.Tensor) -> Verification:
+def _compare(reader: str, logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Verification:
     logits = logits.float().cpu()
     same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
-    return Verification(reader, expected.shape[1], float((logits - expected).abs().max()), float(expected.abs().max()), float(same))
+    difference, scale = (logits - expected).abs().max(), expected.abs().max()
+    return Verification(reader, expected.shape[1], float(difference), float(scale), float(same), tolerance)
 
 
 def _transformers_molmo2(
