@@ -7,6 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from molmo_core.config import BaseConfig, ConfigError
 
+MAX_IMAGE_PIXELS = 178_956_970
+"""Larger images are refused from their header (twice Pillow's warning threshold)."""
+
 Format = Literal["auto", "jsonl", "parquet", "huggingface", "webdataset", "prepared"]
 
 
@@ -38,7 +41,7 @@ class PrepareConfig(BaseConfig):
     """Use only the first records."""
     max_reject_rate: float = 0.05
     """Stop when a larger share of the records is unusable."""
-    max_image_pixels: int = 178_956_970
+    max_image_pixels: int = MAX_IMAGE_PIXELS
     """Larger images are rejected from their header, before anything is decoded."""
     actors: int | None = None
     """Decode and preprocess actors; None = one a CPU of the cluster."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -10,22 +11,25 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from molmo_core.config import ConfigError
+from molmo_core.preprocessing.packing import Packer
 from pipelines.data import mixture
-from pipelines.data.config import DataConfig, DatasetConfig
+from pipelines.data.builder import ExampleBuilder
+from pipelines.data.config import MAX_IMAGE_PIXELS, DataConfig, DatasetConfig
+from pipelines.data.packs import PackBuilder, Prepared, States, Streamed, steps
 from pipelines.data.plan import Draw, Plan, Stream
-from pipelines.data.prepared import PreparedDataset
+from pipelines.data.prepared import PreparedDataset, is_prepared
+from pipelines.data.sources import open_records
 
 if TYPE_CHECKING:
     from molmo_core.models.base import BaseModelConfig
-
-States = dict[int, list[int]]
 
 
 class TrainLoader:
     """Iterating gives this rank's collated batches for ever (torch tensors on the CPU, keys as the collator's).
 
     The global batch has one pack from each of `global_batch_size` logical streams; rank r owns a contiguous part of them, so the ranks'
-    batches one after the other are the same global batch for any `world_size`.
+    batches one after the other are the same global batch for any `world_size`. Prepared datasets are read in this process; if any
+    dataset is records, a Ray Data pipeline of this rank decodes and preprocesses (Ray must be connected).
 
     Args:
         data: what to read.
@@ -44,28 +48,39 @@ class TrainLoader:
     ):
         if world_size > global_batch_size:
             raise ConfigError(f"{world_size} workers for a global batch of {global_batch_size}: every worker needs at least one row")
-        self.data = data
+        self.data, self.world_size = data, world_size
         groups = data.all_groups()
-        self.names = [name for group in groups.values() for name in group.datasets]
-        self.configs: list[DatasetConfig] = [config for group in groups.values() for config in group.datasets.values()]
-        self.datasets = [_open(name, config, sequence_length) for name, config in zip(self.names, self.configs)]
-        sizes = {name: len(dataset) for name, dataset in zip(self.names, self.datasets)}
+        configs = {name: config for group in groups.values() for name, config in group.datasets.items()}
+        datasets = {name: open_dataset(name, config, data, model, sequence_length, seed) for name, config in configs.items()}
+        self.streamed = any(isinstance(dataset, Streamed) for dataset in datasets.values())
+        sizes = {name: len(dataset) for name, dataset in datasets.items()}
         rates = mixture.rates(groups, sizes)
-        self.plan = Plan(list(sizes.values()), [rates[n] for n in self.names], seed, global_batch_size, data.shuffle)
+        self.plan = Plan(list(sizes.values()), [rates[name] for name in sizes], seed, global_batch_size, data.shuffle)
+        limits = (sequence_length, data.packing.max_crops) if data.packing else None
+        weights = [config.message_weight for config in configs.values()]
+        self.builder = PackBuilder(list(datasets.values()), weights, seed, limits)
         self.owned = np.array_split(np.arange(global_batch_size), world_size)[rank].tolist()
-        self.streams = {s: Stream(self.plan, s) for s in self.owned}
         self.collate = cast(Any, model).build_collator(sequence_length, "to_max" if data.pad_to_max else None, include_metadata=False)
-        self._states = {s: stream.state() for s, stream in self.streams.items()}
+        self._states = {s: stream.state() for s, stream in self._streams().items()}
 
-    def __len__(self) -> int:
-        """Optimiser steps of one pass over as many examples as all datasets together have (unpacked)."""
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps that draw as many examples as all datasets have together (without packing)."""
         return max(1, sum(self.plan.sizes) // self.plan.num_streams)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches from the current state on; `data.prefetch` of them are made ahead in a thread."""
-        for stream, state in self._states.items():
-            self.streams[stream].restore(state)
-        for batch, states in prefetched(self._batches(), self.data.prefetch):
+        streams = self._streams()
+        for number, state in self._states.items():
+            streams[number].restore(state)
+        if self.streamed:
+            from pipelines.data.stream import stream_batches
+
+            batches = stream_batches(streams, self.builder, self.world_size, self.data.actors, self.data.max_reject_rate)
+        else:
+            batches = (([self.builder(pack)[0] for pack in packs], states) for packs, states in steps(streams))
+        collated = ((self.collate(examples), states) for examples, states in batches)
+        for batch, states in prefetched(collated, self.data.prefetch):
             self._states = states
             yield batch
 
@@ -78,24 +93,52 @@ class TrainLoader:
         states = {int(s): state for s, state in states.items()}
         if missing := [s for s in self.owned if s not in states]:
             raise ConfigError(f"the checkpoint has no data state of streams {missing}: merge the states of all its ranks")
-        for stream in self.owned:
-            self.streams[stream].restore(states[stream])
+        for number, stream in self._streams().items():
+            stream.restore(states[number])
         self._states = {s: list(states[s]) for s in self.owned}
 
-    def _batches(self) -> Iterator[tuple[dict[str, Any], States]]:
-        while True:
-            packs = {s: stream.next() for s, stream in self.streams.items()}
-            states = {s: stream.state() for s, stream in self.streams.items()}
-            yield self.collate([self._example(pack) for pack in packs.values()]), states
+    def _streams(self) -> dict[int, Stream]:
+        return {s: Stream(self.plan, s, self._packer(), self._measure) for s in self.owned}
 
-    def _example(self, pack: list[Draw]) -> dict[str, Any]:
-        (draw,) = pack
-        return weighted(self.datasets[draw.dataset][draw.row], self.configs[draw.dataset].message_weight)
+    def _packer(self) -> Packer[Draw] | None:
+        limits, packing = self.builder.limits, self.data.packing
+        return Packer(*limits, buffer_size=packing.buffer_size) if limits and packing else None
+
+    def _measure(self, draw: Draw) -> tuple[int, int]:
+        return self.builder.datasets[draw.dataset].measure(draw)
 
 
-def weighted(example: dict[str, Any], weight: float | None) -> dict[str, Any]:
-    """The example with every weighted token at `weight` (None = as it is)."""
-    return example if weight is None else {**example, "loss_masks": np.float32(weight) * (example["loss_masks"] > 0)}
+def open_dataset(
+    name: str, config: DatasetConfig, data: DataConfig, model: BaseModelConfig, sequence_length: int, seed: int
+) -> Prepared | Streamed:
+    """Opens one dataset of a training run.
+
+    Raises:
+        ConfigError: unreadable, or examples that are longer than `sequence_length`.
+    """
+    if config.format == "prepared" or (config.format == "auto" and is_prepared(config.path)):
+        prepared = PreparedDataset(config.path)
+        if longer := int((prepared.tokens > sequence_length).sum()):
+            raise ConfigError(
+                f"dataset {name!r}: {longer:,} examples are longer than sequence_length={sequence_length} "
+                f"(longest {prepared.tokens.max():,}); raise it, or prepare them with this sequence_length"
+            )
+        if config.overrides:
+            raise ConfigError(f"dataset {name!r}: overrides apply to streamed records only; prepare it with such a model instead")
+        return Prepared(prepared)
+    records = open_records(config.path, config.format)
+    changed = cast(Any, with_overrides(model, config.overrides, name))
+    preprocessor = changed.build_preprocessor(for_inference=False, is_training=True, max_seq_len=sequence_length)
+    return Streamed(records, ExampleBuilder(preprocessor, MAX_IMAGE_PIXELS))
+
+
+def with_overrides(model: BaseModelConfig, overrides: dict[str, Any], name: str) -> BaseModelConfig:
+    """The model configuration with other settings of its `mm_preprocessor`."""
+    if not overrides:
+        return model
+    settings = cast(Any, model).mm_preprocessor
+    changed = type(settings).from_dict({**settings.as_dict(), **overrides}, source=f"data: dataset {name!r}, overrides")
+    return dataclasses.replace(cast(Any, model), mm_preprocessor=changed)
 
 
 def prefetched(items: Iterator[Any], size: int) -> Iterator[Any]:
@@ -133,13 +176,3 @@ def prefetched(items: Iterator[Any], size: int) -> Iterator[Any]:
     finally:
         stop.set()
         thread.join()
-
-
-def _open(name: str, config: DatasetConfig, sequence_length: int) -> PreparedDataset:
-    dataset = PreparedDataset(config.path)
-    if longer := int((dataset.tokens > sequence_length).sum()):
-        raise ConfigError(
-            f"dataset {name!r}: {longer:,} examples are longer than sequence_length={sequence_length} (longest {dataset.tokens.max():,}); "
-            "raise it, or prepare them with this sequence_length"
-        )
-    return dataset

@@ -12,12 +12,13 @@ from __future__ import annotations
 import functools
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from molmo_core.config import ConfigError
+from molmo_core.preprocessing.packing import Packer, Waiting
 
 _BLOCK = 1024
 _CHOICE, _ORDER = 1, 2  # tags that keep the random sequences apart
@@ -79,17 +80,34 @@ class Plan:
 
 
 class Stream:
-    """One logical stream of packs. `state` is a list of integers, `restore` takes it back."""
+    """One logical stream of packs. `state` is a list of integers, `restore` takes it back.
 
-    def __init__(self, plan: Plan, number: int):
-        self.plan, self.number = plan, number
-        self.fingerprint = plan.fingerprint()
+    Args:
+        plan: what all streams share.
+        number: which stream this is.
+        packer: groups examples into packs; None = every example is a pack.
+        measure: tokens and crops of a draw (needed with a packer).
+    """
+
+    def __init__(
+        self, plan: Plan, number: int, packer: Packer[Draw] | None = None, measure: Callable[[Draw], tuple[int, int]] | None = None
+    ):
+        if packer is not None and measure is None:
+            raise ValueError("a packer needs the lengths of the examples: give measure")
+        self.plan, self.number, self.packer, self.measure = plan, number, packer, measure
+        settings = (packer.max_tokens, packer.max_crops, packer.buffer_size, packer.max_passed) if packer else ()
+        self.fingerprint = plan.fingerprint(*settings)
         self.position = 0
         self.counts = [0] * len(plan.sizes)
 
     def next(self) -> list[Draw]:
         """The next pack."""
-        return [self._draw()]
+        if self.packer is None or self.measure is None:
+            return [self._draw()]
+        while True:
+            draw = self._draw()
+            if (pack := self.packer.add(draw, *self.measure(draw))) is not None:
+                return pack
 
     def _draw(self) -> Draw:
         dataset = self.plan.dataset(self.number, self.position)
@@ -99,18 +117,23 @@ class Stream:
         return draw
 
     def state(self) -> list[int]:
-        """What `restore` needs to continue here."""
-        return [self.fingerprint, self.position, *self.counts]
+        """What `restore` needs to continue here: the draws made, and the examples that wait in the packer."""
+        waiting = [n for w in self.packer.buffer for n in (*w.item, w.passed)] if self.packer else []
+        return [self.fingerprint, self.position, *self.counts, *waiting]
 
     def restore(self, state: Sequence[int]) -> None:
         """Continues where `state` was taken.
 
         Raises:
-            ConfigError: the state is of another order (other data, seed, mixture or batch size).
+            ConfigError: the state is of another order (other data, seed, mixture, packing or batch size).
         """
         if not state or state[0] != self.fingerprint:
             raise ConfigError(
                 "the checkpoint's data order is of other data, or of another mixture, seed, packing or global batch size: "
                 "use the same, or start a new run from its weights"
             )
-        self.position, self.counts = state[1], list(state[2 : 2 + len(self.counts)])
+        end = 2 + len(self.counts)
+        self.position, self.counts = state[1], list(state[2:end])
+        if self.packer is not None and self.measure is not None:
+            waiting = [(Draw(*state[i : i + 3]), state[i + 3]) for i in range(end, len(state), 4)]
+            self.packer.buffer = [Waiting(draw, *self.measure(draw), passed) for draw, passed in waiting]

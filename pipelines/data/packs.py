@@ -1,0 +1,140 @@
+"""From a pack of the plan to the arrays of one training row. Used in the training process and by decode actors alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from molmo_core.preprocessing import packing
+from pipelines.data.builder import ExampleBuilder, example_rng
+from pipelines.data.plan import Draw, Stream
+from pipelines.data.prepared import PreparedDataset
+from pipelines.data.sources import Records, Rejected
+
+States = dict[int, list[int]]
+Reject = tuple[str, int, str, str]
+"""(source, row, reason, detail)"""
+
+
+class Dataset(Protocol):
+    """What a plan draws from."""
+
+    def __len__(self) -> int: ...
+
+    def example(self, draw: Draw, seed: int) -> dict[str, Any]:
+        """The preprocessed example of a draw; raises `Rejected`."""
+        ...
+
+    def measure(self, draw: Draw) -> tuple[int, int]:
+        """Its tokens and crops, without decoding."""
+        ...
+
+    def where(self, draw: Draw) -> tuple[str, int]:
+        """Its source and row."""
+        ...
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A prepared dataset: the randomness of its examples was fixed when it was made."""
+
+    data: PreparedDataset
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def example(self, draw: Draw, seed: int) -> dict[str, Any]:
+        return self.data[draw.row]
+
+    def measure(self, draw: Draw) -> tuple[int, int]:
+        return int(self.data.tokens[draw.row]), int(self.data.crops[draw.row])
+
+    def where(self, draw: Draw) -> tuple[str, int]:
+        return str(self.data.folder), draw.row
+
+
+@dataclasses.dataclass
+class Streamed:
+    """Records that are decoded when they are drawn, with new randomness each epoch."""
+
+    records: Records
+    builder: ExampleBuilder
+    measurer: Callable[[Draw], tuple[int, int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def example(self, draw: Draw, seed: int) -> dict[str, Any]:
+        return self.builder(self.records[draw.row], example_rng(seed, draw.dataset, draw.epoch, draw.row))
+
+    def measure(self, draw: Draw) -> tuple[int, int]:
+        if self.measurer is None:
+            raise ValueError("packing streamed records needs their inventory")
+        return self.measurer(draw)
+
+    def where(self, draw: Draw) -> tuple[str, int]:
+        return self.records.where(draw.row)
+
+
+class PackBuilder:
+    """Makes the arrays of packs.
+
+    Args:
+        datasets: in the plan's order.
+        weights: loss weight of each dataset's messages (None = as preprocessed).
+        seed: of the examples' randomness.
+        limits: tokens and crops of a pack, if examples are packed.
+    """
+
+    def __init__(self, datasets: list[Any], weights: list[float | None], seed: int, limits: tuple[int, int] | None = None):
+        self.datasets, self.weights, self.seed, self.limits = datasets, weights, seed, limits
+
+    def __call__(self, pack: list[Draw]) -> tuple[dict[str, Any], list[Reject]]:
+        """The joined example and what had to be left out of it; a row without loss if nothing is left."""
+        examples: list[dict[str, Any]] = []
+        rejected: list[Reject] = []
+        for draw in pack:
+            try:
+                example = self.datasets[draw.dataset].example(draw, self.seed)
+                self._check_fits(examples, example)
+            except Rejected as reason:
+                rejected.append((*self.datasets[draw.dataset].where(draw), reason.reason, reason.detail))
+                continue
+            examples.append(weighted(example, self.weights[draw.dataset]))
+        if not examples:
+            return empty_example(), rejected
+        return (packing.pack_examples(examples) if self.limits else examples[0]), rejected
+
+    def _check_fits(self, packed: list[dict[str, Any]], example: dict[str, Any]) -> None:
+        if self.limits is None:
+            return
+        tokens, crops = (sum(values) for values in zip(*(size(e) for e in (*packed, example))))
+        if tokens > self.limits[0] or crops > self.limits[1]:
+            raise Rejected("record: larger than its inventory says", f"{tokens} tokens and {crops} crops in a pack of {self.limits}")
+
+
+def size(example: Mapping[str, Any]) -> tuple[int, int]:
+    """(tokens, crops) of a preprocessed example."""
+    images = example.get("images")
+    return len(example["input_ids"]), 0 if images is None else len(images)
+
+
+def weighted(example: dict[str, Any], weight: float | None) -> dict[str, Any]:
+    """The example with every weighted token at `weight` (None = as it is)."""
+    return example if weight is None else {**example, "loss_masks": np.float32(weight) * (example["loss_masks"] > 0)}
+
+
+def empty_example() -> dict[str, Any]:
+    """A row of one token and no loss: takes the place of a pack whose examples are all unusable."""
+    one = np.zeros(1, np.int64)
+    return {"input_ids": one, "labels": one - 1, "loss_masks": np.zeros(1, np.float32), "position_ids": one, "metadata": {}}
+
+
+def steps(streams: Mapping[int, Stream]) -> Iterator[tuple[list[list[Draw]], States]]:
+    """One pack of every stream, and the states afterwards; for ever."""
+    while True:
+        packs = [stream.next() for stream in streams.values()]
+        yield packs, {s: stream.state() for s, stream in streams.items()}
