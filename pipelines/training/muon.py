@@ -27,10 +27,20 @@ class Muon(torch.optim.Optimizer):
         lr: the update of a matrix has this spectral norm, times sqrt(rows / columns) where there are more rows.
         momentum: of the gradient's moving average.
         weight_decay: decoupled, as in AdamW.
+        fused: rows of the matrices that a fused parameter stacks (queries, keys and values, say), by `id` of the parameter;
+            each is orthogonalised by itself.
     """
 
-    def __init__(self, params: Any, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        fused: dict[int, list[int]] | None = None,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.fused = fused or {}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -51,12 +61,12 @@ class Muon(torch.optim.Optimizer):
                 buffer.lerp_(gradient, 1 - group["momentum"])
                 updates.append(gradient.lerp(buffer, group["momentum"]))
                 parameters.append(p)
-        results = dict(zip(map(id, parameters), orthogonalise_sharded(updates, parameters)))
+        stacks = [self.fused.get(id(p), [p.shape[0]]) for p in parameters]
+        results = dict(zip(map(id, parameters), orthogonalise_sharded(updates, parameters, stacks)))
         for group in self.param_groups:
             for p in group["params"]:
                 if id(p) in results:
-                    scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-                    local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(results[id(p)], alpha=-group["lr"] * scale)
+                    local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(results[id(p)], alpha=-group["lr"])
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
@@ -75,27 +85,36 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return (x.mT if wide else x).to(matrices.dtype)
 
 
-def orthogonalise_all(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`orthogonalise` of each; those of one shape are worked on together."""
+def orthogonalise_all(parameters: list[torch.Tensor], stacks: list[list[int]]) -> list[torch.Tensor]:
+    """The scaled update of each parameter: its matrices orthogonalised, times sqrt(rows / columns) where there are more rows.
+
+    Args:
+        parameters: [rows, columns] each.
+        stacks: the rows of the matrices that each parameter stacks.
+    """
+    matrices = [piece for parameter, rows in zip(parameters, stacks) for piece in parameter.split(rows)]
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
         by_shape[tuple(matrix.shape)].append(i)
     results: list[torch.Tensor] = list(matrices)
-    for indices in by_shape.values():
-        for i, result in zip(indices, orthogonalise(torch.stack([matrices[i] for i in indices]))):
-            results[i] = result
-    return results
+    for (height, width), indices in by_shape.items():
+        scale = max(1.0, height / width) ** 0.5
+        for i, result in zip(indices, orthogonalise(torch.stack([matrices[i] for i in indices]))):  # one shape together
+            results[i] = result * scale
+    pieces = iter(results)
+    return [torch.cat([next(pieces) for _ in rows]) for rows in stacks]
 
 
-def orthogonalise_sharded(shards: list[torch.Tensor], parameters: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The rows of the orthogonalised matrices that this rank holds, given its rows of the matrices.
+def orthogonalise_sharded(shards: list[torch.Tensor], parameters: list[torch.Tensor], stacks: list[list[int]]) -> list[torch.Tensor]:
+    """The rows of the updates (`orthogonalise_all`) that this rank holds, given its rows of the parameters' gradients.
 
     Args:
         shards: [rows here, columns] each.
         parameters: what they belong to: shapes and, for DTensors, how rows lie over the ranks.
+        stacks: the rows of the matrices that each parameter stacks.
     """
     if not parameters or not isinstance(parameters[0], DTensor) or parameters[0].device_mesh.size() == 1:
-        return orthogonalise_all(shards)
+        return orthogonalise_all(shards, stacks)
     mesh = parameters[0].device_mesh
     if mesh.ndim != 1:
         raise ValueError(f"Muon works on parameters sharded over one mesh dimension, got {mesh}")
@@ -115,7 +134,7 @@ def orthogonalise_sharded(shards: list[torch.Tensor], parameters: list[torch.Ten
     pieces = [[rows[i][r] * widths[i] for i in owned[rank]] for r in range(world)]
     split = [part.split(sizes_) for part, sizes_ in zip(received.split(parts), pieces)]
     whole = [torch.cat([split[r][k].view(-1, widths[i]) for r in range(world)]) for k, i in enumerate(owned[rank])]
-    done = orthogonalise_all(whole)
+    done = orthogonalise_all(whole, [stacks[i] for i in owned[rank]])
 
     back = [m.split(rows[i]) for m, i in zip(done, owned[rank])]
     dist.all_to_all_single(send, torch.cat([b[r].flatten() for r in range(world) for b in back] or [received]), sizes, parts, group=group)

@@ -12,11 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
+from molmo_core.nn.configs import LlmConfig
 from pipelines.training.config import GroupConfig, OptimConfig, ScheduleConfig, TrainConfig
 from pipelines.training.muon import Muon
 
 # Two-dimensional parameters that are tables of vectors or the output layer; Muon is for matrices between hidden layers.
-NO_MATRIX = ("embedding", "new_embedding", "positional_embedding", "class_embedding", "pad_embed", "transformer.ff_out.weight")
+NO_MATRIX = ("embedding", "pad_embed", "transformer.ff_out.weight")
 
 
 def freeze(model: ModelBase, config: TrainConfig) -> None:
@@ -53,6 +54,7 @@ class Optimizer:
         """Trainable parameters of each part that has any."""
         adamw: list[dict[str, Any]] = []
         muon: list[dict[str, Any]] = []
+        fused: dict[int, list[int]] = {}
         for group, named in model.parameter_groups().items():
             settings = config.of(group)
             trainable = [(name, p) for name, p in named if p.requires_grad]
@@ -61,6 +63,7 @@ class Optimizer:
             self.parameters[group] = [p for _, p in trainable]
             matrices = [p for name, p in trainable if settings.muon_lr is not None and is_matrix(name, p)]
             chosen = {id(p) for p in matrices}
+            fused |= {id(p): rows for name, p in trainable if id(p) in chosen and (rows := stacked_rows(name, model.config.llm))}
             rest = [p for p in self.parameters[group] if id(p) not in chosen]
             shared = {"group": group, "weight_decay": settings.weight_decay}
             if rest:
@@ -71,7 +74,7 @@ class Optimizer:
         if adamw:
             self.optimizers.append(torch.optim.AdamW(adamw, fused=True))
         if muon:
-            self.optimizers.append(Muon(muon))
+            self.optimizers.append(Muon(muon, fused=fused))
 
     def set_learning_rates(self, step: int, steps: int) -> dict[str, float]:
         """Sets the rates of step `step` (from 1) of `steps`; returns them as `lr/<part>` and `lr/<part>_muon`."""
@@ -110,7 +113,18 @@ class Optimizer:
 
 def is_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Whether Muon may update a parameter: a matrix that maps one hidden vector to another."""
-    return parameter.ndim == 2 and not name.removesuffix(".weight").endswith(NO_MATRIX) and not name.endswith(NO_MATRIX)
+    return parameter.ndim == 2 and not name.endswith(NO_MATRIX)
+
+
+def stacked_rows(name: str, llm: LlmConfig) -> list[int] | None:
+    """Rows of the matrices that a fused parameter of the language model stacks; None for a parameter that is one matrix."""
+    if name.endswith("att_proj.weight"):
+        return [heads * llm.head_width for heads in (llm.n_heads, llm.kv_heads, llm.kv_heads)]
+    if name.endswith("ff_proj.weight"):
+        return [llm.intermediate_size] * 2
+    if name.endswith(("experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2")):
+        return [llm.intermediate_size] * llm.moe_num_experts
+    return None
 
 
 def learning_rate(peak: float, step: int, steps: int, group: GroupConfig, schedule: ScheduleConfig) -> float:
