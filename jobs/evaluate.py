@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.command import ConfigPath, Overrides, job
-from pipelines import cluster
+from pipelines import cluster, tracking
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.evaluate import PICTURE, evaluate
+from pipelines.evaluation.evaluate import PICTURE, evaluate, record
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -26,8 +26,11 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     settings = EvaluateConfig.load(config, overrides)
     with cluster.connect():
         report = evaluate(settings)
+    with tracking.Run("evaluation", settings.model) as run:
+        run.log_params(settings.as_dict())
+        record(report, settings, run)
     print(f"{settings.model} on {settings.records}, {report['seconds']} s\n\n{describe(report)}\n")
-    print(f"Report, predictions and {PICTURE} are in {settings.output}")
+    print(f"Report, predictions and {PICTURE} are in {settings.output}; MLflow run {run.id}")
 
 
 app = job(main)

@@ -81,7 +81,8 @@ def _record(path: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     with Image.open(path) as image:
         x, y = centre(np.asarray(image.convert("RGB")))
     point = f'<point x="{x}" y="{y}" alt="{figure}">{figure}</point>'
-    annotations.append({"style": "demo", "question": f"Point to the {figure}.", "answer": point, "type": "pointing", "weight": POINT_WEIGHT})
+    pointing = {"style": "demo", "question": f"Point to the {figure}.", "answer": point, "type": "pointing", "weight": POINT_WEIGHT}
+    annotations.append(pointing)
     return {"image": str(path), "message_list": annotations, "metadata": {"figure": figure, "point": [x, y]}}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -20,10 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from molmo_core.config import ConfigError
+from molmo_core.preprocessing.data_formatter import Formatter
 from pipelines.data import easy_vqa, schema
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import PrepareConfig
-from pipelines.data.records import normalise, text_of
+from pipelines.data.records import normalise
+from pipelines.data.report import write_report
 from pipelines.data.shards import ShardWriter, read_summary
 from pipelines.data.sources import Records, Rejected, open_records
 from pipelines.data.tokenizer import train_tokenizer
@@ -57,7 +60,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     total = min(len(records), config.limit or len(records))
     shards = -(-total // config.shard_rows)
     _claim(folder, config, records)
-    preprocessor = _model_preprocessor(folder, config, records, total)
+    model = _model(folder, config, records, total)
+    config = dataclasses.replace(config, sequence_length=config.sequence_length or model.llm.max_sequence_length)
+    preprocessor = model.build_preprocessor(for_inference=False, is_training=True, max_seq_len=config.sequence_length)
 
     tally = Tally(config.max_reject_rate)
     done = {k: summary for k in range(shards) if (summary := read_summary(folder, k))}
@@ -76,7 +81,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     except TooManyRejected as error:
         _write_rejected(folder, done)
         raise TooManyRejected(f"{error}. All rejected rows so far: {folder / REJECTED}") from None
-    return _finish(folder, config, done, total, time.perf_counter() - started)
+    return finish(folder, config, done, total, time.perf_counter() - started)
 
 
 class Tally:
@@ -144,25 +149,27 @@ def _easy_vqa(folder: Path, limit: int | None) -> str:
     return str(folder / "records" / "train.jsonl")
 
 
-def _model_preprocessor(folder: Path, config: PrepareConfig, records: Records, total: int) -> Any:
+def _model(folder: Path, config: PrepareConfig, records: Records, total: int) -> Any:
+    """The model configuration, with the tokenizer that was asked for."""
     from molmo_core.models.base import BaseModelConfig
 
-    overrides = []
-    if config.tokenizer is not None:
-        target = folder / "tokenizer"
-        if not (target / "tokenizer.json").is_file():
-            train_tokenizer(_texts(records, min(total, _TOKENIZER_RECORDS)), config.tokenizer.vocab_size, target)
-        overrides.append(f"llm.tokenizer.identifier={target}")
-    model: Any = BaseModelConfig.load(config.model, overrides=overrides)
-    length = config.sequence_length or model.llm.max_sequence_length
-    return model.build_preprocessor(for_inference=False, is_training=True, max_seq_len=length)
+    if config.tokenizer is None:
+        return BaseModelConfig.load(config.model)
+    target = folder / "tokenizer"
+    if not (target / "tokenizer.json").is_file():
+        formatter = Formatter(BaseModelConfig.load(config.model).data_formatter)
+        texts = _texts(records, min(total, _TOKENIZER_RECORDS), formatter, np.random.RandomState(config.seed))
+        train_tokenizer(texts, config.tokenizer.vocab_size, target)
+    return BaseModelConfig.load(config.model, overrides=[f"llm.tokenizer.identifier={target}"])
 
 
-def _texts(records: Records, total: int) -> Iterator[str]:
+def _texts(records: Records, total: int, formatter: Formatter, rng: np.random.RandomState) -> Iterator[str]:
+    """The texts of the records as the model will read and write them, roles included."""
     for i in range(total):
         try:
-            yield from text_of(normalise(records[i]))
-        except Rejected:
+            for annotation in formatter(normalise(records[i]), rng, image_sizes=[(1000, 1000)]):
+                yield from annotation.messages
+        except (Rejected, ValueError):
             continue  # reported when its shard is made
 
 
@@ -191,7 +198,7 @@ def _write_rejected(folder: Path, done: dict[int, dict[str, Any]]) -> None:
     pq.write_table(table, folder / REJECTED)
 
 
-def _finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]], total: int, seconds: float) -> dict[str, Any]:
+def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]], total: int, seconds: float) -> dict[str, Any]:
     """Checks the books, then writes index, rejected rows and report."""
     tally = Tally(config.max_reject_rate)
     ordered = [done[k] for k in sorted(done)]
@@ -200,6 +207,7 @@ def _finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]]
     if tally.rows_in != total or tally.rows_in != tally.rows_out + tally.rows_rejected:
         raise RuntimeError(f"{folder}: {total} records, but {tally.rows_in} in = {tally.rows_out} out + {tally.rows_rejected} rejected")
     _write_rejected(folder, done)
+    rejected = [row for s in ordered for row in s["rejected"]]
     tokens = [n for s in ordered for n in s["tokens"]]
     crops = [n for s in ordered for n in s["crops"]]
     index = {"shard": [s["shard"] for s in ordered for _ in s["tokens"]], "tokens": tokens, "crops": crops}
@@ -211,6 +219,8 @@ def _finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]]
         "rejected_by_reason": tally.by_reason(),
         "seconds": round(seconds, 2),
         "rows_per_second": round(tally.rows_in / max(seconds, 1e-9), 1),
+        "sequence_length": config.sequence_length or max(tokens, default=0),
+        "truncated": sum(s["truncated"] for s in ordered),
         "tokens": sum(tokens),
         "longest": max(tokens, default=0),
         "crops": sum(crops),
@@ -219,6 +229,7 @@ def _finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]]
     }
     (folder / DATASET).write_text(json.dumps({"version": schema.VERSION, "rows": tally.rows_out, "shards": len(ordered)}) + "\n")
     (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_report(folder, report, tokens, crops, rejected)
     return report
 
 

@@ -60,16 +60,6 @@ def normalise(record: Record) -> dict[str, Any]:
     return example
 
 
-def text_of(example: dict[str, Any]) -> list[str]:
-    """All texts of an example, e.g. to train a tokenizer on."""
-    found: list[str] = []
-    for item in (example, *example.get("message_list", ())):
-        found += [m["content"] if isinstance(m, dict) else m for m in item.get("messages", ())]
-        found += [str(item[k]) for k in ("question", "answer", "text", "label", "explanation") if item.get(k) is not None]
-        found += [str(v) for k in ("answers", "options") for v in item.get(k) or ()]
-    return found
-
-
 def _chat(messages: Any, media: list[Any]) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise Rejected("record: no messages", "messages is empty or no list")

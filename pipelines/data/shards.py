@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 
 from pipelines.data import schema
 from pipelines.data.builder import ExampleBuilder, example_rng
+from pipelines.data.packs import size
 from pipelines.data.sources import Records, Rejected
 
 _BATCH_BYTES = 64 << 20
@@ -31,18 +33,20 @@ def write_shard(folder: Path, shard: int, rows: range, records: Records, builder
     """Makes and commits one shard.
 
     Returns:
-        Its summary: rows_in, rows_out, rejected [[source, row, reason, detail], ...], tokens and crops of each example, bytes, seconds.
+        Its summary: rows_in, rows_out, rejected [[source, row, reason, detail], ...], truncated, tokens and crops of each example, bytes, seconds.
     """
     started = time.perf_counter()
     rejected: list[list[Any]] = []
     tokens: list[int] = []
     crops: list[int] = []
+    truncated = 0
     rows_in: collections.Counter[str] = collections.Counter()
 
-    def tables() -> Any:
+    def tables() -> Iterator[pa.Table]:
+        nonlocal truncated
         pending: list[dict[str, Any]] = []
         where: list[tuple[str, int]] = []
-        size = 0
+        pending_bytes = 0
         for i in rows:
             source, row = records.where(i)
             rows_in[source] += 1
@@ -51,14 +55,15 @@ def write_shard(folder: Path, shard: int, rows: range, records: Records, builder
             except Rejected as reason:
                 rejected.append([source, row, reason.reason, reason.detail])
                 continue
-            tokens.append(len(example["input_ids"]))
-            crops.append(len(example["images"]) if example.get("images") is not None else 0)
+            for count, values in zip(size(example), (tokens, crops)):
+                values.append(count)
+            truncated += bool(example.get("metadata", {}).get("truncation"))
             pending.append(example)
             where.append((source, row))
-            size += sum(v.nbytes for v in example.values() if isinstance(v, np.ndarray))
-            if size > _BATCH_BYTES:
+            pending_bytes += sum(v.nbytes for v in example.values() if isinstance(v, np.ndarray))
+            if pending_bytes > _BATCH_BYTES:
                 yield schema.encode(pending, *zip(*where))
-                pending, where, size = [], [], 0
+                pending, where, pending_bytes = [], [], 0
         if pending:
             yield schema.encode(pending, *zip(*where))
 
@@ -69,6 +74,7 @@ def write_shard(folder: Path, shard: int, rows: range, records: Records, builder
         "rows_in": dict(rows_in),
         "rows_out": len(tokens),
         "rejected": rejected,
+        "truncated": truncated,
         "tokens": tokens,
         "crops": crops,
         "bytes": path.stat().st_size,
