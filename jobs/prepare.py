@@ -15,8 +15,11 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
         report = prepare(settings)
     print(f"{settings.output}: {report['rows_out']:,} of {report['rows_in']:,} records in {report['shards']} shards, ", end="")
     print(f"{report['tokens']:,} tokens, {report['bytes'] / 1e6:,.1f} MB, {report['seconds']} s ({report['rows_per_second']} records/s)")
+    if report["truncated"]:
+        print(f"  {report['truncated']:,} examples lost their last annotations to fit {report['sequence_length']:,} tokens")
     for reason, count in report["rejected_by_reason"].items():
         print(f"  rejected {count:,}: {reason}")
+    print(f"  report: {settings.output}/report.html")
 
 
 app = job(main)

@@ -76,7 +76,7 @@ def records(split: Split) -> list[dict[str, Any]]:
 
 
 def _record(path: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    annotations = [{"style": "demo", "question": q, "answer": a, "type": question_type(a)} for q, a in pairs]
+    annotations: list[dict[str, Any]] = [{"style": "demo", "question": q, "answer": a, "type": question_type(a)} for q, a in pairs]
     figure = _figure(pairs)
     with Image.open(path) as image:
         x, y = centre(np.asarray(image.convert("RGB")))

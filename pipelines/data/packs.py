@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from molmo_core.preprocessing import packing
+from pipelines.data import schema
 from pipelines.data.builder import ExampleBuilder, example_rng
 from pipelines.data.plan import Draw, Stream
 from pipelines.data.prepared import PreparedDataset
@@ -111,15 +112,9 @@ class PackBuilder:
     def _check_fits(self, packed: list[dict[str, Any]], example: dict[str, Any]) -> None:
         if self.limits is None:
             return
-        tokens, crops = (sum(values) for values in zip(*(size(e) for e in (*packed, example))))
+        tokens, crops = (sum(values) for values in zip(*(schema.size(e) for e in (*packed, example))))
         if tokens > self.limits[0] or crops > self.limits[1]:
             raise Rejected("record: larger than its inventory says", f"{tokens} tokens and {crops} crops in a pack of {self.limits}")
-
-
-def size(example: Mapping[str, Any]) -> tuple[int, int]:
-    """(tokens, crops) of a preprocessed example."""
-    images = example.get("images")
-    return len(example["input_ids"]), 0 if images is None else len(images)
 
 
 def weighted(example: dict[str, Any], weight: float | None) -> dict[str, Any]:

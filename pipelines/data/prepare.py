@@ -157,8 +157,8 @@ def _model(folder: Path, config: PrepareConfig, records: Records, total: int) ->
         return BaseModelConfig.load(config.model)
     target = folder / "tokenizer"
     if not (target / "tokenizer.json").is_file():
-        formatter = Formatter(BaseModelConfig.load(config.model).data_formatter)
-        texts = _texts(records, min(total, _TOKENIZER_RECORDS), formatter, np.random.RandomState(config.seed))
+        model: Any = BaseModelConfig.load(config.model)
+        texts = _texts(records, min(total, _TOKENIZER_RECORDS), Formatter(model.data_formatter), np.random.RandomState(config.seed))
         train_tokenizer(texts, config.tokenizer.vocab_size, target)
     return BaseModelConfig.load(config.model, overrides=[f"llm.tokenizer.identifier={target}"])
 

@@ -8,7 +8,7 @@ The version stands in the schema's metadata and is checked on reading.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,12 @@ def write(path: Path, tables: Iterable[pa.Table]) -> None:
             for batch in table.combine_chunks().to_batches():
                 writer.write_batch(batch)
     temporary.replace(path)
+
+
+def size(example: Mapping[str, Any]) -> tuple[int, int]:
+    """(tokens, crops) of a preprocessed example."""
+    images = example.get("images")
+    return len(example["input_ids"]), 0 if images is None else len(images)
 
 
 def check_version(schema: pa.Schema) -> None:

@@ -18,7 +18,6 @@ import pyarrow as pa
 
 from pipelines.data import schema
 from pipelines.data.builder import ExampleBuilder, example_rng
-from pipelines.data.packs import size
 from pipelines.data.sources import Records, Rejected
 
 _BATCH_BYTES = 64 << 20
@@ -33,7 +32,8 @@ def write_shard(folder: Path, shard: int, rows: range, records: Records, builder
     """Makes and commits one shard.
 
     Returns:
-        Its summary: rows_in, rows_out, rejected [[source, row, reason, detail], ...], truncated, tokens and crops of each example, bytes, seconds.
+        Its summary: rows_in, rows_out, rejected [[source, row, reason, detail], ...], truncated, tokens and crops of each example,
+        bytes, seconds.
     """
     started = time.perf_counter()
     rejected: list[list[Any]] = []
@@ -55,7 +55,7 @@ def write_shard(folder: Path, shard: int, rows: range, records: Records, builder
             except Rejected as reason:
                 rejected.append([source, row, reason.reason, reason.detail])
                 continue
-            for count, values in zip(size(example), (tokens, crops)):
+            for count, values in zip(schema.size(example), (tokens, crops)):
                 values.append(count)
             truncated += bool(example.get("metadata", {}).get("truncation"))
             pending.append(example)
