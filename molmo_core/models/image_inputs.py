@@ -25,10 +25,15 @@ class FeatureTarget(NamedTuple):
 
 def as_batch(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Tensors with a batch axis on `device`. Arrays and lists are converted; if `input_ids` is one example [S], all get an axis."""
-    tensors = {k: torch.as_tensor(v) if isinstance(v, np.ndarray | list) else v for k, v in inputs.items()}
+    tensors = {k: _tensor(v) if isinstance(v, np.ndarray | list) else v for k, v in inputs.items()}
     if tensors["input_ids"].dim() == 1:
         tensors = {k: v[None] if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
+
+
+def _tensor(value: np.ndarray | list[Any]) -> torch.Tensor:
+    """Without a copy where possible (torch does not take read-only arrays)."""
+    return torch.as_tensor(value) if isinstance(value, list) or value.flags.writeable else torch.tensor(value)
 
 
 def add_features(

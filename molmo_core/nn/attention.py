@@ -148,6 +148,11 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention)
 
 
+def _flex_attention(device: torch.device) -> Any:
+    """FlexAttention, compiled unless the caller is being compiled (then it becomes part of that)."""
+    return flex_attention if device.type == "cpu" or torch.compiler.is_compiling() else _compiled_flex_attention()
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None, dropout: float = 0.0) -> torch.Tensor:
     """Scaled dot-product attention with grouped keys and values.
 
@@ -163,8 +168,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None,
     q, k = q.to(v.dtype), k.to(v.dtype)
     share = q.shape[1] // k.shape[1]
     if isinstance(mask, BlockMask):
-        flex = _compiled_flex_attention() if q.is_cuda else flex_attention
-        return flex(q, k, v, block_mask=mask, enable_gqa=share > 1)
+        return _flex_attention(q.device)(q, k, v, block_mask=mask, enable_gqa=share > 1)
     if share > 1 and q.shape[2] == 1:
         # One query a head: the heads that share keys become queries of one head, so the cache is not copied.
         folded = q.unflatten(1, (k.shape[1], share)).squeeze(3)

@@ -63,7 +63,6 @@ class LlmConfig(BaseConfig):
     """RMSNorm on queries and keys before the rotary embedding."""
     attention_layer_norm_type: Literal["olmo", "qwen3"] = "olmo"
     """`olmo`: over the full flat width; `qwen3`: over each head."""
-    float32_attention: bool = True
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     response_residual_dropout: float = 0.0
@@ -100,6 +99,7 @@ class LlmConfig(BaseConfig):
         "rope_full_precision": (True,),
         "rope_impl": ("llama",),
         "attention_type": ("sdpa", "direct", "flash"),
+        "float32_attention": (True, False),  # scaled_dot_product_attention keeps the scores in float32 in any case
         "layer_norm_type": ("rms",),
         "layer_norm_with_affine": (True,),
         "attention_layer_norm_with_affine": (True,),
@@ -176,7 +176,6 @@ class VitConfig(BaseConfig):
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     initializer_range: float = 0.02
-    float32_attention: bool = True
     init_path: str | None = None
     resize_mode: Literal["default", "siglip", "dino", "metaclip"] = "default"
     """`default`: keep the aspect ratio and pad; the others stretch (see preprocessing/images.py)."""
@@ -187,6 +186,7 @@ class VitConfig(BaseConfig):
     PATHS: ClassVar[tuple[str, ...]] = ("init_path",)
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "attention_type": ("sdpa", "direct", "flash"),
+        "float32_attention": (True, False),  # scaled_dot_product_attention keeps the scores in float32 in any case
         "activation_checkpointing": (True, False),
         "fsdp_wrap": (False, True),
     }

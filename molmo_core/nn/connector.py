@@ -59,7 +59,7 @@ class MolmoVisionBackbone(nn.Module):
             scale = _WIDER.get(config.image_pooling_2d, 1)
             pooled = vit.image_emb_dim * scale
             self.image_pooling_2d = MultiHeadAttention(
-                width, pooled, vit.image_num_heads, vit.image_head_dim * scale, vit.image_num_key_value_heads, vit.float32_attention
+                width, pooled, vit.image_num_heads, vit.image_head_dim * scale, vit.image_num_key_value_heads
             )
         elif config.image_pooling_2d == "stack":
             pooled = 4 * width

@@ -136,11 +136,8 @@ class Block(nn.Module):
         if update_cache is not None:
             k, v = update_cache(k, v)
         dropout = config.attention_dropout if self.training else 0.0
-        out = self._attend(q, k, v, inputs.mask, dropout).transpose(1, 2).flatten(-2)
+        out = attend(q, k, v, inputs.mask, dropout).transpose(1, 2).flatten(-2)
         return self.attn_out(out), attention_weights(q, k, inputs.mask) if inputs.need_weights else None
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, dropout: float) -> torch.Tensor:
-        return attend(q, k, v, mask, dropout)
 
     def _dropout(self, x: torch.Tensor, response_mask: torch.Tensor | None) -> torch.Tensor:
         """Residual dropout, with its own probability on the tokens of answers if configured."""
@@ -170,12 +167,6 @@ class LlamaBlock(Block):
 
     def _feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterLosses | None]:
         return self.ff_out(F.silu(self.ff_proj1(x)) * self.ff_proj2(x)), None
-
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, dropout: float) -> torch.Tensor:
-        if not self.config.float32_attention:
-            return attend(q, k, v, mask, dropout)
-        with torch.autocast(q.device.type, enabled=False):
-            return attend(q.float(), k.float(), v.float(), mask, dropout).to(v.dtype)
 
 
 class MoEBlock(Block):

@@ -14,10 +14,9 @@ from molmo_core.nn.mlp import VitMlp
 class MultiHeadAttention(nn.Module):
     """Attention with biased projections; also the pooling attention of the connector (other query, other widths)."""
 
-    def __init__(self, size_in: int, size_out: int, heads: int, head_dim: int, kv_heads: int | None = None, float32: bool = True):
+    def __init__(self, size_in: int, size_out: int, heads: int, head_dim: int, kv_heads: int):
         super().__init__()
-        kv_heads = kv_heads or heads
-        self.head_dim, self.float32 = head_dim, float32
+        self.head_dim = head_dim
         self.share = heads // kv_heads
         self.wq = nn.Linear(size_in, heads * head_dim)
         self.wk = nn.Linear(size_in, kv_heads * head_dim)
@@ -30,11 +29,8 @@ class MultiHeadAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in projected)
         if self.share > 1:
             k, v = k.repeat_interleave(self.share, dim=1), v.repeat_interleave(self.share, dim=1)
-        dtype = v.dtype
-        if self.float32:
-            q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout if self.training else 0.0)
-        return self.wo(out.to(dtype).transpose(1, 2).flatten(-2))
+        return self.wo(out.transpose(1, 2).flatten(-2))
 
 
 class VitBlock(nn.Module):
@@ -45,9 +41,7 @@ class VitBlock(nn.Module):
         self.config = config
         self.checkpointing = False
         size = config.image_emb_dim
-        self.attention = MultiHeadAttention(
-            size, size, config.image_num_heads, config.image_head_dim, config.image_num_key_value_heads, config.float32_attention
-        )
+        self.attention = MultiHeadAttention(size, size, config.image_num_heads, config.image_head_dim, config.image_num_key_value_heads)
         self.feed_forward = VitMlp(size, config.image_mlp_dim, config.image_mlp_activations)
         self.attention_norm = nn.LayerNorm(size, eps=config.image_norm_eps)
         self.ffn_norm = nn.LayerNorm(size, eps=config.image_norm_eps)
