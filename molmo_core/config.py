@@ -181,7 +181,7 @@ def _prepare(cls: type[BaseConfig], data: Any, source: str, prefix: str, base: P
             value = [_prepare(element, v, source, f"{where}.{i}.", base) for i, v in enumerate(value)]
         elif element and isinstance(value, dict):
             value = {k: _prepare(element, v, source, f"{where}.{k}.", base) for k, v in value.items()}
-        elif name in cls.PATHS and isinstance(value, str) and base is not None and not Path(value).is_absolute():
+        elif name in cls.PATHS and isinstance(value, str) and value and base is not None and not Path(value).is_absolute():
             beside = (base / value).resolve()
             value = str(beside) if beside.exists() else value
         result[name] = value

@@ -1,0 +1,44 @@
+"""Every file in configs/ loads with its class, so that no recipe rots."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.register import RegisterConfig
+from molmo_core.config import BaseConfig, ConfigError
+from molmo_core.models.base import BaseModelConfig
+from pipelines.data.config import PrepareConfig
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.serving.config import ServeConfig
+from pipelines.training.config import TrainConfig
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+CLASSES: dict[str, type[BaseConfig]] = {
+    "models": BaseModelConfig,
+    "data": PrepareConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "register": RegisterConfig,
+    "serve": ServeConfig,
+}
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def test_groups():
+    assert {path.parent.name for path in FILES} == set(CLASSES), "each group has its class here and its files there"
+    assert sorted(CONFIGS.rglob("*.y*ml")) == FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_loads(path, tmp_path):
+    config = CLASSES[path.parent.name].load(path)
+    assert path.read_text().startswith("#"), "a recipe begins with a comment that says what it is for"
+    again = tmp_path / path.name
+    config.save(again)
+    assert CLASSES[path.parent.name].load(again).as_dict() == config.as_dict()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_unknown_key(path):
+    with pytest.raises(ConfigError, match="no_such_setting"):
+        CLASSES[path.parent.name].load(path, ["no_such_setting=1"])
