@@ -88,7 +88,7 @@ class JsonLines(_Opened):
         lines = np.concatenate([np.array(starts, np.int64), *pieces]) if pieces else np.array(starts, np.int64)
         ends = np.append(lines[1:], position) if lines[-1] < position else lines[1:]
         lines = lines[: len(ends)]
-        used = ends - lines > 2  # the shortest record is {}; shorter lines are looked at below
+        used = ends - lines > 64  # shorter lines may be blank: looked at below
         for i in np.flatnonzero(~used):
             used[i] = bool(self._bytes(int(lines[i]), int(ends[i])).strip())
         self._rows = np.flatnonzero(used)
