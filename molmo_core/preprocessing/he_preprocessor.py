@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from molmo_core.preprocessing.configs import HePreprocessorConfig
-from molmo_core.preprocessing.he_layout import he_layout
+from molmo_core.preprocessing.he_layout import HeLayout, he_layout
 from molmo_core.preprocessing.images import preprocess_image
 from molmo_core.preprocessing.messages import MediaTokens
 from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
+from molmo_core.preprocessing.tiling import ImageSettings, Tiling, image_tiling
 
 
 @dataclasses.dataclass
@@ -35,14 +36,28 @@ class HeMolmoPreprocessor(MolmoPreprocessor):
         """Tokens and arrays of the image: `images`, `image_masks` (encoders that pad) and those of `HeLayout`."""
         if not images:
             return [], {}
-        if self.settings is None:
-            raise ValueError("the example has an image, but the model has no vision_backbone")
-        if len(images) > 1:
-            raise ValueError(f"HeMolmo takes one image an example, got {len(images)}")
-        features = preprocess_image(images[0], self.settings)
-        layout = he_layout(
-            features.tiling, self.settings, self.config, self.tokenizer, self.selection_ratio, self.interpolation_factor, self.col_tokens
-        )
+        settings = self._settings_of(len(images), rng)
+        features = preprocess_image(images[0], settings)
+        layout = self._layout(features.tiling, settings)
         return [MediaTokens(layout.ids, layout.positions)], {
             "images": features.images, "image_masks": features.image_masks, **layout.arrays,
         }  # fmt: skip
+
+    def image_counts(self, sizes: Sequence[tuple[int, int]], rng: np.random.RandomState) -> list[tuple[int, int]]:
+        """Tokens and crops of the image, from its height and width."""
+        if not sizes:
+            return []
+        settings = self._settings_of(len(sizes), rng)
+        tiling = image_tiling(*sizes[0], settings)
+        return [(len(self._layout(tiling, settings).ids), 1 + (tiling.rows * tiling.cols if tiling else 0))]
+
+    def _layout(self, tiling: Tiling | None, settings: ImageSettings) -> HeLayout:
+        ratio, factor = self.selection_ratio, self.interpolation_factor
+        return he_layout(tiling, settings, self.config, self.tokenizer, ratio, factor, self.col_tokens)
+
+    def _settings_of(self, images: int, rng: np.random.RandomState) -> ImageSettings:
+        if self.settings is None:
+            raise ValueError("the example has an image, but the model has no vision_backbone")
+        if images > 1:
+            raise ValueError(f"HeMolmo takes one image an example, got {images}")
+        return self.settings

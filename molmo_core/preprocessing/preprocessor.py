@@ -10,7 +10,15 @@ import numpy as np
 
 from molmo_core.preprocessing.configs import DataFormatter, ImagePreprocessorConfig, MolmoPreprocessorConfig
 from molmo_core.preprocessing.data_formatter import Formatter
-from molmo_core.preprocessing.images import ImageFeatures, ImageSettings, image_tokens, join_images, load_image, preprocess_image
+from molmo_core.preprocessing.images import (
+    ImageFeatures,
+    ImageSettings,
+    image_token_counts,
+    image_tokens,
+    join_images,
+    load_image,
+    preprocess_image,
+)
 from molmo_core.preprocessing.messages import Annotation, MediaTokens, assemble_sequence
 from molmo_core.preprocessing.tiling import VisionEncoder
 from molmo_core.preprocessing.tokenizer import Tokenizer
@@ -115,11 +123,7 @@ class MolmoPreprocessor(TextPreprocessor):
         """Tokens of each image ("Image k" before each of several) and the arrays of all of them."""
         if not images:
             return [], {}
-        if self.settings is None:
-            raise ValueError("the example has an image, but the model has no vision_backbone")
-        if self.config.max_images is not None and len(images) > self.config.max_images:
-            raise ValueError(f"{len(images)} images, but mm_preprocessor.max_images={self.config.max_images}")
-        settings = dataclasses.replace(self.settings, max_crops=self._max_crops(len(images), rng))
+        settings = self._settings_of(len(images), rng)
         features = [preprocess_image(image, settings) for image in images]
         media = []
         for number, feature in enumerate(features, 1):
@@ -128,6 +132,39 @@ class MolmoPreprocessor(TextPreprocessor):
                 ids = np.concatenate([self.tokenizer.encode(f"Image {number}"), ids])
             media.append(MediaTokens(ids))
         return media, image_arrays(join_images(features))
+
+    def measure(
+        self, example: dict[str, Any], image_sizes: Sequence[tuple[int, int]], rng: np.random.RandomState | None = None
+    ) -> tuple[int, int]:
+        """Tokens and crops that the call with the same example and `rng` gives, from the sizes (height, width) of its images alone.
+
+        Raises:
+            ValueError: as the call.
+        """
+        rng = np.random.RandomState(0) if rng is None else rng
+        annotations = self.annotations(example, rng, [(width, height) for height, width in image_sizes])
+        counts = self.image_counts(image_sizes, rng)
+        media = [MediaTokens(np.full(tokens, self.tokenizer.image_patch_token_id)) for tokens, _ in counts]
+        sequence = self.assemble(example, annotations, media, {})
+        return len(sequence["input_ids"]), sum(crops for _, crops in counts)
+
+    def image_counts(self, sizes: Sequence[tuple[int, int]], rng: np.random.RandomState) -> list[tuple[int, int]]:
+        """Tokens (label included) and crops of each image, from its height and width."""
+        if not sizes:
+            return []
+        settings = self._settings_of(len(sizes), rng)
+        counts = [image_token_counts(height, width, settings) for height, width in sizes]
+        if len(sizes) == 1:
+            return counts
+        return [(len(self.tokenizer.encode(f"Image {k}")) + tokens, crops) for k, (tokens, crops) in enumerate(counts, 1)]
+
+    def _settings_of(self, images: int, rng: np.random.RandomState) -> ImageSettings:
+        """How each of so many images is cut."""
+        if self.settings is None:
+            raise ValueError("the example has an image, but the model has no vision_backbone")
+        if self.config.max_images is not None and images > self.config.max_images:
+            raise ValueError(f"{images} images, but mm_preprocessor.max_images={self.config.max_images}")
+        return dataclasses.replace(self.settings, max_crops=self._max_crops(images, rng))
 
     def _max_crops(self, images: int, rng: np.random.RandomState) -> int:
         config = self.config
