@@ -1,9 +1,10 @@
 """Several examples in one training sequence: which ones go together (from their lengths alone), and joining their arrays.
 
-The packer holds a small buffer of examples. When it is full, the hardest example to place (the one that takes most of either
-budget) opens a pack, and the others fill it exactly: a dynamic programme over the token budget finds, for every total, the
-choice with the fewest crops, oldest examples first, and stops as soon as the pack is full. Hard examples therefore never pile
-up, and the small ones stay in the buffer for as long as they are needed to fill gaps.
+The packer holds a small buffer of examples. When it is full, it takes the choice that fills the scarcer budget best: a dynamic
+programme over every total of tokens (or of crops, if the waiting examples need clearly more of those) finds for each total the
+choice that spends least of the other budget. Totals are exact, not rounded to a grid. Older examples are preferred, the search
+stops at the first full pack, and an example that was passed over for long is taken in any case: nothing starves, so what is
+trained on keeps the proportions of the stream.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ Item = TypeVar("Item")
 PACK_STRIDE = 100_000
 """Subsegment ids of the n-th packed example start at n·PACK_STRIDE."""
 
+SCARCE = 1.25
+"""Crops decide what goes together when the waiting examples need this many times more of their budget than of the tokens'."""
+
 _SEQUENCES = ("input_ids", "labels", "loss_masks", "position_ids")
-_POOLED = ("pooled_patches_idx", "low_res_pooled_idx", "high_res_pooled_idx")
 _MEDIA = ("images", "image_masks")
+_POOLED = ("pooled_patches_idx", "low_res_pooled_idx", "high_res_pooled_idx")
 
 
 class Waiting(NamedTuple, Generic[Item]):
@@ -40,10 +44,10 @@ class Packer(Generic[Item]):
         max_tokens: budget of a pack, tokens (the sequence length).
         max_crops: budget of a pack, crops or frames.
         buffer_size: examples among which to choose.
-        max_passed: an example that was passed over so often opens the next pack.
+        max_passed: an example that was passed over so often is in the next pack.
     """
 
-    def __init__(self, max_tokens: int, max_crops: int, buffer_size: int = 48, max_passed: int = 64):
+    def __init__(self, max_tokens: int, max_crops: int, buffer_size: int = 48, max_passed: int = 192):
         if max_tokens < 1 or max_crops < 0 or buffer_size < 1:
             raise ValueError(f"max_tokens={max_tokens}, max_crops={max_crops}, buffer_size={buffer_size}: too small")
         self.max_tokens, self.max_crops, self.buffer_size, self.max_passed = max_tokens, max_crops, buffer_size, max_passed
@@ -73,56 +77,149 @@ class Packer(Generic[Item]):
 
     def _take(self) -> list[Item]:
         """Removes a pack from the buffer; its items are in the order in which they came."""
-        first = self._opener()
-        opener = self.buffer[first]
-        others = [i for i in range(len(self.buffer)) if i != first]
-        sizes = [(self.buffer[i].tokens, self.buffer[i].crops) for i in others]
-        fill = best_fill(sizes, self.max_tokens - opener.tokens, self.max_crops - opener.crops)
-        chosen = {first, *(others[i] for i in fill)}
-        pack = [w.item for i, w in enumerate(self.buffer) if i in chosen]
+        chosen = [0] if self.buffer[0].passed >= self.max_passed else []
+        if self._crops_are_scarce():
+            self._fill(chosen, by_crops=True)
+        self._fill(chosen, by_crops=False)  # after crops: what room is left for tokens
+        pack = [self.buffer[i].item for i in sorted(chosen)]
         self.buffer = [w._replace(passed=w.passed + 1) for i, w in enumerate(self.buffer) if i not in chosen]
         return pack
 
-    def _opener(self) -> int:
-        """The oldest example if it was passed over too often, else the one that takes most of either budget."""
-        if self.buffer[0].passed >= self.max_passed:
-            return 0
-        crops = max(self.max_crops, 1)
-        return max(range(len(self.buffer)), key=lambda i: (max(self.buffer[i].tokens / self.max_tokens, self.buffer[i].crops / crops), -i))
+    def _fill(self, chosen: list[int], by_crops: bool) -> None:
+        """Adds to a choice what fills the budget for crops, or for tokens, best."""
+        rest = [i for i in range(len(self.buffer)) if i not in chosen]
+        tokens = self.max_tokens - sum(self.buffer[i].tokens for i in chosen)
+        crops = self.max_crops - sum(self.buffer[i].crops for i in chosen)
+        if by_crops:
+            fill = best_fill([(self.buffer[i].crops, self.buffer[i].tokens) for i in rest], crops, tokens)
+        else:
+            fill = best_fill([(self.buffer[i].tokens, self.buffer[i].crops) for i in rest], tokens, crops)
+        chosen += [rest[i] for i in fill]
+
+    def _crops_are_scarce(self) -> bool:
+        """Whether the waiting examples need clearly more of the crop budget than of the token budget."""
+        tokens, crops = sum(w.tokens for w in self.buffer), sum(w.crops for w in self.buffer)
+        return crops * self.max_tokens > SCARCE * tokens * self.max_crops
 
 
-def best_fill(sizes: Sequence[tuple[int, int]], tokens: int, crops: int) -> list[int]:
-    """The choice of examples with most tokens within both budgets, and the fewest crops among those.
+def best_fill(sizes: Sequence[tuple[int, int]], budget: int, other: int) -> list[int]:
+    """The choice of examples that uses most of a budget and, among those, least of the other one.
 
     Args:
-        sizes: tokens and crops of each example, in order of preference: examples that come after the first full choice are not
-            looked at.
-        tokens, crops: the budgets.
+        sizes: what each example takes of both budgets, in order of preference: examples behind the first choice that uses all of
+            the budget are not looked at.
+        budget: to be used as far as possible.
+        other: must not be exceeded.
 
     Returns:
         Indices into `sizes`, ascending.
     """
-    # fewest[t]: fewest crops of a choice of exactly t tokens. taken[k]: totals for which the k-th usable example is in that choice.
-    unreachable = crops + 1
-    fewest = np.full(tokens + 1, unreachable, np.int32)
-    fewest[0] = 0
+    # least[b]: least of the other budget in a choice that uses exactly b. taken[k]: where the k-th usable example is in that choice.
+    unreachable = other + 1
+    least = np.full(budget + 1, unreachable, np.int32)
+    least[0] = 0
     usable: list[int] = []
     taken: list[np.ndarray] = []
-    for i, (t, c) in enumerate(sizes):
-        if fewest[tokens] < unreachable:
+    for i, (b, o) in enumerate(sizes):
+        if least[budget] < unreachable:
             break
-        if t > tokens or c > crops:
+        if b > budget or o > other:
             continue
-        candidate = fewest[: tokens + 1 - t] + c
-        better = candidate < np.minimum(fewest[t:], unreachable)
-        np.copyto(fewest[t:], candidate, where=better)
+        candidate = least[: budget + 1 - b] + o
+        better = candidate < least[b:]
+        np.copyto(least[b:], candidate, where=better)
         usable.append(i)
         taken.append(better)
-    total = int(np.flatnonzero(fewest < unreachable)[-1])
+    used = int(np.flatnonzero(least < unreachable)[-1])
     chosen = []
     for i, better in zip(reversed(usable), reversed(taken)):
-        t = sizes[i][0]
-        if total >= t and better[total - t]:
+        before = used - sizes[i][0]
+        if before >= 0 and better[before]:
             chosen.append(i)
-            total -= t
+            used = before
     return chosen[::-1]
+
+
+def pack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Joins preprocessed examples into one sequence.
+
+    Positions start again in every example; `subsegment_ids` of the n-th are moved up by n·PACK_STRIDE, which is what keeps the
+    attention of the examples apart; pooling indices are moved on to the example's own crops, -1 stays -1, and narrower ones are
+    padded with -1 to the widest.
+
+    Returns:
+        An example of the same form. Its `metadata` is `{"packed": [...]}`: for every example its own metadata and what `unpack` needs.
+
+    Raises:
+        ValueError: the examples do not fit together, or hold what cannot be packed (HeMolmo's inputs).
+    """
+    if not examples:
+        raise ValueError("a pack needs at least one example")
+    allowed = {*_SEQUENCES, *_MEDIA, *_POOLED, "subsegment_ids", "metadata"}
+    unknown = {k for e in examples for k in e} - allowed
+    if unknown:
+        raise ValueError(f"examples with {', '.join(sorted(unknown))} cannot be packed")
+    result: dict[str, Any] = {}
+    for key in _SEQUENCES:
+        if any(key in e for e in examples):
+            result[key] = np.concatenate(_of_all(examples, key))
+    lengths = [len(e["input_ids"]) for e in examples]
+    segments = [e.get("subsegment_ids", np.zeros(length, np.int64)) for e, length in zip(examples, lengths)]
+    result["subsegment_ids"] = np.concatenate([s + n * PACK_STRIDE for n, s in enumerate(segments)])
+    with_media = [e for e in examples if "images" in e]
+    for key in _MEDIA:
+        if any(key in e for e in examples):
+            result[key] = np.concatenate(_of_all(with_media, key))
+    patches = [e["images"].shape[0] * e["images"].shape[1] if "images" in e else 0 for e in examples]
+    starts = np.cumsum([0, *patches])
+    for key in _POOLED:
+        present = [(e[key], start) for e, start in zip(examples, starts) if key in e]
+        if present:
+            width = max(index.shape[1] for index, _ in present)
+            moved = [np.where(index >= 0, index + start, -1) for index, start in present]
+            result[key] = np.concatenate([np.pad(m, ((0, 0), (0, width - m.shape[1])), constant_values=-1) for m in moved])
+    result["metadata"] = {"packed": [_description(e) for e in examples]}
+    return result
+
+
+def unpack(packed: dict[str, Any]) -> list[dict[str, Any]]:
+    """The examples of which `pack` made a sequence."""
+    examples = []
+    token = crop = 0
+    rows = dict.fromkeys(_POOLED, 0)
+    for n, description in enumerate(packed["metadata"]["packed"]):
+        tokens, crops = slice(token, token + description["tokens"]), slice(crop, crop + description["crops"])
+        example = {key: packed[key][tokens] for key in _SEQUENCES if key in packed}
+        if description["subsegments"]:
+            example["subsegment_ids"] = packed["subsegment_ids"][tokens] - n * PACK_STRIDE
+        if description["crops"]:
+            example |= {key: packed[key][crops] for key in _MEDIA if key in packed}
+        for key, (count, width) in description["pooled"].items():
+            index = packed[key][rows[key] : rows[key] + count, :width]
+            example[key] = np.where(index >= 0, index - crop * packed["images"].shape[1], -1)
+            rows[key] += count
+        examples.append({**example, "metadata": description["metadata"]})
+        token, crop = tokens.stop, crops.stop
+    return examples
+
+
+def _of_all(examples: Sequence[dict[str, Any]], key: str) -> list[np.ndarray]:
+    """An array of every example, of one kind."""
+    missing = [n for n, e in enumerate(examples) if key not in e]
+    if missing:
+        raise ValueError(f"example {missing[0]} of the pack has no {key}, but others have: training and inference, or models, are mixed")
+    arrays = [e[key] for e in examples]
+    kinds = {(a.dtype, *a.shape[1:]) for a in arrays}
+    if len(kinds) > 1:
+        raise ValueError(f"{key} of the pack's examples differ in dtype or shape: {sorted(map(str, kinds))}")
+    return arrays
+
+
+def _description(example: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "metadata": example.get("metadata", {}),
+        "tokens": len(example["input_ids"]),
+        "crops": len(example["images"]) if "images" in example else 0,
+        "pooled": {key: example[key].shape for key in _POOLED if key in example},
+        "subsegments": "subsegment_ids" in example,
+    }

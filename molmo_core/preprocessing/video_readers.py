@@ -167,7 +167,7 @@ class PyAVReader:
     def _restart(self) -> None:
         import av
 
-        self._container = av.open(io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source))
+        self._container: Any = av.open(io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source))
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
         self._decode()
