@@ -16,6 +16,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from molmo_core.config import BaseConfig, ConfigError, nearest, read_yaml
 from molmo_core.nn.attention import AttentionImplementation
+from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.llm import Block
 from molmo_core.nn.vit import VitBlock
 from molmo_core.outputs import OLMoGenerateOutput, OLMoOutput
@@ -222,13 +223,14 @@ class ModelBase(nn.Module):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def training_blocks(self) -> Iterator[nn.Module]:
-        """The repeated blocks: units of sharding, recomputation and compilation."""
+        """The repeated blocks: units of sharding and compilation."""
         return (m for m in self.modules() if isinstance(m, Block | VitBlock))
 
     def apply_activation_checkpointing(self, enabled: bool = True) -> None:
-        """Recomputes every block in the backward pass instead of keeping its activations."""
-        for block in self.training_blocks():
-            block.checkpointing = enabled  # type: ignore[assignment]
+        """Recomputes every block and the connector in the backward pass instead of keeping their activations."""
+        for module in self.modules():
+            if isinstance(module, Block | VitBlock | MolmoVisionBackbone):
+                module.checkpointing = enabled
 
     def apply_compile(self, **kwargs: Any) -> None:
         """Compiles every block for itself (`torch.compile` arguments); parameter names stay as they are."""

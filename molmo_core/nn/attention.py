@@ -167,6 +167,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask = None,
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
     share = q.shape[1] // k.shape[1]
+    if isinstance(mask, torch.Tensor) and mask.is_floating_point():
+        mask = mask.to(q.dtype)
     if isinstance(mask, BlockMask):
         return _flex_attention(q.device)(q, k, v, block_mask=mask, enable_gqa=share > 1)
     if share > 1 and q.shape[2] == 1:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from molmo_core.config import ConfigError
 from molmo_core.nn.configs import LlmConfig, MolmoVisionBackboneConfig, VitConfig
@@ -47,6 +50,7 @@ class MolmoVisionBackbone(nn.Module):
     def __init__(self, config: MolmoVisionBackboneConfig, llm: LlmConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False
         vit = config.vit
         self.layers = used_layers(config)
         self.image_vit = VisionTransformer(vit, max(self.layers) + 1 if config.skip_unused_layers else None)
@@ -93,7 +97,7 @@ class MolmoVisionBackbone(nn.Module):
         Args:
             images: [B, crops, patches, patch·patch·3] or [B, crops, 3, H, W]; uint8 pixels are normalised here, floats are taken as
                 already normalised.
-            image_masks: float [B, crops, patches], share of real pixels of a patch; only encoders that pad use it.
+            image_masks: float [B, crops, patches], share of real pixels of a patch; only encoders that pad use it (None: all real).
             pooled_idx: one or several int64 [B, n, k] (low and high resolution): the patches of each token, into the flattened
                 (crops, patches) axis, -1 = absent.
 
@@ -132,6 +136,11 @@ class MolmoVisionBackbone(nn.Module):
 
     def pool(self, features: torch.Tensor, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pools and projects: features [B, patches, P], idx int64 [B, n, k] -> [B, n, d], valid bool [B, n]."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self._pool, features, idx, use_reentrant=False)
+        return self._pool(features, idx)
+
+    def _pool(self, features: torch.Tensor, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         batch, tokens, _ = idx.shape
         present = idx >= 0
         rows = torch.arange(batch, device=idx.device)[:, None, None]
@@ -165,10 +174,12 @@ class MolmoVisionBackbone(nn.Module):
 
     def _add_padding_embedding(self, features: torch.Tensor, image_masks: torch.Tensor | None) -> torch.Tensor:
         if image_masks is None:
-            raise ValueError(
-                f"vision_backbone.image_padding_embed={self.config.image_padding_embed!r} needs image_masks [B, crops, patches] "
-                "(the preprocessor returns them beside the images)"
+            warnings.warn(
+                "images without image_masks: every patch is taken as a real one, which is right for square images only (the preprocessor "
+                "returns the masks beside the images)",
+                stacklevel=2,
             )
+            return features
         mask = image_masks[..., None].to(features.dtype)
         embedding = self.pad_embed.to(features.dtype)
         if self.config.image_padding_embed == "regress":

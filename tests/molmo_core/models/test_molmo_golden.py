@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from molmo_core.checkpoint import from_pretrained
 from molmo_core.models.base import BaseModelConfig
-from molmo_core.models.molmo import Molmo
+from molmo_core.models.molmo import Molmo, MolmoConfig
 
 DENSE = ["molmo-qwen2-clip", "molmo-olmo-clip", "molmo-qwen2-siglip-bidir", "molmo-qwen2-dino"]
 
@@ -47,3 +48,30 @@ def test_mixture_of_experts(golden):
     flat = {**batch, "image_input_idx": batch["image_input_idx"].flatten(1)}
     with torch.no_grad():
         torch.testing.assert_close(model(**flat).logits[:, ::8], logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_from_a_picture_to_text(golden, name):
+    """The example of the API document, with a raw image: the published tokens come out."""
+    model = load_golden(golden / name)
+    preprocessor = model.config.build_preprocessor(for_inference=True)
+    image = np.load(golden / name / "images.npz")["image0"]
+    inputs = preprocessor({"image": image, "messages": ["Point to the dogs."]})
+    expected = load_file(golden / name / "expected.safetensors")["greedy"][0]
+    generated = model.generate(**inputs, max_new_tokens=12)
+    assert torch.equal(generated.token_ids, expected)
+    assert generated.text == [model.tokenizer.decode(expected[0].tolist())]
+    if "image_masks" not in inputs:  # then the image alone says everything: its index follows from the image tokens
+        bare = {"input_ids": inputs["input_ids"], "images": inputs["images"]}
+        assert torch.equal(model.generate(**bare, max_new_tokens=12).token_ids, expected)
+        torch.testing.assert_close(model(**bare).logits, model(**{k: v for k, v in inputs.items() if k != "metadata"}).logits)
+
+
+def test_overrides_of_the_api_document(golden):
+    """`vision_backbone.image_model_type` changes the encoder's kind and keeps its sizes."""
+    overrides = ["llm.n_layers=1", "vision_backbone.image_model_type=siglip"]
+    model = Molmo(MolmoConfig.load(golden / "molmo-qwen2-clip" / "config.yaml", overrides=overrides)).eval()
+    assert len(model.transformer.blocks) == 1
+    inputs = model.config.build_preprocessor(for_inference=True)({"image": np.zeros((60, 80, 3), np.uint8), "messages": ["What?"]})
+    assert "image_masks" not in inputs
+    assert model(input_ids=inputs["input_ids"], images=inputs["images"]).logits.shape == (1, len(inputs["input_ids"]), 448)
