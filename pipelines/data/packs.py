@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from molmo_core.preprocessing import packing
+from molmo_core.preprocessing.packing import pack as join
 from pipelines.data import schema
 from pipelines.data.builder import ExampleBuilder, example_rng
 from pipelines.data.plan import Draw, Stream
@@ -107,7 +107,7 @@ class PackBuilder:
             examples.append(weighted(example, self.weights[draw.dataset]))
         if not examples:
             return empty_example(), rejected
-        return (packing.pack_examples(examples) if self.limits else examples[0]), rejected
+        return (join(examples) if self.limits else examples[0]), rejected
 
     def _check_fits(self, packed: list[dict[str, Any]], example: dict[str, Any]) -> None:
         if self.limits is None:
