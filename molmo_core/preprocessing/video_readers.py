@@ -120,6 +120,7 @@ class PyAVReader:
         try:
             self._restart()
             packets = [p for p in self._container.demux(self._stream) if p.pts is not None and p.size > 0]
+            self.close()
             self._restart()
         except (av.FFmpegError, IndexError, OSError, ValueError) as error:
             raise MediaError(f"{name}: PyAV cannot open it: {_first_line(error)}") from error
@@ -134,7 +135,7 @@ class PyAVReader:
         return np.stack([self._frame(int(i)) for i in indices])
 
     def close(self) -> None:
-        self._decoding = iter(())
+        self._decoding: Iterator[Any] = iter(())
         self._container.close()
 
     def _frame(self, index: int) -> np.ndarray:
@@ -143,8 +144,8 @@ class PyAVReader:
 
         target = int(self._pts[index])
         behind = self._position is not None and target <= self._position
-        keyframe = int(self._keyframes[max(np.searchsorted(self._keyframes, target, side="right") - 1, 0)]) if self._can_seek else None
-        if keyframe is not None and (behind or keyframe > (-1 if self._position is None else self._position)):
+        keyframe = int(self._keyframes[max(int(np.searchsorted(self._keyframes, target, side="right")) - 1, 0)]) if self._can_seek else 0
+        if self._can_seek and (behind or keyframe > (self._keyframes[0] if self._position is None else self._position)):
             try:
                 self._seek(keyframe)
                 frame = self._decode_to(target)
@@ -156,6 +157,7 @@ class PyAVReader:
             behind = True
         try:
             if behind:
+                self.close()
                 self._restart()
             frame = self._decode_to(target)
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -180,7 +182,7 @@ class PyAVReader:
         """Starts decoding from where the container stands. Empty packets, which repeat a frame, upset the decoders."""
         self._position: int | None = None  # pts of the frame decoded last
         packets = self._container.demux(self._stream)
-        self._decoding: Iterator[Any] = (frame for p in packets if p.size > 0 or p.pts is None for frame in p.decode())
+        self._decoding = (frame for p in packets if p.size > 0 or p.pts is None for frame in p.decode())
 
     def _decode_to(self, target: int) -> np.ndarray | None:
         """Decodes up to a frame; None if it does not come."""
