@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ WORKER_ENV = {
 LOCAL_ENV = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
 OBJECT_STORE_LIMIT = 2 << 30
+CONNECT_TIMEOUT_S = 10
 
 
 @contextlib.contextmanager
@@ -55,21 +57,30 @@ def connect(
     if ray.is_initialized():
         yield
         return
-    variables = {name: os.environ.get(name, value) for name, value in {**WORKER_ENV, **(env or {})}.items()}
+    variables = {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()} | dict(env or {})
     os.environ.update(variables)
     address = os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "log_to_driver": log_to_driver}
     if address:
-        try:
-            ray.init(address=address, logging_level=logging.WARNING, **common)
-        except ConnectionError as error:
-            raise ConnectionError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); unset it to start one here") from error
+        _check_answers(address)
+        ray.init(address=address, logging_level=logging.WARNING, **common)
     else:
         _start(num_cpus, num_gpus, object_store_memory, common)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would wait for two minutes and then end the process."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return  # auto, ray://...: not a plain address
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); unset it to start one here") from None
 
 
 def _start(num_cpus: int | None, num_gpus: int | None, object_store_memory: int | None, common: dict[str, Any]) -> None:
