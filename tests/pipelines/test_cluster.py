@@ -10,7 +10,7 @@ from pipelines import cluster
 
 def test_an_address_where_nothing_answers_is_said_at_once(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(ConnectionError, match="RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there"), cluster.connect():
+    with pytest.raises(ConnectionError, match=r"RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there"), cluster.connect():
         pass
     assert not ray.is_initialized()
 

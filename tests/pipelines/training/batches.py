@@ -22,10 +22,20 @@ def tiny_model(**llm):
 def tiny_config(tmp_path, **changes):
     groups = {name: GroupConfig(lr=3e-3, warmup=2, muon_lr=0.02) for name in ("connector", "vit", "llm")}
     settings = {
-        "name": "tiny", "model": tiny_model(), "data": DataConfig.new(datasets={"random": {"path": "-"}}), "steps": 6,
-        "storage": str(tmp_path), "experiment": "tests", "global_batch_size": 4, "sequence_length": 64, "precision": "fp32", "ft_embedding": "all", "log_interval": 1,
-        "optim": OptimConfig(**groups, schedule=ScheduleConfig("constant")), "device": "cpu",
-    }  # fmt: skip
+        "name": "tiny",
+        "model": tiny_model(),
+        "data": DataConfig.new(datasets={"random": {"path": "-"}}),
+        "steps": 6,
+        "storage": str(tmp_path),
+        "experiment": "tests",
+        "global_batch_size": 4,
+        "sequence_length": 64,
+        "precision": "fp32",
+        "device": "cpu",
+        "ft_embedding": "all",
+        "log_interval": 1,
+        "optim": OptimConfig(**groups, schedule=ScheduleConfig("constant")),
+    }
     return TrainConfig(**(settings | changes))
 
 

@@ -1,0 +1,113 @@
+"""Jobs as a cluster's users start them: `ray job submit --working-dir . -- python -m jobs.train ...`, on a cluster of the test's own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+RAY = Path(sys.executable).parent / "ray"
+
+
+def free_ports(count):
+    """Ports that were free a moment ago."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory):
+    """The address of a cluster that `ray start` starts."""
+    port, dashboard_port, client_port = free_ports(3)
+    folder = Path("/tmp") / f"ray-{os.getpid()}"  # sockets lie there: the path must be short
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+    command = [
+        RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}",
+        "--num-cpus=4", f"--object-store-memory={256 << 20}", f"--temp-dir={folder}", "--disable-usage-stats",
+    ]  # fmt: skip
+    log = open(tmp_path_factory.mktemp("cluster") / "log", "w")  # noqa: SIM115
+    process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard_port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, Path(log.name).read_text()
+            try:
+                urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            pytest.fail(f"the cluster did not start: {Path(log.name).read_text()}")
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        log.close()
+
+
+def submit(dashboard, entrypoint, env, timeout=400):
+    """`ray job submit`, waiting for the end: (exit code, log)."""
+    command = [RAY, "job", "submit", f"--address={dashboard}", "--working-dir=.", "--runtime-env-json", json.dumps({"env_vars": env}), "--"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+    result = subprocess.run(
+        [*command, *entrypoint], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+def write_records(path, count):
+    """Squares of one colour, with a question each."""
+    rng = np.random.RandomState(0)
+    rows = []
+    for i in range(count):
+        colour = ("red", "blue")[i % 2]
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        pixels[10:50, 10:50, 0 if colour == "red" else 2] = 150 + rng.randint(100)
+        Image.fromarray(pixels).save(path.parent / f"{i}.png")
+        messages = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": colour}]
+        rows.append({"image": f"{i}.png", "messages": messages})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_prepare_and_train_as_submitted_jobs(dashboard, tmp_path):
+    write_records(tmp_path / "records.jsonl", 24)
+    data, storage = tmp_path / "data", tmp_path / "runs"
+    prepare = f"{sys.executable} -m jobs.prepare configs/data/records.yaml records={tmp_path}/records.jsonl output={data}"
+    train = (
+        f"{sys.executable} -m jobs.train configs/train/demo.yaml name=submitted storage={storage} data.datasets.easy_vqa.path={data} "
+        f"model.llm.tokenizer.identifier={data}/tokenizer steps=4 log_interval=2 global_batch_size=4"
+    )
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    code, log = submit(dashboard, ["sh", "-c", f"{prepare} && {train}"], {"MLFLOW_TRACKING_URI": database})
+    assert code == 0, log
+    assert "step 4/4  loss" in log
+    assert "trained 4 of 4 steps" in log
+    model = storage / "submitted" / "step_000004" / "model"
+    assert f"model    {model}" in log
+    assert {"config.yaml", "model.safetensors", "tokenizer"} <= {p.name for p in model.iterdir()}
+    assert (tmp_path / "mlflow.db").is_file()
+
+
+def test_a_mistake_in_the_configuration_is_one_readable_line(dashboard, tmp_path):
+    command = [sys.executable, "-m", "jobs.train", "configs/train/demo.yaml", "stepz=3", f"storage={tmp_path}"]
+    code, log = submit(dashboard, command, {})
+    assert code == 1
+    assert "unknown key 'stepz'. Did you mean 'steps'?" in log
+    assert "Traceback" not in log
