@@ -36,7 +36,8 @@ def dashboard(tmp_path_factory):
     folder = Path("/tmp") / f"ray-{os.getpid()}"  # sockets lie there: the path must be short
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
     command = [
-        RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}",
+        RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard_port}",
+        f"--ray-client-server-port={client_port}",
         "--num-cpus=4", f"--object-store-memory={256 << 20}", f"--temp-dir={folder}", "--disable-usage-stats",
     ]  # fmt: skip
     log = open(tmp_path_factory.mktemp("cluster") / "log", "w")  # noqa: SIM115
