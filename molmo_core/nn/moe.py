@@ -79,8 +79,8 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config.d_model, config.moe_num_experts)
         self.experts = Experts(config.d_model, config.intermediate_size, config.moe_num_experts)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterLosses]:
-        """x [B, S, d] -> output [B, S, d] and the router's losses."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterLosses | None]:
+        """x [B, S, d] -> output [B, S, d] and the router's losses (None where no gradient is wanted)."""
         tokens = x.flatten(0, -2)
         logits = self.router(tokens)
         probabilities = F.softmax(logits, dim=-1, dtype=torch.float32)
@@ -91,7 +91,8 @@ class MixtureOfExperts(nn.Module):
         outputs = self.experts.mlp(tokens[rows], counts)
         outputs = outputs * weights.flatten()[order, None].to(outputs.dtype)
         result = torch.zeros_like(tokens, dtype=outputs.dtype).index_add(0, rows, outputs)
-        return result.to(x.dtype).view_as(x), _router_losses(logits, probabilities, counts)
+        losses = _router_losses(logits, probabilities, counts) if torch.is_grad_enabled() else None
+        return result.to(x.dtype).view_as(x), losses
 
 
 def _router_losses(logits: torch.Tensor, probabilities: torch.Tensor, counts: torch.Tensor) -> RouterLosses:

@@ -9,9 +9,11 @@ from torch import nn
 from molmo_core.config import ConfigError
 from molmo_core.models.base import BaseModelConfig, ModelBase, clean_name
 from molmo_core.models.molmo import Molmo, MolmoConfig
+from molmo_core.nn.image_tokens import ImageTokenIds
 from molmo_core.nn.llm import Block
 from molmo_core.nn.vit import VitBlock
 from molmo_core.preprocessing.tiling import Tiling
+from molmo_core.preprocessing.tokenizer import Tokenizer
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
@@ -58,6 +60,25 @@ def test_api_document_snippets():
     with torch.device("meta"):
         model = Molmo(config)
     assert model.num_params() > 6e9
+
+
+@pytest.mark.parametrize("folder", ["molmo-qwen2-clip", "he-molmo", "video-olmo/mixed-res"])
+def test_model_and_tokenizer_agree_on_the_image_tokens(golden, folder):
+    config = BaseModelConfig.load(golden / folder / "config.yaml")
+    check_image_tokens(config.image_tokens, config.build_tokenizer())
+
+
+def test_molmo2_and_its_tokenizer_agree_on_the_image_tokens(golden):
+    tokenizer = Tokenizer.load(golden / "tokenizer", first_special_id=448, layout="molmo2")
+    check_image_tokens(ImageTokenIds.molmo2(448), tokenizer)
+    assert tokenizer.frame_end_token_id == ImageTokenIds.molmo2(448).frame_end
+
+
+def check_image_tokens(ids: ImageTokenIds, tokenizer: Tokenizer) -> None:
+    assert (ids.start, ids.end) == (tokenizer.image_start_token_id, tokenizer.image_end_token_id)
+    assert (ids.patch, ids.col) == (tokenizer.image_patch_token_id, tokenizer.image_col_token_id)
+    assert (ids.low, ids.low_res_start) == (tokenizer.image_low_token_id, tokenizer.low_res_image_start_token_id)
+    assert (ids.frame_start, ids.frame_end) == (tokenizer.frame_start_token_id, tokenizer.frame_end_token_id)
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------
