@@ -108,7 +108,7 @@ def by_time(timestamps: np.ndarray, max_frames: int, max_fps: float) -> np.ndarr
     if (max_frames - 1) / max_fps < end:
         times = np.linspace(0, end, max_frames)
     else:
-        times = np.append(np.arange(0, end, 1 / max_fps), end)
+        times = np.append(np.arange(0, end - _EPSILON, 1 / max_fps), end)
     return np.maximum(np.searchsorted(timestamps, times + _EPSILON, side="right") - 1, 0)
 
 

@@ -2,7 +2,8 @@
 
 decord is the default. In the containers of `DECORD_CONTAINERS` it gives the same frames at the same times as decoding from
 the start does; in others (MPEG program and transport streams, ASF, Ogg) it seeks to wrong frames, reports broken times or
-fails, and it has no AV1 decoder. Those go to PyAV, which is slower to open because it reads the packet index of the whole file.
+fails, it has no AV1 decoder, and frames turned by 90 degrees come out only if their rows happen to be aligned. Those go to
+PyAV, which is slower to open because it reads the packet index of the whole file.
 
 A reader belongs to one process: open it after a fork, and close it (decord keeps about 6 MB of a reader that lingers).
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -19,11 +19,12 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from molmo_core.preprocessing.media import MAX_PIXELS, MediaError
+from molmo_core.preprocessing.video_containers import AVI, FLV, MATROSKA, MP4, REAL, first_line, read_header
 
 VideoBackend = Literal["auto", "decord", "pyav"]
 VideoSource = str | os.PathLike[str] | bytes
 
-DECORD_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv", "rm"})
+DECORD_CONTAINERS = frozenset({MP4, MATROSKA, AVI, FLV, REAL})
 _DECORD_UNKNOWN_CODECS = frozenset({"av1", "libdav1d"})
 
 
@@ -67,13 +68,13 @@ def open_video(source: VideoSource, backend: VideoBackend = "auto", max_pixels: 
     """
     name = str(source) if not isinstance(source, bytes) else f"video of {len(source):,} bytes"
     with _stream(source, name) as stream:
-        container, codec, size = _probe(stream, name)
-        _check_complete(stream, container, name)
-    if size[0] * size[1] > max_pixels:
-        raise MediaError(f"{name}: frames of {size[0]} x {size[1]} pixels, more than the limit of {max_pixels:,}")
-    exact = container in DECORD_CONTAINERS and codec not in _DECORD_UNKNOWN_CODECS
+        header = read_header(stream, name)
+    if header.height * header.width > max_pixels:
+        raise MediaError(f"{name}: frames of {header.width} x {header.height} pixels, more than the limit of {max_pixels:,}")
+    exact = header.container in DECORD_CONTAINERS and header.codec not in _DECORD_UNKNOWN_CODECS and not header.turned
     if backend == "decord" and not exact:
-        raise MediaError(f"{name}: decord does not read {codec} in {container} reliably; use the pyav backend, or convert it to MP4")
+        what = f"{'rotated ' if header.turned else ''}{header.codec} in {header.container}"
+        raise MediaError(f"{name}: decord does not read {what} reliably; use the pyav backend, or convert it to upright MP4")
     if backend == "decord" or (backend == "auto" and exact and _has_decord()):
         try:
             return DecordReader(source, name)
@@ -95,15 +96,15 @@ class DecordReader:
             self._reader = decord.VideoReader(io.BytesIO(source) if isinstance(source, bytes) else str(source), num_threads=1)
             times = self._reader.get_frame_timestamp(np.arange(len(self._reader)))[:, 0].astype(np.float64)
         except Exception as error:  # decord's errors share no other base
-            raise MediaError(f"{name}: decord cannot open it: {_first_line(error)}") from error
-        self.fps = float(self._reader.get_avg_fps())
+            raise MediaError(f"{name}: decord cannot open it: {first_line(error)}") from error
         self.timestamps = _checked_times(times, name)
+        self.fps = _checked_fps(float(self._reader.get_avg_fps()), self.timestamps)
 
     def get_batch(self, indices: Sequence[int]) -> np.ndarray:
         try:
             return self._reader.get_batch(list(map(int, indices))).asnumpy()
         except Exception as error:  # as above
-            raise MediaError(f"{self.name}: decord cannot decode frames {list(indices)[:8]}: {_first_line(error)}") from error
+            raise MediaError(f"{self.name}: decord cannot decode frames {list(indices)[:8]}: {first_line(error)}") from error
 
     def close(self) -> None:
         self._reader = None
@@ -123,16 +124,18 @@ class PyAVReader:
             self.close()
             self._restart()
         except (av.FFmpegError, IndexError, OSError, ValueError) as error:
-            raise MediaError(f"{name}: PyAV cannot open it: {_first_line(error)}") from error
+            raise MediaError(f"{name}: PyAV cannot open it: {first_line(error)}") from error
         self._pts = np.unique(np.array([p.pts for p in packets if not p.is_discard], np.int64))
         self._keyframes = np.unique(np.array([p.pts for p in packets if p.is_keyframe], np.int64))
         self._can_seek = len(self._keyframes) > 1
         self.timestamps = _checked_times(self._pts * float(self._stream.time_base or 0), name)
-        span = self.timestamps[-1]
-        self.fps = float(self._stream.average_rate or ((len(self._pts) - 1) / span if span > 0 else 1.0))
+        self.fps = _checked_fps(float(self._stream.average_rate or 0), self.timestamps)
 
     def get_batch(self, indices: Sequence[int]) -> np.ndarray:
-        return np.stack([self._frame(int(i)) for i in indices])
+        frames = [self._frame(int(i)) for i in indices]
+        if len({f.shape for f in frames}) > 1:
+            raise MediaError(f"{self.name}: the size of its frames changes from {frames[0].shape[:2]} on; re-encode it")
+        return np.stack(frames)
 
     def close(self) -> None:
         self._decoding: Iterator[Any] = iter(())
@@ -161,7 +164,7 @@ class PyAVReader:
                 self._restart()
             frame = self._decode_to(target)
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise MediaError(f"{self.name}: PyAV cannot decode frame {index}: {_first_line(error)}") from error
+            raise MediaError(f"{self.name}: PyAV cannot decode frame {index}: {first_line(error)}") from error
         if frame is None:
             raise MediaError(f"{self.name}: frame {index} (at {self.timestamps[index]:.3f} s) is damaged: the decoder does not give it")
         return frame
@@ -219,62 +222,6 @@ def _stream(source: VideoSource, name: str) -> BinaryIO:
     return path.open("rb")
 
 
-def _probe(stream: BinaryIO, name: str) -> tuple[str, str, tuple[int, int]]:
-    """Container and codec names, and width and height of the frames."""
-    import av
-
-    try:
-        with av.open(stream) as container:
-            if not container.streams.video:
-                raise MediaError(f"{name}: no video in it (container {container.format.name})")
-            video = container.streams.video[0]
-            return container.format.name, video.codec_context.name, (video.width, video.height)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, MediaError):
-            raise
-        raise MediaError(f"{name}: not a video: {_first_line(error)}") from error
-
-
-def _check_complete(stream: BinaryIO, container: str, name: str) -> None:
-    """Raises if a container says that it is longer than the file: a broken download, of which decoders silently drop the end."""
-    size = stream.seek(0, os.SEEK_END)
-    stream.seek(0)
-    end = 0
-    if container.startswith("mov,mp4"):
-        while end + 8 <= size:  # top-level boxes: 4 bytes size, 4 bytes kind; size 1: 8 more bytes of size, 0: to the end
-            stream.seek(end)
-            length = struct.unpack(">I4x", stream.read(8))[0]
-            if length == 1:
-                length = int.from_bytes(stream.read(8))
-            if length < 8:
-                break
-            end += length
-    elif container == "avi":
-        end = struct.unpack("<4xI", stream.read(8))[0] + 8
-    elif container.startswith("matroska"):
-        end = _matroska_end(stream)
-    if end > size:
-        raise MediaError(f"{name}: truncated: {size:,} bytes of at least {end:,}")
-
-
-def _matroska_end(stream: BinaryIO) -> int:
-    """Where the Segment, which holds everything behind the EBML header, ends; 0 if the file does not say."""
-
-    def size() -> int | None:
-        first = stream.read(1)[0]
-        extra = 8 - first.bit_length()  # bytes that follow
-        value = int.from_bytes(bytes([first & ((1 << (7 - extra)) - 1)]) + stream.read(extra))
-        return None if value == (1 << (7 * (extra + 1))) - 1 else value
-
-    stream.seek(4)
-    header = size() or 0
-    stream.seek(header, os.SEEK_CUR)
-    if stream.read(4) != b"\x18\x53\x80\x67":
-        return 0
-    length = size()
-    return 0 if length is None else stream.tell() + length
-
-
 def _checked_times(times: np.ndarray, name: str) -> np.ndarray:
     """Times counted from the first frame, if they can be true."""
     if len(times) == 0:
@@ -288,5 +235,7 @@ def _checked_times(times: np.ndarray, name: str) -> np.ndarray:
     return times - times[0]
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+def _checked_fps(rate: float, times: np.ndarray) -> float:
+    """The rate of the header if the frames' times bear it out, else the one they have."""
+    measured = (len(times) - 1) / times[-1] if times[-1] > 0 else rate
+    return rate if rate > 0 and abs(rate - measured) <= 0.05 * measured else round(float(measured), 3)
