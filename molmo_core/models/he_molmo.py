@@ -75,9 +75,9 @@ class _FirstPass(NamedTuple):
     """What the first pass over [B, S_low] leaves behind."""
 
     blocks: TransformerOutput
-    cache: GrowingCache | None
+    cache: GrowingCache | None = None
     """Keys and values of all layers, if the second pass may go on from them."""
-    ends: torch.Tensor
+    ends: torch.Tensor | None = None
     """int64 [B], where the low-resolution image ends; -1 in rows without one."""
 
 
@@ -116,10 +116,16 @@ class HeMolmo(TokenScoring, Molmo):
         return self.transformer.wte(share_low_embedding(ids, self.config.image_tokens) if self.config.shared_low_high_embedding else ids)
 
     def add_images(self, x: torch.Tensor, batch: dict[str, Any], first_call: bool = True) -> torch.Tensor:
-        """Reached by text-only batches: as in Molmo, every parameter takes part in every training step."""
+        """Reached by batches without an image. As in Molmo, every rank does what ranks with images do: a first pass, and scoring."""
         x = super().add_images(x, batch, first_call)
         if first_call and (self.training or isinstance(self, FSDPModule)):
-            x = x + sum(p.sum() for name, p in self.named_parameters() if name.startswith(self.SCORER_LAYERS)) * 0
+            token = x[:, :1] if self.config.token_scorer.bp_low_res_embed else x[:, :1].detach()
+            positions = token.new_zeros(token.shape[:2], dtype=torch.int64)
+            response = None if not self.training else torch.zeros_like(positions, dtype=torch.bool)
+            shared = BlockInputs(None, response)
+            first = self._first_blocks(self.transformer.prepare(token), positions, shared, self.may_reuse_first_pass(batch))
+            scorer = [p for name, p in self.named_parameters() if name.startswith(self.SCORER_LAYERS)]
+            x = x + 0 * torch.stack([t.sum() for t in (*first.blocks.hidden_states, *scorer)]).sum()
         return x
 
     def encode(
@@ -145,6 +151,7 @@ class HeMolmo(TokenScoring, Molmo):
         positions = batch["position_ids"].clamp(min=0)
 
         first = self._first_pass(x, batch, valid, response, positions, output_attentions)
+        assert first.ends is not None
         length = first.blocks.hidden.shape[1]
         scores, low_scores = self.score_candidates(
             first.blocks.hidden_states[: config.low_res_layers],
@@ -178,7 +185,7 @@ class HeMolmo(TokenScoring, Molmo):
         output_attentions: bool,
     ) -> _FirstPass:
         """The language model over the question and the low-resolution image: x [B, S, d], with its features."""
-        scorer, layers = self.config.token_scorer, self.config.low_res_layers
+        scorer = self.config.token_scorer
         end = batch["input_ids"] == self.config.image_tokens.end
         ends = torch.where(end.any(1), end.int().argmax(1), -1)
         length = int(ends.max()) + 1
@@ -189,9 +196,15 @@ class HeMolmo(TokenScoring, Molmo):
             x, valid = x * image[..., None], valid & image
         shared = BlockInputs(self.attention_mask(view, valid, 0, response), response)
         x = self.transformer.prepare(x if scorer.bp_low_res_embed else x.detach())
-        if self.may_reuse_first_pass(batch) and not output_attentions:
+        keep = self.may_reuse_first_pass(batch) and not output_attentions
+        return self._first_blocks(x, positions, shared, keep)._replace(ends=ends)
+
+    def _first_blocks(self, x: torch.Tensor, positions: torch.Tensor, shared: BlockInputs, keep: bool) -> _FirstPass:
+        """The blocks of the first pass; all of them, with their keys and values, if the second pass will go on from there."""
+        if keep:
             cache = GrowingCache()
-            return _FirstPass(self.transformer.run_blocks(x, positions, shared, cache, output_hidden_states=True), cache, ends)
+            return _FirstPass(self.transformer.run_blocks(x, positions, shared, cache, output_hidden_states=True), cache)
+        scorer, layers = self.config.token_scorer, self.config.low_res_layers
         start, stop = scorer.bp_low_res_start, min(max(scorer.bp_low_res_end, scorer.bp_low_res_start), layers)
         hidden_states: list[torch.Tensor] = []
         for part, grad in ((range(start), False), (range(start, stop), True), (range(stop, layers), False)):
@@ -199,7 +212,7 @@ class HeMolmo(TokenScoring, Molmo):
                 blocks = self.transformer.run_blocks(x, positions, shared, output_hidden_states=True, layers=part)
             x = blocks.hidden
             hidden_states += blocks.hidden_states
-        return _FirstPass(blocks._replace(hidden_states=hidden_states), None, ends)
+        return _FirstPass(blocks._replace(hidden_states=hidden_states))
 
     def may_reuse_first_pass(self, batch: dict[str, Any]) -> bool:
         """Whether the tokens of the first pass see the same in the second: no gradient, no dropout, nothing ahead, the question too."""
@@ -252,7 +265,7 @@ class HeMolmo(TokenScoring, Molmo):
     ) -> TransformerOutput:
         """The language model over the whole sequence, or over what follows the tokens that the first pass has done with."""
         done = 0
-        if first.cache is not None:
+        if first.cache is not None and first.ends is not None:
             done = int(torch.where(first.ends >= 0, first.ends + 1, first.blocks.hidden.shape[1]).min())
             cache = GrowingCache() if cache is None else cache
             for layer, (k, v) in enumerate(first.cache):

@@ -104,8 +104,7 @@ class MolmoVisionBackbone(nn.Module):
         Returns:
             For each index tensor: features [B, n, d] and valid bool [B, n] (a token with no patch at all is not valid).
         """
-        features = self.encode(images, image_masks)
-        return [self.pool(features, idx) for idx in pooled_idx]
+        return self.pool_all(self.encode(images, image_masks), *pooled_idx)
 
     def encode(self, images: torch.Tensor, image_masks: torch.Tensor | None = None) -> torch.Tensor:
         """Patch features [B, crops·patches, P] of the selected layers, with the padding embedding."""
@@ -136,17 +135,26 @@ class MolmoVisionBackbone(nn.Module):
 
     def pool(self, features: torch.Tensor, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pools and projects: features [B, patches, P], idx int64 [B, n, k] -> [B, n, d], valid bool [B, n]."""
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._pool, features, idx, use_reentrant=False)
-        return self._pool(features, idx)
+        return self.pool_all(features, idx)[0]
 
-    def _pool(self, features: torch.Tensor, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        batch, tokens, _ = idx.shape
-        present = idx >= 0
-        rows = torch.arange(batch, device=idx.device)[:, None, None]
-        windows = features[rows, idx.clamp(min=0)] * present[..., None].to(features.dtype)
-        pooled = self._pool_windows(windows.flatten(0, 1), present.flatten(0, 1))
-        return self.image_projector(pooled).unflatten(0, (batch, tokens)), present.any(-1)
+    def pool_all(self, features: torch.Tensor, *pooled_idx: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`pool` for several index tensors. The projector runs once: all ranks of a sharded model must call it equally often."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            projected = checkpoint(self._project, features, *pooled_idx, use_reentrant=False)
+        else:
+            projected = self._project(features, *pooled_idx)
+        parts = projected.split([idx.shape[0] * idx.shape[1] for idx in pooled_idx])
+        return [(part.unflatten(0, idx.shape[:2]), (idx >= 0).any(-1)) for part, idx in zip(parts, pooled_idx)]
+
+    def _project(self, features: torch.Tensor, *pooled_idx: torch.Tensor) -> torch.Tensor:
+        """[tokens of all index tensors, d]."""
+        rows = torch.arange(features.shape[0], device=features.device)[:, None, None]
+        pooled = []
+        for idx in pooled_idx:
+            present = idx >= 0
+            windows = features[rows, idx.clamp(min=0)] * present[..., None].to(features.dtype)
+            pooled.append(self._pool_windows(windows.flatten(0, 1), present.flatten(0, 1)))
+        return self.image_projector(torch.cat(pooled))
 
     def _pool_windows(self, windows: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """windows [N, k, P], present bool [N, k] -> [N, pooled width]."""
