@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +11,8 @@ from pipelines.data.media import fetch
 from pipelines.data.records import normalise
 from pipelines.data.sources import Record, Rejected
 
-Preprocessor = Callable[..., dict[str, Any]]
+if TYPE_CHECKING:
+    from pipelines.data.inventory import Media
 
 
 def example_rng(seed: int, dataset: int, epoch: int, index: int) -> np.random.RandomState:
@@ -29,7 +29,7 @@ class ExampleBuilder:
         defaults: fields given to every record that lacks them (e.g. `sampler_overrides` of a dataset).
     """
 
-    def __init__(self, preprocessor: Preprocessor, max_image_pixels: int, defaults: dict[str, Any] | None = None):
+    def __init__(self, preprocessor: Any, max_image_pixels: int, defaults: dict[str, Any] | None = None):
         self.preprocessor = preprocessor
         self.max_image_pixels = max_image_pixels
         self.defaults = defaults or {}
@@ -53,6 +53,17 @@ class ExampleBuilder:
             raise Rejected("record: no answer within the sequence length", f"{len(result['input_ids']):,} tokens")
         result["metadata"] = {**metadata, **(result.get("metadata") or {})}
         return result
+
+    def measure(self, record: Record, media: Media, rng: np.random.RandomState) -> tuple[int, int]:
+        """Tokens and crops that the call with the same `rng` gives, from what its media measure; a record that will be rejected
+        counts as one token."""
+        try:
+            example = {**self.defaults, **normalise(record)}
+            if media.timestamps is not None:
+                return self.preprocessor.measure_video(example, media.timestamps, media.fps, rng)
+            return self.preprocessor.measure(example, media.image_sizes, rng)
+        except (Rejected, ValueError):
+            return 1, 0
 
     def decode(self, example: dict[str, Any]) -> None:
         """Replaces media references: images by uint8 [h, w, 3], a video by what its reader opens."""

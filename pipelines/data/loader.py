@@ -15,6 +15,7 @@ from molmo_core.preprocessing.packing import Packer
 from pipelines.data import mixture
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import MAX_IMAGE_PIXELS, DataConfig, DatasetConfig
+from pipelines.data.inventory import Inventory, inventory_path
 from pipelines.data.packs import PackBuilder, Prepared, States, Streamed, steps
 from pipelines.data.plan import Draw, Plan, Stream
 from pipelines.data.prepared import PreparedDataset, is_prepared
@@ -58,7 +59,7 @@ class TrainLoader:
         self.plan = Plan(list(sizes.values()), [rates[name] for name in sizes], seed, global_batch_size, data.shuffle)
         limits = (sequence_length, data.packing.max_crops) if data.packing else None
         weights = [config.message_weight for config in configs.values()]
-        self.builder = PackBuilder(list(datasets.values()), weights, seed, limits)
+        self.builder = PackBuilder(list(datasets.values()), weights, limits)
         self.owned = np.array_split(np.arange(global_batch_size), world_size)[rank].tolist()
         self.collate = cast(Any, model).build_collator(sequence_length, "to_max" if data.pad_to_max else None, include_metadata=False)
         self._states = {s: stream.state() for s, stream in self._streams().items()}
@@ -129,7 +130,8 @@ def open_dataset(
     records = open_records(config.path, config.format)
     changed = cast(Any, with_overrides(model, config.overrides, name))
     preprocessor = changed.build_preprocessor(for_inference=False, is_training=True, max_seq_len=sequence_length)
-    return Streamed(records, ExampleBuilder(preprocessor, MAX_IMAGE_PIXELS))
+    inventory = Inventory(records, inventory_path(config.path)) if data.packing else None
+    return Streamed(records, ExampleBuilder(preprocessor, MAX_IMAGE_PIXELS), seed, inventory)
 
 
 def with_overrides(model: BaseModelConfig, overrides: dict[str, Any], name: str) -> BaseModelConfig:

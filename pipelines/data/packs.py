@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from molmo_core.preprocessing.packing import pack as join
 from pipelines.data import schema
 from pipelines.data.builder import ExampleBuilder, example_rng
+from pipelines.data.inventory import Inventory
 from pipelines.data.plan import Draw, Stream
 from pipelines.data.prepared import PreparedDataset
 from pipelines.data.sources import Records, Rejected
@@ -25,7 +26,7 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def example(self, draw: Draw, seed: int) -> dict[str, Any]:
+    def example(self, draw: Draw) -> dict[str, Any]:
         """The preprocessed example of a draw; raises `Rejected`."""
         ...
 
@@ -47,7 +48,7 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.data)
 
-    def example(self, draw: Draw, seed: int) -> dict[str, Any]:
+    def example(self, draw: Draw) -> dict[str, Any]:
         return self.data[draw.row]
 
     def measure(self, draw: Draw) -> tuple[int, int]:
@@ -59,25 +60,36 @@ class Prepared:
 
 @dataclasses.dataclass
 class Streamed:
-    """Records that are decoded when they are drawn, with new randomness each epoch."""
+    """Records that are decoded when they are drawn, with new randomness each epoch.
+
+    With an inventory, only the records that it calls usable are drawn, and their lengths are known beforehand.
+    """
 
     records: Records
     builder: ExampleBuilder
-    measurer: Callable[[Draw], tuple[int, int]] | None = None
+    seed: int
+    inventory: Inventory | None = None
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.records) if self.inventory is None else len(self.inventory.usable)
 
-    def example(self, draw: Draw, seed: int) -> dict[str, Any]:
-        return self.builder(self.records[draw.row], example_rng(seed, draw.dataset, draw.epoch, draw.row))
+    def example(self, draw: Draw) -> dict[str, Any]:
+        return self.builder(self.records[self._row(draw)], self._rng(draw))
 
     def measure(self, draw: Draw) -> tuple[int, int]:
-        if self.measurer is None:
+        if self.inventory is None:
             raise ValueError("packing streamed records needs their inventory")
-        return self.measurer(draw)
+        row = self._row(draw)
+        return self.builder.measure(self.records[row], self.inventory.media(row), self._rng(draw))
 
     def where(self, draw: Draw) -> tuple[str, int]:
-        return self.records.where(draw.row)
+        return self.records.where(self._row(draw))
+
+    def _row(self, draw: Draw) -> int:
+        return draw.row if self.inventory is None else int(self.inventory.usable[draw.row])
+
+    def _rng(self, draw: Draw) -> np.random.RandomState:
+        return example_rng(self.seed, draw.dataset, draw.epoch, self._row(draw))
 
 
 class PackBuilder:
@@ -86,12 +98,11 @@ class PackBuilder:
     Args:
         datasets: in the plan's order.
         weights: loss weight of each dataset's messages (None = as preprocessed).
-        seed: of the examples' randomness.
         limits: tokens and crops of a pack, if examples are packed.
     """
 
-    def __init__(self, datasets: list[Any], weights: list[float | None], seed: int, limits: tuple[int, int] | None = None):
-        self.datasets, self.weights, self.seed, self.limits = datasets, weights, seed, limits
+    def __init__(self, datasets: list[Any], weights: list[float | None], limits: tuple[int, int] | None = None):
+        self.datasets, self.weights, self.limits = datasets, weights, limits
 
     def __call__(self, pack: list[Draw]) -> tuple[dict[str, Any], list[Reject]]:
         """The joined example and what had to be left out of it; a row without loss if nothing is left."""
@@ -99,7 +110,7 @@ class PackBuilder:
         rejected: list[Reject] = []
         for draw in pack:
             try:
-                example = self.datasets[draw.dataset].example(draw, self.seed)
+                example = self.datasets[draw.dataset].example(draw)
                 self._check_fits(examples, example)
             except Rejected as reason:
                 rejected.append((*self.datasets[draw.dataset].where(draw), reason.reason, reason.detail))

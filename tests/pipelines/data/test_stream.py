@@ -1,0 +1,102 @@
+"""Streamed training data: Ray Data gives the plan's rows in the plan's order, and a bad record costs one example, not the run."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import ray
+
+from jobs.inventory import main as take_inventory
+from molmo_core.config import ConfigError
+from molmo_core.models.base import BaseModelConfig
+from pipelines.data.config import DataConfig
+from pipelines.data.loader import TrainLoader
+from pipelines.data.stream import RejectRate, actor_share
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def model(golden):
+    return BaseModelConfig.load(golden / "molmo-qwen2-siglip-bidir" / "config.yaml")
+
+
+def loader(data, model, rank=0, world=1):
+    return TrainLoader(data, model, global_batch_size=4, sequence_length=512, seed=1, rank=rank, world_size=world)
+
+
+def local(made: TrainLoader, steps: int) -> list:
+    """The loader's first batches, made in this process."""
+    streams = made._streams().values()
+    return [made.collate([made.builder(stream.next())[0] for stream in streams]) for _ in range(steps)]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("packing", [None, {"buffer_size": 8, "max_crops": 8}], ids=["single", "packed"])
+def test_rows_come_in_the_plans_order_and_resume(cluster, model, good_records, packing, tmp_path):
+    data = DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "packing": packing, "actors": 2})
+    if packing:
+        data.save(tmp_path / "data.yaml")
+        take_inventory(tmp_path / "data.yaml")
+    expected = local(loader(data, model), 12)
+    first = loader(data, model)
+    batches = iter(first)
+    found = list(itertools.islice(batches, 5))
+    state = first.state_dict()
+    batches.close()
+    again = loader(data, model)
+    again.load_state_dict(state)
+    batches = iter(again)
+    found += list(itertools.islice(batches, 7))
+    batches.close()
+    assert [same(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 12
+
+
+def test_two_ranks_share_the_global_batch(cluster, model, good_records):
+    data = DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "pad_to_max": True, "actors": 1})
+    (whole,) = local(loader(data, model), 1)
+    parts = []
+    for rank in range(2):
+        batches = iter(loader(data, model, rank, 2))
+        parts.append(next(batches))
+        batches.close()
+    np.testing.assert_array_equal(np.concatenate([p["input_ids"] for p in parts]), whole["input_ids"])
+
+
+def test_bad_records_cost_one_example_until_there_are_too_many(cluster, model, good_records, make):
+    rows = [make.chat("0.png"), make.chat("missing.png"), make.chat("1.png")]
+    path = make.write_jsonl(good_records.parent / "some.jsonl", rows)
+    settings = {"datasets": {"x": {"path": str(path)}}, "shuffle": False, "actors": 1}
+    batches = iter(loader(DataConfig.from_dict({**settings, "max_reject_rate": 1.0}), model))
+    batch = next(batches)
+    batches.close()
+    weights = batch["loss_masks"].sum(1)
+    assert [bool(w > 0) for w in weights] == [True, False, True, True], "the unusable record's row has no loss"
+    batches = iter(loader(DataConfig.from_dict({**settings, "max_reject_rate": 0.05}), model))
+    with pytest.raises(ConfigError, match=r"some.jsonl: 6 unusable records .* max_reject_rate=0.05 .* row 1 \(media: missing file"):
+        list(itertools.islice(batches, 100))
+
+
+def test_reject_rate_is_judged_by_source():
+    rate = RejectRate(0.1)
+    rate.add([[["a", 1, "r", "d"]]] * 5 + [[["b", 1, "r", "d"]]] * 5 + [[]] * 90)
+    with pytest.raises(ConfigError, match=r"^b: 11 unusable"):
+        rate.add([[["b", 1, "r", "d"]]] * 6)
+
+
+def test_actor_share(cluster):
+    assert actor_share(1, None) == (1, 1.0)
+    assert actor_share(2, None) == (1, 0.01), "on a small machine actors share the ranks' cores"
+    assert actor_share(1, 2) == (2, 0.5)
