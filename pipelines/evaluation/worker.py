@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from molmo_core.checkpoint import load_model
-from pipelines import tracking
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.records import normalise
 from pipelines.data.sources import Records, Rejected
 from pipelines.evaluation.answering import Example, answer
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.questions import Question, media_of, metric_of, questions, score
+from pipelines.model_folder import model_folder
 
 MAX_PIXELS = 178_956_970
 
@@ -27,7 +27,7 @@ class Worker:
         device = "cuda" if config.gpus_per_worker else "cpu"
         self._config = config
         self._records = records
-        self._model = load_model(tracking.resolve(model), getattr(torch, config.dtype), device)
+        self._model = load_model(model_folder(model), getattr(torch, config.dtype), device)
         self._preprocess = self._model.config.build_preprocessor(for_inference=True, is_training=False)
         self._collate = self._model.config.build_collator(None, None, include_metadata=False)
         self._builder = ExampleBuilder(self._preprocess, MAX_PIXELS)

@@ -52,6 +52,8 @@ class Engine:
         self._collate = model.config.build_collator(None, None, include_metadata=False)
         self._end = model.tokenizer.eos_token_id
         self._groups: list[_Group] = []
+        self.tokens = 0
+        """Tokens generated so far."""
 
     @property
     def active(self) -> int:
@@ -115,6 +117,7 @@ class Engine:
         if row.cancelled:
             return False
         row.count += 1
+        self.tokens += 1
         if token == self._end:
             row.emit(None, "stop", None)
             return False

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from molmo_core.models.base import BaseModelConfig
-from pipelines import tracking
+from pipelines.model_folder import model_folder
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, bad_request
@@ -58,13 +58,13 @@ class Frontend:
         self._limit = config.max_body_bytes
         self._engine = engine
         self._created = int(time.time())
-        model_config = BaseModelConfig.load(tracking.resolve(model))
+        model_config = BaseModelConfig.load(model_folder(model))
         self._service = ChatService(config, model_config, engine.options(stream=True).generate.remote)
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
         """Answers once the model is loaded and working."""
-        await self._engine.active.remote()
+        await self._engine.load.remote()
         return {"status": "ok"}
 
     @api.get("/v1/models")

@@ -13,7 +13,7 @@ import torch
 
 from molmo_core.checkpoint import load_model
 from molmo_core.generation.sampling import SamplingConfig
-from pipelines import tracking
+from pipelines.model_folder import model_folder
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.engine import Engine, Row
 
@@ -35,7 +35,7 @@ class Replica:
         """`model`: the checkpoint, with its version fixed (an alias may move while replicas start)."""
         device = "cuda" if config.gpus_per_replica else "cpu"
         self._config = config
-        loaded = load_model(tracking.resolve(model), getattr(torch, config.dtype), device)
+        loaded = load_model(model_folder(model), getattr(torch, config.dtype), device)
         self._engine = Engine(loaded)
         self._waiting: queue.SimpleQueue[Row] = queue.SimpleQueue()
         self._failure: BaseException | None = None
@@ -70,9 +70,9 @@ class Replica:
         finally:
             row.cancelled = True
 
-    async def active(self) -> int:
-        """Answers in work."""
-        return self._engine.active
+    async def load(self) -> dict[str, int]:
+        """Answers in work (`active`) and tokens generated since the start (`tokens`)."""
+        return {"active": self._engine.active, "tokens": self._engine.tokens}
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

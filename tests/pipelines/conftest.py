@@ -10,7 +10,7 @@ from molmo_core.models.base import BaseModelConfig
 def tiny_model(golden):
     """A random Molmo of the demo's architecture whose blocks weigh more than the last token, so that answers differ."""
     torch.manual_seed(0)
-    overrides = [f"llm.tokenizer.identifier={golden / 'tokenizer'}", "llm.vocab_size=1024"]
+    overrides = [f"llm.tokenizer.identifier={golden / 'tokenizer'}", "llm.vocab_size=1024", "llm.max_sequence_length=16384"]
     model = BaseModelConfig.load("configs/models/demo.yaml", overrides).build_model().eval()
     unreadable = [token for token in range(1024) if not model.tokenizer.decode([token], truncate_at_eos=False).isprintable()]
     with torch.no_grad():

@@ -1,0 +1,179 @@
+"""The whole application on a cluster, seen by the official client."""
+
+import concurrent.futures
+import io
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+from ray import serve
+
+from pipelines import cluster
+from pipelines.serving import client
+from pipelines.serving.app import APPLICATION, serving
+from pipelines.serving.config import ServeConfig
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def url(tiny_checkpoint):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = ServeConfig(model=str(tiny_checkpoint), name="tiny", port=port, max_new_tokens=12, max_body_bytes=100_000, max_images=2)
+    with cluster.connect(num_cpus=2, object_store_memory=256 << 20), serving(config) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def api(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def picture(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.RandomState(seed).randint(0, 255, (64, 64, 3), np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def ask(api, text="what is this?", image=0, **settings):
+    return api.chat.completions.create(**client.request("tiny", text, picture(image), **settings))
+
+
+def expected(model, text: str, seed: int, limit: int) -> str:
+    """The answer of the model itself, without any server."""
+    preprocess = model.config.build_preprocessor(for_inference=True, is_training=False)
+    example = preprocess({"image": picture(seed), "messages": [{"role": "user", "content": text}]})
+    return model.generate(**example, max_new_tokens=limit).text[0].strip()
+
+
+def test_models_and_health(api, url):
+    assert [model.id for model in api.models.list()] == ["tiny"]
+    with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
+        assert json.load(response) == {"status": "ok"}
+
+
+def test_plain_answer(api, tiny_model):
+    answer = ask(api, max_tokens=6)
+    assert answer.choices[0].message.content.strip() == expected(tiny_model, "what is this?", 0, 6)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 6
+    assert answer.usage.prompt_tokens > 64, "image tokens count"
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 6
+
+
+def test_streamed_answer(api):
+    whole = ask(api).choices[0].message.content
+    chunks = list(ask(api, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].usage.completion_tokens == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_text_only_conversation(api):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "and now?"}]
+    answer = api.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+    assert answer.usage.completion_tokens <= 3
+    assert answer.usage.prompt_tokens < 40
+
+
+def test_stop_string(api):
+    whole = ask(api).choices[0].message.content
+    stop = whole[5:7]
+    answer = ask(api, stop=stop)
+    assert answer.choices[0].message.content == whole[: whole.find(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(api, stop=[stop], stream=True))
+    assert streamed == answer.choices[0].message.content
+
+
+def test_seeded_sampling(api):
+    def sample(seed):
+        return ask(api, temperature=1.5, seed=seed).choices[0].message.content
+
+    assert sample(3) == sample(3)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+def test_concurrent_requests_do_not_disturb_each_other(api, tiny_model):
+    jobs = [(f"what is this {'?' * (seed % 3)}", seed, 3 + seed % 7) for seed in range(10)]
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda job: ask(api, job[0], job[1], max_tokens=job[2]), jobs))
+    assert [answer.choices[0].message.content.strip() for answer in answers] == [expected(tiny_model, *job) for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("error", "settings", "words"),
+    [
+        (openai.NotFoundError, {"model": "gpt"}, "'gpt' does not exist; this server has 'tiny'"),
+        (openai.BadRequestError, {"n": 2}, "'n' is not supported"),
+        (openai.BadRequestError, {"messages": [{"role": "system", "content": "x"}]}, "no system prompt"),
+        (openai.BadRequestError, {"messages": [{"role": "user", "content": "<|image|> x"}]}, "placeholder"),
+        (openai.BadRequestError, {"max_tokens": 20_000}, "context is 16384 tokens"),
+        (openai.BadRequestError, {"stream": True, "temperature": 9}, "temperature"),
+    ],
+)
+def test_errors(api, error, settings, words):
+    request = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    with pytest.raises(error) as caught:
+        api.chat.completions.create(**{**request, **settings})
+    assert words in caught.value.message
+    assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("https://example.com/cat.png", "fetches no addresses"),
+        ("data:image/png;base64,@@", "base64 data is invalid"),
+        ("data:image/png;base64,aGVsbG8=", "not an image"),
+    ],
+)
+def test_bad_images(api, image, words):
+    content = [{"type": "image_url", "image_url": {"url": image}}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])
+    assert words in caught.value.message
+    assert caught.value.param == "messages[0].content[0].image_url.url"
+
+
+def test_too_many_images_and_too_large_a_body(api):
+    one = client.request("tiny", "x", picture(0))["messages"][0]["content"]
+    with pytest.raises(openai.BadRequestError, match="at most 2"):
+        api.chat.completions.create(model="tiny", messages=[{"role": "user", "content": [one[0]] * 3 + [one[1]]}])
+    with pytest.raises(openai.APIStatusError) as caught:
+        api.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 200_000}])
+    assert caught.value.status_code == 413
+
+
+def test_bodies_that_are_no_json(url):
+    for body in (b"", b"{", b"[]", b"\xff"):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", body), timeout=60)
+        assert caught.value.code == 400
+        assert json.load(caught.value)["error"]["message"]
+
+
+def test_a_client_that_leaves_stops_the_generation(api):
+    model = serve.get_deployment_handle("model", APPLICATION)
+    before = model.load.remote().result()["tokens"]
+    stream = ask(api, stream=True, max_tokens=15_000)
+    next(stream)
+    next(stream)
+    stream.close()
+    deadline = time.monotonic() + 60
+    while model.load.remote().result()["active"] and time.monotonic() < deadline:
+        time.sleep(0.2)
+    load = model.load.remote().result()
+    assert load["active"] == 0
+    assert load["tokens"] - before < 15_000
