@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
+from omegaconf import OmegaConf
+
+from molmo_core.checkpoint.published_config import read_published_config
 from molmo_core.config import BaseConfig, ConfigError, read_yaml
 from molmo_core.models.base import BaseModelConfig, config_class
 from pipelines.data.config import DataConfig
@@ -194,7 +197,7 @@ class TrainConfig(BaseConfig):
             file = _beside(path, model)
             if file.is_dir():
                 content.setdefault("init_from", str(file))
-            content["model"] = BaseModelConfig.load(file, _inner(overrides, "model."))
+            content["model"] = _model_config(file, _inner(overrides, "model."))
         elif model is not None:
             content["model"] = BaseModelConfig.load(path, _inner(overrides, "model."), key=f"{key}.model" if key else "model")
         if isinstance(content.get("data"), str):
@@ -220,6 +223,26 @@ class TrainConfig(BaseConfig):
         content = self.as_dict()
         data = {k: v for k, v in content["data"].items() if k not in ("actors", "prefetch", "max_reject_rate")}
         return {name: content[name] for name in names} | {"data": data}
+
+
+def _model_config(path: Path, overrides: list[str]) -> BaseModelConfig:
+    """The configuration of a file, or of a checkpoint folder of any layout."""
+    if not path.is_dir() or (path / "config.yaml").is_file():
+        return BaseModelConfig.load(path, overrides)
+    published = OmegaConf.merge(read_published_config(path), OmegaConf.from_dotlist(overrides))
+    data = cast(dict[str, Any], OmegaConf.to_container(published))
+    return config_class(data["model_name"]).from_dict(data, source=str(path))
+
+
+def pinned(config: BaseConfig) -> None:
+    """Makes every path in a configuration absolute that exists from the current folder: workers may stand elsewhere."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str) and field.name in config.PATHS and Path(value).exists():
+            setattr(config, field.name, str(Path(value).absolute()))
+        for inner in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(inner, BaseConfig):
+                pinned(inner)
 
 
 def _inner(overrides: list[str] | None, prefix: str) -> list[str]:

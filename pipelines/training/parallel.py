@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from molmo_core.checkpoint.backbones import initialise_backbones
 from molmo_core.models.base import ModelBase
 from pipelines.training.config import Precision, TrainConfig
 from pipelines.training.optim import freeze
@@ -52,9 +53,11 @@ def build(config: TrainConfig, device: torch.device) -> ModelBase:
         model.to_empty(device=device)
     if config.init_from is not None:
         model.load_checkpoint(config.init_from)
-    elif world_size() > 1:
+        return model.train()
+    if world_size() > 1:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, weights if first else {}, options=options)
+    initialise_backbones(model)
     return model.train()
 
 

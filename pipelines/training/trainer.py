@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -25,7 +26,7 @@ from pipelines.data.loader import TrainLoader
 from pipelines.data.sources import open_records
 from pipelines.evaluation.picture import draw_answers
 from pipelines.training.checkpointing import MODEL_FOLDER
-from pipelines.training.config import TrainConfig
+from pipelines.training.config import TrainConfig, pinned
 from pipelines.training.loop import train_worker
 from pipelines.training.pictures import training_curves
 from pipelines.training.progress import ProgressBar, start_inbox
@@ -68,8 +69,8 @@ def train(config: TrainConfig, make_loader: Callable[..., Any] = TrainLoader) ->
         ray.train.TrainingFailedError: workers failed more often than `max_failures`.
     """
     started = time.perf_counter()
-    config = prepared(config)
     folder = RunFolder(config)
+    config = prepared(config)
     run = folder.open_run()
     inbox = start_inbox()
     with run, Fit(config, make_loader, inbox) as fit, contextlib.closing(ProgressBar(config.name, config.steps)) as bar:
@@ -87,9 +88,10 @@ def train(config: TrainConfig, make_loader: Callable[..., Any] = TrainLoader) ->
 
 
 def prepared(config: TrainConfig) -> TrainConfig:
-    """The configuration with what only the driver can decide: absolute storage, device, the place of registered weights."""
-    if "://" not in config.storage:
-        config = dataclasses.replace(config, storage=str(Path(config.storage).absolute()))
+    """The configuration with what only the driver can decide: absolute paths, device, the place of registered weights."""
+    config = copy.deepcopy(config)
+    pinned(config)
+    config = dataclasses.replace(config, storage=absolute(config.storage))
     if config.init_from is not None:
         config = dataclasses.replace(config, init_from=str(tracking.resolve(config.init_from).absolute()))
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -102,12 +104,17 @@ def prepared(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def absolute(storage: str) -> str:
+    """A URL as it is, a path in full."""
+    return storage if "://" in storage else str(Path(storage).absolute())
+
+
 class RunFolder:
     """`<storage>/<name>`: the run's configuration and MLflow run, beside Ray Train's checkpoints."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.url = f"{config.storage}/{config.name}"
+        self.url = f"{absolute(config.storage)}/{config.name}"
 
     def open_run(self) -> tracking.Run:
         """The MLflow run: a new one, or the one that this folder's run began.

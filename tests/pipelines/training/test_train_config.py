@@ -4,7 +4,7 @@ import pytest
 from batches import GOLDEN, tiny_config
 
 from molmo_core.config import ConfigError
-from pipelines.training.config import TrainConfig
+from pipelines.training.config import TrainConfig, pinned
 
 
 @pytest.fixture
@@ -63,3 +63,13 @@ def test_identity_ignores_what_does_not_change_the_result(tmp_path):
     assert tiny_config(tmp_path, num_workers=2, steps=99, device_batch_size=1, log_interval=5).identity() == base
     assert tiny_config(tmp_path, seed=1).identity() != base
     assert tiny_config(tmp_path, global_batch_size=8).identity() != base
+
+
+def test_paths_are_pinned_where_they_exist(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig.load(file)
+    config.data.datasets["shapes"].path = "prepared"
+    config.init_from = "models:/shapes@champion"
+    pinned(config)
+    assert config.data.datasets["shapes"].path == str(tmp_path / "prepared")
+    assert config.init_from == "models:/shapes@champion"
