@@ -19,7 +19,7 @@ import torch
 
 from molmo_core.config import ConfigError
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -64,6 +64,7 @@ class SafetensorsReader:
         """
         self.path = Path(path)
         self._entries: dict[str, _Entry] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         for file, wanted in _files(self.path).items():
             entries = _read_header(file)
             missing = sorted(set(wanted or entries) - set(entries))
@@ -103,10 +104,13 @@ class SafetensorsReader:
                 _fill(stream, out, file)
                 return
             step = max(1, CHUNK_BYTES // max(1, row_bytes))
+            if len(self._buffer) < step * row_bytes:
+                self._buffer = torch.empty(step * row_bytes, dtype=torch.uint8)
             for first in range(0, stop - start, step):
-                chunk = torch.empty((min(step, stop - start - first), *shape[1:]), dtype=spec.dtype)
+                count = min(step, stop - start - first)
+                chunk = self._buffer[: count * row_bytes].view(spec.dtype).view(count, *shape[1:])
                 _fill(stream, chunk, file)
-                out[first : first + len(chunk)].copy_(chunk)
+                out[first : first + count].copy_(chunk)
 
 
 def write_safetensors(
