@@ -7,11 +7,14 @@ and settings of the language model (q/k norms, YaRN on some layers), all of them
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from molmo_core.models.molmo import Molmo, MolmoConfig
 from molmo_core.nn.image_tokens import BidirectionalAttention, ImageTokenIds
 from molmo_core.preprocessing.configs import DataFormatter, Molmo2PreprocessorConfig
+
+if TYPE_CHECKING:
+    from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
 
 
 def _formatter() -> DataFormatter:
@@ -35,6 +38,11 @@ class Molmo2Config(MolmoConfig):
     @property
     def image_tokens(self) -> ImageTokenIds:
         return ImageTokenIds.molmo2(self.llm.embedding_rows)
+
+    def preprocessor_kind(self) -> tuple[type[MolmoPreprocessor], dict[str, Any]]:
+        from molmo_core.preprocessing.molmo2_preprocessor import Molmo2Preprocessor
+
+        return Molmo2Preprocessor, {}
 
 
 class Molmo2(Molmo):

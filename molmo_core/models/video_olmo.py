@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from molmo_core.models.molmo import Molmo, MolmoConfig
 from molmo_core.nn.image_tokens import ImageTokenIds
 from molmo_core.preprocessing.configs import FrameSampling, VideoPreprocessorConfig
 from molmo_core.preprocessing.tiling import single_crop_pooling
+
+if TYPE_CHECKING:
+    from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
 
 
 @dataclasses.dataclass
@@ -59,6 +62,11 @@ class VideoOlmoConfig(MolmoConfig):
         for published in self._FRAMES.values():
             del data["mm_preprocessor"][published]
         return data
+
+    def preprocessor_kind(self) -> tuple[type[MolmoPreprocessor], dict[str, Any]]:
+        from molmo_core.preprocessing.video_preprocessor import VideoOlmoPreprocessor
+
+        return VideoOlmoPreprocessor, {}
 
     def high_res_pooling(self) -> tuple[int, int]:
         """Patches of a high-resolution token: rows, columns."""
