@@ -9,14 +9,16 @@ import torch
 
 from benchmarks.molmo2_parity import native_inputs, native_twin
 from molmo_core.models.molmo2 import Molmo2, Molmo2Config
-from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
+from molmo_core.preprocessing.packing import pack
 
+VIDEO = Path(__file__).parents[2] / "golden" / "video-olmo" / "video.mp4"
 RNG = np.random.RandomState(0)
 IMAGES = [RNG.randint(0, 256, size, np.uint8) for size in ((70, 130, 3), (56, 40, 3), (160, 60, 3))]
 EXAMPLES: dict[str, dict[str, Any]] = {
     "text": {"messages": ["What is the capital of France?", "Paris."]},
     "image": {"image": IMAGES[0], "messages": ["How many dogs are there?", "Two."]},
     "images": {"images": IMAGES, "messages": ["Which one shows a cat?", "The second."]},
+    "video": {"video": VIDEO, "messages": ["What happens?", "A ball rolls."]},
 }
 
 
@@ -73,10 +75,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(EXAMPLES))
+@pytest.mark.parametrize("name", ["image", "video"])
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_logits_are_those_of_transformers(golden: Path, variant: str, name: str) -> None:
-    model = random_model(config_of(golden, **VARIANTS[variant]))
+    compare_logits(random_model(config_of(golden, **VARIANTS[variant])), name)
+
+
+@pytest.mark.parametrize("name", ["text", "images"])
+def test_logits_of_text_and_of_several_images(golden: Path, name: str) -> None:
+    compare_logits(random_model(config_of(golden)), name)
+
+
+def compare_logits(model: Molmo2, name: str) -> None:
     batch = batch_of(model.config, name)
     with torch.no_grad():
         ours = model(**batch).logits
@@ -107,11 +117,9 @@ def test_text_and_image_rows_of_a_batch_are_those_alone(golden: Path) -> None:
             torch.testing.assert_close(row[: len(alone)], alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("names", [("image", "text", "images"), ("text", "image"), ("images", "images")])
+@pytest.mark.parametrize("names", [("image", "text", "video"), ("text", "images"), ("video", "video", "image")])
 def test_packed_equals_separate(golden: Path, names: tuple[str, ...]) -> None:
     """Image tokens of different examples do not see each other, nor does their text."""
-    from molmo_core.preprocessing.packing import pack
-
     model = random_model(config_of(golden))
     preprocessor = model.config.build_preprocessor(for_inference=False, is_training=False)
     examples = [preprocessor(EXAMPLES[name]) for name in names]
@@ -136,29 +144,9 @@ def test_all_image_tokens_of_a_row_see_each_other_in_both_directions(golden: Pat
     assert torch.equal(seen, causal | (image[:, None] & image[None, :]))
 
 
-def test_preprocessor_writes_the_published_sequence(golden: Path) -> None:
-    config = config_of(golden)
-    tokenizer = config.build_tokenizer()
-    prompt = config.build_preprocessor(for_inference=True)({"images": IMAGES[:2], "messages": ["Hello?"]})["input_ids"].tolist()
-    low = "<low_res_im_start>" + "<im_patch>" * 4 + "<im_end>"
-    text = tokenizer.decode(prompt, skip_special_tokens=False, truncate_at_eos=False)
-    assert text.startswith(f"<|endoftext|>Image 1{low}<im_start>")
-    assert f"<im_end>Image 2{low}<im_start>" in text
-    assert text.endswith("<im_end><|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\n")
-
-
 def test_defaults_are_the_published_ones() -> None:
     config = Molmo2Config()
     assert config.bi_directional_attn == "image_tokens"
     assert (config.data_formatter.message_format, config.data_formatter.pointing_format) == ("qwen3", "html-v2")
     assert (config.mm_preprocessor.use_single_crop_col_tokens, config.mm_preprocessor.use_single_crop_start_token) == (False, True)
     assert config.image_tokens.frame_end == config.llm.embedding_rows + 8
-
-
-def test_build_preprocessor_takes_the_seed_arguments(golden: Path) -> None:
-    config = config_of(golden)
-    preprocessor = config.build_preprocessor(for_inference=True, is_training=True, include_image=True, max_seq_len=128)
-    assert isinstance(preprocessor, MolmoPreprocessor)
-    example = preprocessor({"image": IMAGES[1], "messages": ["Hello?"]})
-    assert example["metadata"]["image_arrays"][0].shape == (56, 40, 3)
-    assert "labels" not in example
