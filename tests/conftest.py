@@ -17,3 +17,30 @@ import pytest
 def golden() -> Path:
     """Inputs, tiny weights and outputs of the published implementations (tests/golden/README.md)."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(golden):
+    """A random Molmo of the demo's architecture whose blocks weigh more than the last token, so that answers differ."""
+    import torch
+
+    from molmo_core.models.base import BaseModelConfig
+
+    torch.manual_seed(0)
+    overrides = [f"llm.tokenizer.identifier={golden / 'tokenizer'}", "llm.vocab_size=1024", "llm.max_sequence_length=16384"]
+    path = Path(__file__).parent.parent / "configs/models/demo.yaml"
+    model = BaseModelConfig.load(path, overrides).build_model().eval()
+    unreadable = [token for token in range(1024) if not model.tokenizer.decode([token], truncate_at_eos=False).isprintable()]
+    with torch.no_grad():
+        for parameter in (*model.transformer.blocks.parameters(), *model.vision_backbone.parameters()):
+            parameter.mul_(12.0 if parameter.ndim > 1 else 1.0)
+        model.transformer.ff_out.weight[unreadable] = 0
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model as a checkpoint folder."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_model.save_checkpoint(path)
+    return path

@@ -1,0 +1,39 @@
+"""Registering a checkpoint: a new version each time, the alias on the last one."""
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs import register
+from pipelines import tracking
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model_name: molmo\n")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_versions_and_alias(checkpoint, tmp_path):
+    config = tmp_path / "register.yaml"
+    config.write_text("checkpoint: model\nname: tiny\n")
+    for version in ("1", "2"):
+        result = CliRunner().invoke(register.app, [str(config)])
+        assert result.exit_code == 0, result.output
+        assert f"Registered tiny version {version} as models:/tiny@champion" in result.output
+    assert tracking.versioned("models:/tiny@champion") == "models:/tiny/2"
+    assert (tracking.resolve("models:/tiny@champion") / "model.safetensors").read_bytes() == b"weights"
+    result = register.register(register.RegisterConfig(str(checkpoint), "tiny", alias="candidate"))
+    assert result == {"name": "tiny", "version": "3", "alias": "candidate", "uri": "models:/tiny@candidate"}
+    assert tracking.versioned("models:/tiny@champion") == "models:/tiny/2"
+
+
+def test_not_a_checkpoint(checkpoint, tmp_path):
+    config = tmp_path / "register.yaml"
+    config.write_text("checkpoint: elsewhere\nname: tiny\n")
+    result = CliRunner().invoke(register.app, [str(config)])
+    assert result.exit_code == 2
+    assert "not a checkpoint folder" in result.stderr

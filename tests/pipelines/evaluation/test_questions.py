@@ -1,0 +1,115 @@
+"""Questions and scores of every kind of record."""
+
+import pytest
+
+from pipelines.data.sources import Rejected
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.evaluate import summarise
+from pipelines.evaluation.picture import choose
+from pipelines.evaluation.questions import media_of, questions, score
+
+CONFIG = EvaluateConfig(model="m", records="r", output="o")
+SIZE = (200, 100)
+
+
+def scored(task: dict, prediction: str, **settings) -> float:
+    config = EvaluateConfig(model="m", records="r", output="o", **settings)
+    return score(questions(task)[0], prediction, config, SIZE)
+
+
+def test_message_tree():
+    example = {
+        "image": "a.png",
+        "style": "demo",
+        "message_list": [{"question": "what?", "answer": "red", "type": "colour"}, {"question": "where?", "answer": "here", "style": "x"}],
+        "metadata": {"id": 1},
+    }
+    first, second = questions(example)
+    assert (first.text, first.answers, first.type) == ("what?", ["red"], "colour")
+    assert second.type == "x"
+    assert first.task == {"style": "demo", "question": "what?", "answer": "red", "type": "colour"}
+    assert media_of(example) == {"image": "a.png"}
+
+
+def test_chat_keeps_what_comes_before_the_last_answer():
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd")]
+    (question,) = questions({"messages": messages})
+    assert question.task["messages"] == messages[:3]
+    assert (question.text, question.answers) == ("c", ["d"])
+    with pytest.raises(Rejected, match="assistant"):
+        questions({"messages": messages[:3]})
+
+
+@pytest.mark.parametrize(
+    ("task", "answers"),
+    [
+        ({"question": "q", "answers": ["a", "b"]}, ["a", "b"]),
+        ({"question": "q", "options": ["x", "y"], "answer_idx": 1}, ["y"]),
+        ({"label": "dogs", "points": [[1, 2], [3, 4]], "point_scale": 100}, ["2"]),
+        ({"label": "dogs", "count": 3}, ["3"]),
+        ({"style": "long_caption", "text": "A dog."}, ["A dog."]),
+        ({"question": "q", "answer": 7}, ["7"]),
+    ],
+)
+def test_reference_answers(task, answers):
+    assert questions(task)[0].answers == answers
+
+
+def test_no_answer_is_rejected():
+    with pytest.raises(Rejected, match="no answer"):
+        questions({"question": "q"})
+
+
+@pytest.mark.parametrize(
+    ("task", "prediction", "settings", "expected"),
+    [
+        ({"question": "q", "answer": "two"}, "2", {}, 1),
+        ({"question": "q", "answer": "two"}, "2", {"metric": "exact_match"}, 0),
+        ({"question": "q", "answer": "100"}, "104", {"metric": "relaxed_accuracy"}, 1),
+        ({"question": "q", "answer": "hello"}, "Answer: hallo", {"metric": "anls"}, 0.8),
+        ({"style": "point_count", "label": "dogs", "points": [[1, 1]] * 3, "point_scale": 100}, "shows a total of 3", {}, 1),
+        ({"question": "q", "options": ["red", "blue"], "answer_idx": 1}, "B", {"metric": "multiple_choice"}, 1),
+        ({"question": "q", "options": ["red", "blue"], "answer_idx": 1}, "B. blue", {"metric": "multiple_choice"}, 1),
+        ({"question": "q", "options": ["red", "blue"], "answer_idx": 1}, "blue", {"metric": "multiple_choice"}, 1),
+        ({"question": "q", "options": ["red", "blue"], "answer_idx": 1}, "A", {"metric": "multiple_choice"}, 0),
+        ({"question": "q", "unlabelled_options": ["a", "b"], "answer_idx": 0}, "b", {"metric": "multiple_choice"}, 0),
+    ],
+)
+def test_scores(task, prediction, settings, expected):
+    assert scored(task, prediction, **settings) == pytest.approx(expected)
+
+
+def test_pointing_is_within_a_share_of_the_width():
+    """Truth at (100, 50) of a 200 x 100 picture; the radius is 5 % of the width, 10 pixels, in both directions."""
+    written = {"question": "Point.", "answer": '<point x="50.0" y="50.0" alt="a">a</point>', "type": "pointing"}
+    numbers = {"style": "pointing", "label": "a", "points": [[0.5, 0.5]], "point_scale": 1}
+    pixels = {"style": "pointing", "label": "a", "points": [[100, 50]]}
+    for task in (written, numbers, pixels):
+        assert scored(task, '<point x="54.9" y="50.0" alt="a">a</point>') == 1
+        assert scored(task, '<point x="50.0" y="59.9" alt="a">a</point>') == 1
+        assert scored(task, '<point x="50.0" y="60.1" alt="a">a</point>') == 0
+        assert scored(task, "There are none.") == 0
+    assert scored(written, '<point x="54.9" y="50.0" alt="a">a</point>', point_radius=0.02) == 0
+
+
+def result(record: int, **scores: float) -> dict:
+    asked = [{"question": k, "type": k, "metric": "pointing" if k == "pointing" else "vqa_score", "score": v} for k, v in scores.items()]
+    return {"record": record, "questions": asked}
+
+
+def test_summary():
+    report = summarise([result(0, colour=1, pointing=0), result(1, colour=0, shape=1), {"record": 2, "rejected": "x"}], CONFIG)
+    assert report["questions"] == 3
+    assert report["overall"] == pytest.approx(2 / 3, abs=1e-4)
+    assert report["types"]["colour"] == {"questions": 2, "metric": "vqa_score", "score": 0.5}
+    assert report["types"]["pointing"]["score"] == 0
+    assert (report["records"], report["rejected"]) == (3, 1)
+
+
+def test_picture_shows_all_types_and_the_whole_set():
+    results = [result(i, colour=1, pointing=1, shape=1) for i in range(90)]
+    chosen = choose(results, 9)
+    assert [r["record"] for r, _ in chosen] == list(range(0, 90, 10))
+    assert [q["type"] for _, q in chosen] == ["colour", "pointing", "shape"] * 3
+    assert len(choose(results[:2], 9)) == 2
+    assert choose([{"record": 0, "rejected": "x"}], 3) == []
