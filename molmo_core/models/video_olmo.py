@@ -56,6 +56,15 @@ class VideoOlmoConfig(MolmoConfig):
         data["mm_preprocessor"] = inner
         return data
 
+    def __post_init__(self) -> None:
+        """Both places agree also after direct construction: what differs from the defaults wins, the top first."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in self._FRAMES}
+        for name, published in self._FRAMES.items():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, getattr(self.mm_preprocessor, published))
+        settings = {published: getattr(self, name) for name, published in self._FRAMES.items()}
+        self.mm_preprocessor = dataclasses.replace(self.mm_preprocessor, **settings)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data; the frame settings stand at the top only, so that an override changes one place."""
         data = super().as_dict()

@@ -96,8 +96,11 @@ def test_frame_settings_at_the_top_drive_the_preprocessor(tmp_path: Path) -> Non
 def test_published_names_inside_the_preprocessor_are_read(golden: Path) -> None:
     config = VideoOlmoConfig.load(golden / "video-olmo" / "per-frame" / "config.yaml")
     assert (config.max_frames, config.frame_sampling) == (6, "fps")
-    built = VideoOlmoConfig.new(mm_preprocessor=VideoPreprocessorConfig(max_frames=12))
-    assert built.max_frames == built.mm_preprocessor.max_frames == 12
+    for make in (VideoOlmoConfig.new, VideoOlmoConfig):
+        built = make(mm_preprocessor=VideoPreprocessorConfig(max_frames=12))
+        assert built.max_frames == built.mm_preprocessor.max_frames == 12
+        built = make(max_frames=8, frame_sampling="fps")
+        assert (built.mm_preprocessor.max_frames, built.mm_preprocessor.frame_sample_mode) == (8, "fps")
 
 
 def test_defaults_and_contradictions() -> None:
