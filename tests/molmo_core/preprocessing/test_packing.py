@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import benchmarks.packing
 from molmo_core.preprocessing.packing import PACK_STRIDE, Packer, best_fill, pack, unpack
 
 lengths = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 10)), min_size=1, max_size=120)
@@ -83,6 +84,20 @@ def test_occupancy(max_tokens: int, max_crops: int) -> None:
     packer: Packer[int] = Packer(max_tokens, max_crops)
     packs = [p for i in range(600) if (p := packer.add(i, int(tokens[i]), int(crops[i])))]
     assert np.mean([tokens[p].sum() for p in packs]) / max_tokens > 0.97
+
+
+@pytest.mark.parametrize("stream", ["captions", "vqa", "video"])
+def test_as_full_as_the_published_algorithm(stream: str) -> None:
+    """On a short stream; benchmarks/packing.py measures long ones."""
+    budget = (16384, 128)
+    tokens, crops = getattr(benchmarks.packing, stream)(np.random.default_rng(1), 300)
+    packs = []
+    for packer in (benchmarks.packing.KnapsackPacker(*budget, 48), Packer(*budget, 48)):
+        made = [p for i, (t, c) in enumerate(zip(tokens.tolist(), crops.tolist())) if (p := packer.add(i, t, c))]
+        packs.append(made + packer.flush())
+    published, ours = packs
+    assert sorted(itertools.chain(*published)) == sorted(itertools.chain(*ours))
+    assert len(ours) <= len(published)
 
 
 def test_scarce_crops_are_filled_first() -> None:

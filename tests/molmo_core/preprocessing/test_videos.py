@@ -1,5 +1,6 @@
 """Videos: readers against clips whose frames carry their number, clips, limits, damage, and the golden VideoOlmo batches."""
 
+import gc
 import importlib.util
 import io
 from fractions import Fraction
@@ -256,6 +257,20 @@ def test_random_frames(tmp_path: Path) -> None:
     assert one == same == sorted(set(one))
     assert one != other
     assert sample_video(path, settings).indices.tolist() == sample_video(path, FrameSettings("uniform", 6)).indices.tolist()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_readers_are_freed_at_once(tmp_path: Path, backend: str) -> None:
+    """A reader in a reference cycle would keep its decoder's memory until the garbage collector comes by."""
+    path = clip(tmp_path / "a.mp4")
+    gc.collect()
+    gc.disable()
+    try:
+        for mode in ("uniform", "adaptive"):
+            preprocess_video(path, SIGLIP, FrameSettings(mode, 4, backend=backend))
+        assert not [o for o in gc.get_objects() if isinstance(o, DecordReader | PyAVReader)]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("case", ["per-frame", "mixed-res"])
