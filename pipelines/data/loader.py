@@ -85,6 +85,10 @@ class TrainLoader:
             self._states = states
             yield batch
 
+    def examples(self) -> list[dict[str, Any]]:
+        """This rank's rows of the first global batch, not collated, made in this process (for looking at them)."""
+        return [self.builder(stream.next())[0] for stream in self._streams().values()]
+
     def state_dict(self) -> States:
         """State of the rank's own streams after the batch last yielded."""
         return {s: list(state) for s, state in self._states.items()}
