@@ -1,11 +1,12 @@
 """What HeMolmo's token selection saves: prefill time and memory against Molmo on the same image, at the shapes of a 7B model.
 
     python benchmarks/he_molmo.py            # on a GPU: Qwen2-7B and SigLIP shapes, random weights, bfloat16
+    python benchmarks/he_molmo.py --blocks 1 # the same widths and tokens with one block in each tower: for a CPU
     python benchmarks/he_molmo.py --tiny     # on any CPU: checks the script
 
-Each row is one model; prefill is everything from uint8 patches to the next token's logits. `two passes` is HeMolmo as published: the
-first pass is thrown away once it has scored. `HeMolmo` is what this project does without gradients: the second pass goes on from the
-keys and values of the first, so every token goes through every layer once.
+Each row is one model. Prefill is everything from uint8 patches to the next token's logits; `tflop` counts its matrix products.
+`two passes` is HeMolmo as published: the first pass is thrown away once it has scored. `HeMolmo` is what this project does without
+gradients: the second pass goes on from the keys and values of the first, so every token goes through every layer once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from molmo_core.generation.kv_cache import KVCache
 from molmo_core.models.he_molmo import HeMolmo, HeMolmoConfig
@@ -90,7 +92,7 @@ def measure(run: Callable[[], Any], device: torch.device, repeats: int) -> tuple
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for _ in range(3):
+    for _ in range(3 if device.type == "cuda" else 1):
         once()
     if device.type != "cuda":
         return statistics.median(once() for _ in range(repeats)), 0.0
@@ -110,13 +112,16 @@ def row(name: str, model: Molmo, size: tuple[int, int], rows: int, repeats: int)
     def prefill() -> None:
         model(**batch, past_key_values=KVCache(length), use_cache=True, last_logits_only=True)
 
+    with FlopCounterMode(display=False) as counter:
+        prefill()
     seconds, memory = measure(prefill, device, repeats)
     index = [batch[k] for k in ("low_res_tokens_idx", "high_res_tokens_idx", "pooled_patches_idx") if k in batch]
     vision, _ = measure(lambda: model.vision_backbone(batch["images"], None, *index), device, repeats)  # type: ignore[misc]
     llm = model.config.llm
     cache = 2 * rows * length * llm.n_layers * llm.kv_heads * llm.head_width * model.transformer.wte.embedding.element_size()
     return {
-        "model": name, "batch": rows, "crops": batch["images"].shape[1], "tokens": length, "prefill_ms": round(seconds * 1e3, 2),
+        "model": name, "batch": rows, "crops": batch["images"].shape[1], "tokens": length,
+        "tflop": float(f"{counter.get_total_flops() / 1e12:.4g}"), "prefill_ms": round(seconds * 1e3, 2),
         "vision_ms": round(vision * 1e3, 2), "peak_mib": round(memory, 1), "kv_cache_mib": round(cache / 2**20, 2),
     }  # fmt: skip
 
@@ -137,20 +142,29 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--blocks", type=int, help="blocks of the language model and of the vision encoder (and a small vocabulary)")
     args = parser.parse_args()
     device = torch.device("cpu" if args.tiny or not torch.cuda.is_available() else "cuda")
-    dtype = torch.float32 if args.tiny else torch.bfloat16
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     path = ROOT / ("tests/golden/he-molmo/config.yaml" if args.tiny else "configs/models/he-molmo.yaml")
     scenes = [((70, 110), 6)] if args.tiny else [((768, 1024), 8), ((1080, 1920), 24)]
     print(json.dumps({"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}), flush=True)
 
+    smaller = []
+    if args.blocks:
+        smaller = [f"llm.n_layers={args.blocks}", "llm.vocab_size=1024", "llm.embedding_size=1024", "vision_backbone.vit_layers=[-1,-1]"]
+
     def he(max_crops: int, layers: int | None) -> HeMolmoConfig:
         overrides = [
+            *smaller,
             f"selection_ratio={args.ratio}",
             "mm_preprocessor.num_high_res_features=null",
             f"mm_preprocessor.max_crops={max_crops}",
         ]
-        return HeMolmoConfig.load(path, [*overrides, f"token_scorer.n_low_res_layers={layers or 'null'}"])
+        config = HeMolmoConfig.load(path, [*overrides, f"token_scorer.n_low_res_layers={layers or 'null'}"])
+        if args.blocks and config.vision_backbone is not None:
+            config.vision_backbone.vit.image_num_layers = args.blocks
+        return config
 
     layers = he(1, None).llm.n_layers
     kinds: list[tuple[str, type[Molmo], int | None]] = [
@@ -172,6 +186,7 @@ def main() -> None:
             model.config = config
             found = row(name, model, size, rows, args.repeats)
             base = results.setdefault((max_crops, rows), [found])[0]
+            found["less_work"] = round(base["tflop"] / found["tflop"], 2)
             found["speedup"] = round(base["prefill_ms"] / found["prefill_ms"], 2)
             found["without_vision"] = round((base["prefill_ms"] - base["vision_ms"]) / (found["prefill_ms"] - found["vision_ms"]), 2)
             print(json.dumps(found), flush=True)
