@@ -93,6 +93,15 @@ def test_published_prompt(folder: Path) -> None:
         assert prompt[name].tolist() == reference[name][0].tolist(), name
 
 
+def test_length_is_known_from_the_size_alone(folder: Path) -> None:
+    config = HeMolmoConfig.load(folder / "config.yaml", ["selection_ratio=0.3", "mm_preprocessor.num_high_res_features=null"])
+    preprocessor = config.build_preprocessor(for_inference=False, is_training=False)
+    for size in ((70, 110), (56, 56), (200, 60)):
+        record = {"style": "demo", "question": "How many?", "answer": "3", "image": np.zeros((*size, 3), np.uint8)}
+        example = preprocessor(record)
+        assert preprocessor.measure(record, [size]) == (len(example["input_ids"]), len(example["images"]))
+
+
 def test_ratio_decides_how_many_tokens_are_kept_unless_k_is_named(folder: Path) -> None:
     config = HeMolmoConfig.load(folder / "config.yaml", ["selection_ratio=0.3", "mm_preprocessor.num_high_res_features=null"])
     kept = [len(e["high_res_features_weights"]) for e in examples(folder, config)]
