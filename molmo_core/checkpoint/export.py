@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import cv2
 import numpy as np
 import torch
 
@@ -46,8 +48,8 @@ class Verification:
 
     def __str__(self) -> str:
         return (
-            f"{'verified' if self.passed else 'FAILED'}: read back by {self.reader}, {self.positions} positions of image and question, "
-            f"logits differ by at most {self.max_difference:.2g} (largest logit {self.scale:.3g}), "
+            f"{'verified' if self.passed else 'FAILED'}: read back by {self.reader}, "
+            f"{self.positions} positions of a question with a picture or clip, logits differ by at most {self.max_difference:.2g} (largest logit {self.scale:.3g}), "
             f"same best token at {self.top1_agreement:.1%}"
         )
 
@@ -83,13 +85,25 @@ def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = 
 
 
 def reference_logits(model: ModelBase) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A prompt with an image for this model, and its logits [1, S, E] float32 on the CPU."""
+    """A question about a picture (VideoOlmo: a clip) as this model's inputs, and its logits [1, S, E] float32 on the CPU."""
     preprocessor = model.config.build_preprocessor(for_inference=True)
-    gradient = np.linspace(0, 255, 300 * 400 * 3).astype(np.uint8).reshape(300, 400, 3)
-    example = {"image": gradient, "messages": [PROMPT]}
-    batch = model.config.build_collator(model.config.llm.max_sequence_length, None, include_metadata=False)([preprocessor(example)])
+    picture = np.linspace(0, 255, 300 * 400 * 3).astype(np.uint8).reshape(300, 400, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        media = {"video": _clip(picture, Path(folder) / "clip.mp4")} if model.config.model_name == "video_olmo" else {"image": picture}
+        example = preprocessor({**media, "messages": [PROMPT]})
+    batch = model.config.build_collator(model.config.llm.max_sequence_length, None, include_metadata=False)([example])
     with torch.no_grad():
         return batch, model(**batch).logits.float().cpu()
+
+
+def _clip(picture: np.ndarray, path: Path) -> str:
+    """Two seconds of a picture that moves sideways."""
+    height, width = picture.shape[:2]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 8, (width, height))
+    for frame in range(16):
+        writer.write(np.roll(picture, 8 * frame, axis=1))
+    writer.release()
+    return str(path)
 
 
 def verify_export(
