@@ -66,6 +66,7 @@ def prepared_rows(path: Path, overrides: list[str] | None, count: int) -> tuple[
     for i in range(len(records)):
         try:
             rows.append(builder(records[i], example_rng(config.seed, 0, 0, i)))
+            rows[-1]["metadata"] |= dict(zip(("source", "row"), records.where(i)))
         except Rejected as reason:
             print(f"left out {records.where(i)}: {reason}")
         if len(rows) == count:

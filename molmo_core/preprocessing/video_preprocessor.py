@@ -17,7 +17,7 @@ from molmo_core.preprocessing.images import ImageSettings
 from molmo_core.preprocessing.messages import MediaTokens
 from molmo_core.preprocessing.preprocessor import MolmoPreprocessor, example_images
 from molmo_core.preprocessing.tiling import Grid, pooled_grid
-from molmo_core.preprocessing.videos import FrameSettings, VideoFeatures, frame_pooling, load_frames, preprocess_video
+from molmo_core.preprocessing.videos import FrameSettings, VideoFeatures, frame_pooling, load_frames, preprocess_video, sample_times
 
 
 @dataclasses.dataclass
@@ -48,6 +48,28 @@ class VideoPreprocessor(MolmoPreprocessor):
             draw = None if seed is None else np.random.RandomState(seed)
             result["metadata"]["image_arrays"] = list(load_frames(example["video"], sampling, *clip, rng=draw).pixels)
         return result
+
+    def measure_video(
+        self, example: dict[str, Any], timestamps: np.ndarray, fps: float, rng: np.random.RandomState | None = None
+    ) -> tuple[int, int]:
+        """Tokens and frames that preprocessing the example with the same `rng` gives, from the times of its video's frames alone.
+
+        Args:
+            timestamps: float64 [frames], seconds, of the whole video.
+            fps: its average rate.
+
+        Raises:
+            ValueError: as preprocessing; `adaptive` sampling.
+        """
+        rng = np.random.RandomState(0) if rng is None else rng
+        sampling = FrameSettings.from_config(self.config)
+        random = self.is_training and sampling.mode == "random"
+        draw = np.random.RandomState(rng.randint(2**31)) if random else None
+        sample = sample_times(timestamps, fps, sampling, example.get("clip_start"), example.get("clip_end"), draw)
+        features = VideoFeatures(np.empty((len(sample.times), 0, 0), np.uint8), None, sample.times, sample.sampling_fps)
+        annotations = self.annotations(example, rng)
+        media, _ = self.video_inputs(features, example)
+        return len(self.assemble(example, annotations, [media], {})["input_ids"]), len(sample.times)
 
     def video_inputs(self, features: VideoFeatures, example: dict[str, Any]) -> tuple[MediaTokens, dict[str, np.ndarray | None]]:
         """Tokens of the video and its arrays."""

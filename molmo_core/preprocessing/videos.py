@@ -31,6 +31,7 @@ __all__ = [
     "load_frames",
     "open_video",
     "preprocess_video",
+    "sample_times",
     "sample_video",
 ]
 
@@ -105,6 +106,24 @@ def sample_video(
         return _sample(reader, sampling, clip_start, clip_end, rng)
 
 
+def sample_times(
+    timestamps: np.ndarray,
+    fps: float,
+    sampling: FrameSettings,
+    clip_start: float | None = None,
+    clip_end: float | None = None,
+    rng: np.random.RandomState | None = None,
+) -> FrameSample:
+    """What `sample_video` gives for a video of which only the times of the frames are known.
+
+    Raises:
+        ValueError: `adaptive` sampling, which has to decode.
+    """
+    if sampling.mode == "adaptive":
+        raise ValueError("adaptive sampling chooses frames by their pixels: lengths are not known beforehand; prepare the data first")
+    return _sample(_Times(timestamps, fps), sampling, clip_start, clip_end, rng)
+
+
 def preprocess_video(
     source: VideoSource,
     settings: ImageSettings,
@@ -165,6 +184,20 @@ def frame_pooling(frames: Sequence[int], settings: ImageSettings, pooling: Grid 
     first = single_crop_pooling(settings, pool)
     moved = first[None] + np.asarray(frames, np.int64)[:, None, None] * settings.patches_per_crop
     return np.where(first[None] >= 0, moved, -1).reshape(-1, first.shape[1])
+
+
+@dataclasses.dataclass
+class _Times:
+    """An index without a video."""
+
+    timestamps: np.ndarray
+    fps: float
+
+    def get_batch(self, indices: Sequence[int]) -> np.ndarray:
+        raise TypeError("there are no frames behind these times")
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 @contextlib.contextmanager

@@ -40,7 +40,14 @@ class ExampleBuilder:
         Raises:
             Rejected: whatever is wrong with the record or its media.
         """
-        example = {**self.defaults, **normalise(record)}
+        return self.finish(self.example(record), rng)
+
+    def example(self, record: Record) -> dict[str, Any]:
+        """What the preprocessor will be given, media still as references; raises `Rejected`."""
+        return {**self.defaults, **normalise(record)}
+
+    def finish(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+        """Decodes and preprocesses an `example`; raises `Rejected`."""
         metadata = example.pop("metadata")
         self.decode(example)
         try:
@@ -58,7 +65,7 @@ class ExampleBuilder:
         """Tokens and crops that the call with the same `rng` gives, from what its media measure; a record that will be rejected
         counts as one token."""
         try:
-            example = {**self.defaults, **normalise(record)}
+            example = self.example(record)
             if media.timestamps is not None:
                 return self.preprocessor.measure_video(example, media.timestamps, media.fps, rng)
             return self.preprocessor.measure(example, media.image_sizes, rng)

@@ -10,7 +10,7 @@ import numpy as np
 
 from molmo_core.preprocessing.packing import pack as join
 from pipelines.data import schema
-from pipelines.data.builder import ExampleBuilder, example_rng
+from pipelines.data.builder import example_rng
 from pipelines.data.inventory import Inventory
 from pipelines.data.plan import Draw, Stream
 from pipelines.data.prepared import PreparedDataset
@@ -66,7 +66,8 @@ class Streamed:
     """
 
     records: Records
-    builder: ExampleBuilder
+    builder: Any
+    """An `ExampleBuilder` (in decode actors, one that isolates videos)."""
     seed: int
     inventory: Inventory | None = None
 

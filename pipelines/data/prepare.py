@@ -25,9 +25,10 @@ from molmo_core.preprocessing.data_formatter import Formatter
 from pipelines.data import easy_vqa, schema
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import PrepareConfig
+from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.records import normalise
 from pipelines.data.report import write_report
-from pipelines.data.shards import ShardWriter, read_summary
+from pipelines.data.shards import read_summary, write_shard
 from pipelines.data.sources import Records, Rejected, open_records
 from pipelines.data.tokenizer import train_tokenizer
 
@@ -121,6 +122,26 @@ class Tally:
                     f"{source}: {reasons.total():,} of {self.seen[source]:,} records rejected, more than max_reject_rate="
                     f"{self.max_reject_rate:g} allows ({shown})"
                 )
+
+
+class ShardWriter:
+    """The Ray Data actor that makes shards: reads, decodes, preprocesses and writes where the CPU is.
+
+    A row of its input is a shard number. Raw pixels never leave the process, so memory is one medium at a time and nothing
+    passes through the object store but summaries.
+    """
+
+    def __init__(self, folder: str, records: Any, builder: Any, shard_rows: int, total: int, seed: int):
+        self.folder, self.seed, self.shard_rows, self.total = Path(folder), seed, shard_rows, total
+        self.records = ray.get(records)
+        self.builder = IsolatedBuilder(ray.get(builder))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        summaries = []
+        for shard in batch.column("shard").to_pylist():
+            rows = range(shard * self.shard_rows, min(self.total, (shard + 1) * self.shard_rows))
+            summaries.append(write_shard(self.folder, shard, rows, self.records, self.builder, self.seed))
+        return pa.table({"summary": [json.dumps(s, ensure_ascii=False) for s in summaries]})
 
 
 def _run(config: PrepareConfig, folder: Path, records: Records, preprocessor: Any, todo: list[int], total: int) -> Iterator[dict[str, Any]]:

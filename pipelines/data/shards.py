@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.data import schema
-from pipelines.data.builder import ExampleBuilder, example_rng
+from pipelines.data.builder import example_rng
 from pipelines.data.sources import Records, Rejected
 
 _BATCH_BYTES = 64 << 20
@@ -28,7 +28,9 @@ def shard_path(folder: Path, shard: int, suffix: str) -> Path:
     return folder / f"shard-{shard:05d}{suffix}"
 
 
-def write_shard(folder: Path, shard: int, rows: range, records: Records, builder: ExampleBuilder, seed: int) -> dict[str, Any]:
+def write_shard(
+    folder: Path, shard: int, rows: range, records: Records, builder: Callable[..., dict[str, Any]], seed: int
+) -> dict[str, Any]:
     """Makes and commits one shard.
 
     Returns:
@@ -91,24 +93,3 @@ def read_summary(folder: Path, shard: int) -> dict[str, Any] | None:
     """Summary of a committed shard, None if it has yet to be made."""
     path = shard_path(folder, shard, ".json")
     return json.loads(path.read_text()) if path.is_file() and shard_path(folder, shard, ".arrow").is_file() else None
-
-
-class ShardWriter:
-    """The Ray Data actor that makes shards: reads, decodes, preprocesses and writes where the CPU is.
-
-    A row of its input is a shard number. Raw pixels never leave the process, so memory is one medium at a time and nothing
-    passes through the object store but summaries.
-    """
-
-    def __init__(self, folder: str, records: Any, builder: Any, shard_rows: int, total: int, seed: int):
-        import ray
-
-        self.folder, self.seed, self.shard_rows, self.total = Path(folder), seed, shard_rows, total
-        self.records, self.builder = ray.get([records, builder])
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        summaries = []
-        for shard in batch.column("shard").to_pylist():
-            rows = range(shard * self.shard_rows, min(self.total, (shard + 1) * self.shard_rows))
-            summaries.append(write_shard(self.folder, shard, rows, self.records, self.builder, self.seed))
-        return pa.table({"summary": [json.dumps(s, ensure_ascii=False) for s in summaries]})

@@ -19,7 +19,8 @@ from ray.data.block import BlockMetadata
 
 from molmo_core.config import ConfigError
 from pipelines.data import schema
-from pipelines.data.packs import PackBuilder, States, steps
+from pipelines.data.isolation import IsolatedBuilder
+from pipelines.data.packs import PackBuilder, States, Streamed, steps
 from pipelines.data.plan import Draw, Stream
 from pipelines.data.prepare import RATE_FROM_ROWS, quiet
 
@@ -53,6 +54,9 @@ class PackActor:
 
     def __init__(self, builder: Any):
         self.builder: PackBuilder = ray.get(builder[0])
+        for dataset in self.builder.datasets:
+            if isinstance(dataset, Streamed):
+                dataset.builder = IsolatedBuilder(dataset.builder)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         packs = [[Draw(*draw) for draw in pack] for text in batch.column("packs").to_pylist() for pack in json.loads(text)]

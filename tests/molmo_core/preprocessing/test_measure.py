@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from molmo_core.models.base import BaseModelConfig
+from molmo_core.preprocessing.video_readers import open_video
 
 SIZES = [(64, 64), (30, 200), (480, 640), (1000, 90), (768, 1024)]
 EXAMPLE = {
@@ -47,3 +48,27 @@ def test_exact_for_several_images_and_none(golden):
         made = preprocessor(dict(example), rng=np.random.RandomState(0))
         crops = len(made["images"]) if sizes else 0
         assert preprocessor.measure(example, sizes, np.random.RandomState(0)) == (len(made["input_ids"]), crops)
+
+
+@pytest.mark.parametrize("folder", ["per-frame", "mixed-res"])
+@pytest.mark.parametrize("mode", ["uniform", "fps", "random", "uniform_last_frame"])
+def test_exact_for_video(golden, folder, mode):
+    overrides = [f"mm_preprocessor.frame_sample_mode={mode}"]
+    config = BaseModelConfig.load(golden / "video-olmo" / folder / "config.yaml", overrides=overrides)
+    preprocessor = config.build_preprocessor(for_inference=False)
+    video = golden / "video-olmo" / "video.mp4"
+    reader = open_video(video)
+    times, fps = reader.timestamps, reader.fps
+    reader.close()
+    for clip in ({}, {"clip_start": 0.3, "clip_end": 1.0}):
+        example = {"video": str(video), "style": "demo", "question": "How many cups?", "answer": "3", **clip}
+        made = preprocessor(dict(example), rng=np.random.RandomState(5))
+        measured = preprocessor.measure_video(example, times, fps, np.random.RandomState(5))
+        assert measured == (len(made["input_ids"]), len(made["images"]))
+
+
+def test_adaptive_sampling_has_no_length_beforehand(golden):
+    overrides = ["mm_preprocessor.frame_sample_mode=adaptive"]
+    config = BaseModelConfig.load(golden / "video-olmo" / "per-frame" / "config.yaml", overrides=overrides)
+    with pytest.raises(ValueError, match="adaptive sampling chooses frames by their pixels"):
+        config.build_preprocessor(for_inference=False).measure_video({"question": "q", "answer": "a"}, np.arange(9) / 3, 3.0)
