@@ -49,7 +49,8 @@ class Verification:
     def __str__(self) -> str:
         return (
             f"{'verified' if self.passed else 'FAILED'}: read back by {self.reader}, "
-            f"{self.positions} positions of a question with a picture or clip, logits differ by at most {self.max_difference:.2g} (largest logit {self.scale:.3g}), "
+            f"{self.positions} positions of a question with a picture or clip, "
+            f"logits differ by at most {self.max_difference:.2g} (largest logit {self.scale:.3g}), "
             f"same best token at {self.top1_agreement:.1%}"
         )
 
