@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from pipelines.serving import schema
 from pipelines.serving.config import ServeConfig
-from pipelines.serving.errors import ApiError, bad_request
+from pipelines.serving.errors import ApiError, as_api_error, bad_request
 from pipelines.serving.media import decode_image
 from pipelines.serving.replica import Piece
 from pipelines.serving.schema import ChatRequest
@@ -148,9 +148,9 @@ class Answer:
             yield _event(self._chunk({}, self._finish_reason))
             if self._chat.stream_options and self._chat.stream_options.include_usage:
                 yield _event({**self._chunk({}), "choices": [], "usage": self._usage()})
-        except Exception:
+        except Exception as error:
             logger.exception("An answer failed while it was streamed")
-            yield _event(ApiError(500, "The server failed while writing this answer; try again.").body())
+            yield _event(as_api_error(error).body())
         yield "data: [DONE]\n\n"
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
 
 class ApiError(Exception):
     """A request that cannot be answered; `status` is the HTTP status, `param` the part of the request at fault."""
@@ -23,3 +26,14 @@ class ApiError(Exception):
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param, code)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told about any error."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, BackPressureError):
+        return ApiError(503, "The server is busy; try again in a moment.", None, "overloaded")
+    if isinstance(error, RayActorError):
+        return ApiError(503, "A replica of the model was lost during this answer; try again.", None, "replica_lost")
+    return ApiError(500, "The server failed on this request; its log says why.")

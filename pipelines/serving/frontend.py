@@ -17,37 +17,26 @@ from molmo_core.models.base import BaseModelConfig
 from pipelines.model_folder import model_folder
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
-from pipelines.serving.errors import ApiError, bad_request
+from pipelines.serving.errors import ApiError, as_api_error, bad_request
 
 api = FastAPI(title="Molmo", docs_url=None, redoc_url=None)
 
 
 @api.exception_handler(ApiError)
-async def _api_error(request: Request, error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status)
+@api.exception_handler(BackPressureError)
+@api.exception_handler(RayActorError)
+@api.exception_handler(Exception)
+async def _error(request: Request, error: Exception) -> JSONResponse:
+    answer = as_api_error(error)
+    if answer.status == 500:
+        logging.getLogger("ray.serve").error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JSONResponse(answer.body(), answer.status, headers={"Retry-After": "1"} if answer.status == 503 else None)
 
 
 @api.exception_handler(HTTPException)
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     message = f"{request.method} {request.url.path}: {error.detail}. There are: POST /v1/chat/completions, GET /v1/models, GET /health."
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
-
-
-@api.exception_handler(BackPressureError)
-async def _overloaded(request: Request, error: BackPressureError) -> JSONResponse:
-    body = ApiError(503, "The server is busy; try again in a moment.", None, "overloaded").body()
-    return JSONResponse(body, 503, headers={"Retry-After": "1"})
-
-
-@api.exception_handler(RayActorError)
-async def _replica_lost(request: Request, error: RayActorError) -> JSONResponse:
-    return JSONResponse(ApiError(503, "The model's process ended during this answer; try again.", None, "replica_lost").body(), 503)
-
-
-@api.exception_handler(Exception)
-async def _failed(request: Request, error: Exception) -> JSONResponse:
-    logging.getLogger("ray.serve").error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(ApiError(500, "The server failed on this request; its log says why.").body(), 500)
 
 
 @serve.ingress(api)

@@ -1,8 +1,7 @@
 """The console command offers every job, and each says what it does."""
 
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,8 +11,8 @@ from jobs import cli
 ROOT = Path(__file__).parent.parent.parent
 
 
-def molmo(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "jobs.cli", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+def molmo(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, arguments, prog_name="molmo")
 
 
 def test_every_job_is_a_verb():
@@ -23,7 +22,7 @@ def test_every_job_is_a_verb():
 
 @pytest.mark.parametrize("arguments", [(), ("--help",)])
 def test_overview(arguments):
-    result = CliRunner().invoke(cli.app, arguments)
+    result = molmo(*arguments)
     for verb in cli.VERBS:
         assert verb in result.output
         words = cli.summary(verb)
@@ -33,13 +32,13 @@ def test_overview(arguments):
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_each_job(verb):
     result = molmo(verb, "--help")
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.output
     assert f"Usage: molmo {verb}" in result.stdout
 
 
 def test_wrong_verb():
     result = molmo("prepair")
-    assert result.returncode == 2
+    assert result.exit_code == 2
     assert "prepair" in result.stderr
 
 
@@ -50,14 +49,15 @@ def test_wrong_verb():
         (("serve", "configs/serve/demo.yaml", "prot=1"), "Did you mean 'port'?"),
         (("serve", "configs/serve/demo.yaml", "port"), "not of the form key=value"),
         (("evaluate", "configs/evaluate/demo.yaml", "metric=bleu"), "metric"),
-        (("register", "configs/register/demo.yaml", "name="), "name must be given"),
+        (("register", "configs/register/demo.yaml", "name=''"), "name must be given"),
         (("demo", "steps=5"), "must begin with a stage"),
         (("demo", "trian.steps=5"), "Did you mean 'train'?"),
     ],
 )
-def test_wrong_configuration(arguments, words):
+def test_wrong_configuration(arguments, words, monkeypatch):
     """One line that says what to do, no traceback, exit code 2."""
+    monkeypatch.chdir(ROOT)
     result = molmo(*arguments)
-    assert result.returncode == 2
+    assert result.exit_code == 2, result.output
     assert words in result.stderr
     assert "Traceback" not in result.stderr

@@ -11,6 +11,7 @@ import urllib.request
 import numpy as np
 import openai
 import pytest
+import ray
 from PIL import Image
 from ray import serve
 
@@ -177,3 +178,15 @@ def test_a_client_that_leaves_stops_the_generation(api):
     load = model.load.remote().result()
     assert load["active"] == 0
     assert load["tokens"] - before < 15_000
+
+
+def test_a_lost_replica(api):
+    """The answer in work ends with an error that says so; the next request is answered by a new replica."""
+    (name,) = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if "molmo#model" in a["name"]]
+    stream = ask(api, stream=True, max_tokens=15_000)
+    next(stream)
+    next(stream)
+    ray.kill(ray.get_actor(name, namespace="serve"))
+    with pytest.raises(openai.APIError, match="replica"):
+        list(stream)
+    assert ask(api, max_tokens=2).usage.completion_tokens == 2
