@@ -93,15 +93,6 @@ def test_published_prompt(folder: Path) -> None:
         assert prompt[name].tolist() == reference[name][0].tolist(), name
 
 
-def test_length_is_known_from_the_size_alone(folder: Path) -> None:
-    config = HeMolmoConfig.load(folder / "config.yaml", ["selection_ratio=0.3", "mm_preprocessor.num_high_res_features=null"])
-    preprocessor = config.build_preprocessor(for_inference=False, is_training=False)
-    for size in ((70, 110), (56, 56), (200, 60)):
-        record = {"style": "demo", "question": "How many?", "answer": "3", "image": np.zeros((*size, 3), np.uint8)}
-        example = preprocessor(record)
-        assert preprocessor.measure(record, [size]) == (len(example["input_ids"]), len(example["images"]))
-
-
 def test_ratio_decides_how_many_tokens_are_kept_unless_k_is_named(folder: Path) -> None:
     config = HeMolmoConfig.load(folder / "config.yaml", ["selection_ratio=0.3", "mm_preprocessor.num_high_res_features=null"])
     kept = [len(e["high_res_features_weights"]) for e in examples(folder, config)]
@@ -135,6 +126,31 @@ def test_reusing_the_first_pass_changes_nothing_whatever_the_question_lengths(fo
     valid = (batch["input_ids"] >= 0)[..., None]
     for a, b in zip((reused.logits, *reused.hidden_states), (twice.logits, *twice.hidden_states)):
         torch.testing.assert_close(a * valid, b * valid, atol=1e-5, rtol=0)
+
+
+def test_batched_generation_equals_single(folder: Path, ratio_model: HeMolmo) -> None:
+    config = ratio_model.config
+    text = config.build_preprocessor(for_inference=True)({"style": "demo", "question": "Hello?"})
+    rows = [*examples(folder, config, for_inference=True), text]
+    collate = config.build_collator(None, None, include_metadata=False)
+    together = ratio_model.generate(**collate(rows), max_new_tokens=6, min_new_tokens=6).token_ids
+    alone = [ratio_model.generate(**row, max_new_tokens=6, min_new_tokens=6).token_ids[0].tolist() for row in rows]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(folder: Path, expected: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    model, batch = load(folder).to(dtype), load_file(folder / "batch.safetensors")
+    with torch.no_grad():
+        output = model(**batch)
+    assert output.logits.dtype == dtype
+    assert output.internal["high_res_importance"].dtype == torch.float32
+    real = batch["input_ids"] >= 0
+    error = (output.logits.float() - expected["logits"])[real].norm() / expected["logits"][real].norm()
+    assert error < 0.05
+    loss = model.train()(**batch).loss
+    loss.backward()
+    assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("attention", [None, "image_tokens"])

@@ -1,0 +1,24 @@
+"""The models' benchmark scripts run (on tiny models); what they measure is for a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "lines"), [("he_molmo.py", ["--batch", "1", "--repeats", "1"], 5), ("molmo2_parity.py", [], 9)]
+)
+def test_script_runs(script: str, arguments: list[str], lines: int) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--tiny", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(rows) == lines
+    for row in rows[1:]:
+        assert row.get("error", 0) < 1e-5
