@@ -52,8 +52,8 @@ def native_twin(model: Molmo2) -> Molmo2ForConditionalGeneration:
             "beta_slow": llm.rope_beta_slow, "original_max_position_embeddings": llm.rope_original_max_position_embeddings,
         }  # fmt: skip
     layers = [layer % vit.image_num_layers for layer in vision.vit_layers]
-    config = NativeConfig(
-        text_config={
+    settings: dict[str, Any] = {
+        "text_config": {
             "hidden_size": llm.d_model, "num_attention_heads": llm.n_heads, "num_key_value_heads": llm.kv_heads,
             "head_dim": llm.head_width, "vocab_size": llm.embedding_rows, "additional_vocab_size": llm.additional_vocab_size,
             "num_hidden_layers": llm.n_layers, "intermediate_size": llm.intermediate_size, "rope_parameters": rope,
@@ -61,18 +61,19 @@ def native_twin(model: Molmo2) -> Molmo2ForConditionalGeneration:
             "qk_norm_type": llm.attention_layer_norm_type, "rope_scaling_layers": llm.rope_scaling_layers,
             "rms_norm_eps": llm.layer_norm_eps,
         },
-        vision_config={
+        "vision_config": {
             "hidden_size": vit.image_emb_dim, "intermediate_size": vit.image_mlp_dim, "num_hidden_layers": max(layers) + 1,
             "image_size": list(vit.image_default_input_size), "patch_size": vit.image_patch_size, **heads,
         },
-        adapter_config={
+        "adapter_config": {
             "vision_feature_layer": layers, "hidden_size": vit.image_emb_dim, "intermediate_size": llm.intermediate_size,
             "text_hidden_size": llm.d_model, **heads,
         },
-        image_start_token_id=tokens.start, image_end_token_id=tokens.end, image_patch_id=tokens.patch,
-        low_res_image_start_token_id=tokens.low_res_start, frame_start_token_id=tokens.frame_start,
-        frame_end_token_id=tokens.frame_end, eos_token_id=0, bos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        "image_start_token_id": tokens.start, "image_end_token_id": tokens.end, "image_patch_id": tokens.patch,
+        "low_res_image_start_token_id": tokens.low_res_start, "frame_start_token_id": tokens.frame_start,
+        "frame_end_token_id": tokens.frame_end, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    config = NativeConfig(**settings)
     tensors = model_tensors(model)
     tensor = exporter(tensors, published_links("molmo2_modules", tensors, llm))
     default = torch.get_default_dtype()
