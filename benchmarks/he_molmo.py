@@ -1,7 +1,6 @@
 """What HeMolmo's token selection saves: prefill time and memory against Molmo on the same image, at the shapes of a 7B model.
 
     python benchmarks/he_molmo.py            # on a GPU: Qwen2-7B and SigLIP shapes, random weights, bfloat16
-    python benchmarks/he_molmo.py --blocks 1 # the same widths and tokens with one block in each tower: for a CPU
     python benchmarks/he_molmo.py --tiny     # on any CPU: checks the script
 
 Each row is one model. Prefill is everything from uint8 patches to the next token's logits; `tflop` counts its matrix products.
@@ -142,7 +141,6 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.25)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--blocks", type=int, help="blocks of the language model and of the vision encoder (and a small vocabulary)")
     args = parser.parse_args()
     device = torch.device("cpu" if args.tiny or not torch.cuda.is_available() else "cuda")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -150,21 +148,13 @@ def main() -> None:
     scenes = [((70, 110), 6)] if args.tiny else [((768, 1024), 8), ((1080, 1920), 24)]
     print(json.dumps({"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}), flush=True)
 
-    smaller = []
-    if args.blocks:
-        smaller = [f"llm.n_layers={args.blocks}", "llm.vocab_size=1024", "llm.embedding_size=1024", "vision_backbone.vit_layers=[-1,-1]"]
-
     def he(max_crops: int, layers: int | None) -> HeMolmoConfig:
         overrides = [
-            *smaller,
             f"selection_ratio={args.ratio}",
             "mm_preprocessor.num_high_res_features=null",
             f"mm_preprocessor.max_crops={max_crops}",
         ]
-        config = HeMolmoConfig.load(path, [*overrides, f"token_scorer.n_low_res_layers={layers or 'null'}"])
-        if args.blocks and config.vision_backbone is not None:
-            config.vision_backbone.vit.image_num_layers = args.blocks
-        return config
+        return HeMolmoConfig.load(path, [*overrides, f"token_scorer.n_low_res_layers={layers or 'null'}"])
 
     layers = he(1, None).llm.n_layers
     kinds: list[tuple[str, type[Molmo], int | None]] = [
