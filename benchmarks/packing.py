@@ -24,7 +24,7 @@ from molmo_core.preprocessing.packing import Packer
 MOLMO2 = ImageSettings(
     crop_size=(378, 378), resize_mode="siglip", max_crops=8, use_single_crop_col_tokens=False, use_single_crop_start_token=True
 )
-BUDGETS = ((16384, 128), (4096, 48))
+BUDGETS = ((16384, 128), (16384, 192), (4096, 48))
 BUFFER = 48
 Lengths = tuple[np.ndarray, np.ndarray]
 """Tokens and crops of every example of a stream."""

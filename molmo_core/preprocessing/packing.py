@@ -3,8 +3,8 @@
 The packer holds a small buffer of examples. When it is full, it takes the choice that fills the scarcer budget best: a dynamic
 programme over every total of tokens (or of crops, if the waiting examples need clearly more of those) finds for each total the
 choice that spends least of the other budget. Totals are exact, not rounded to a grid. Older examples are preferred, the search
-stops at the first full pack, and an example that was passed over for long is taken in any case: nothing starves, so what is
-trained on keeps the proportions of the stream.
+stops at the first full pack, an example that was passed over for some time is taken even if the pack is slightly less full, and
+after a longer time in any case: nothing starves, so what is trained on keeps the proportions of the stream.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ PACK_STRIDE = 100_000
 
 SCARCE = 1.25
 """Crops decide what goes together when the waiting examples need this many times more of their budget than of the tokens'."""
+
+PATIENCE = 32
+WORTH = 0.01
+"""After PATIENCE packs without it, the oldest example is preferred to a pack that is fuller by no more than WORTH."""
 
 _SEQUENCES = ("input_ids", "labels", "loss_masks", "position_ids")
 _MEDIA = ("images", "image_masks")
@@ -77,13 +81,28 @@ class Packer(Generic[Item]):
 
     def _take(self) -> list[Item]:
         """Removes a pack from the buffer; its items are in the order in which they came."""
-        chosen = [0] if self.buffer[0].passed >= self.max_passed else []
-        if self._crops_are_scarce():
-            self._fill(chosen, by_crops=True)
-        self._fill(chosen, by_crops=False)  # after crops: what room is left for tokens
+        passed, by_crops = self.buffer[0].passed, self._crops_are_scarce()
+        chosen = self._choose([0] if passed >= self.max_passed else [], by_crops)
+        if passed >= PATIENCE and 0 not in chosen:
+            with_oldest = self._choose([0], by_crops)
+            if self._used(with_oldest, by_crops) >= self._used(chosen, by_crops) - WORTH:
+                chosen = with_oldest
         pack = [self.buffer[i].item for i in sorted(chosen)]
         self.buffer = [w._replace(passed=w.passed + 1) for i, w in enumerate(self.buffer) if i not in chosen]
         return pack
+
+    def _choose(self, chosen: list[int], by_crops: bool) -> list[int]:
+        """Completes a choice of places in the buffer."""
+        if by_crops:
+            self._fill(chosen, by_crops=True)
+        self._fill(chosen, by_crops=False)  # after crops: what room is left for tokens
+        return chosen
+
+    def _used(self, chosen: list[int], by_crops: bool) -> float:
+        """Share of the scarcer budget that a choice uses."""
+        if by_crops:
+            return sum(self.buffer[i].crops for i in chosen) / self.max_crops
+        return sum(self.buffer[i].tokens for i in chosen) / self.max_tokens
 
     def _fill(self, chosen: list[int], by_crops: bool) -> None:
         """Adds to a choice what fills the budget for crops, or for tokens, best."""

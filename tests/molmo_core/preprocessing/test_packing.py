@@ -46,6 +46,20 @@ def test_resuming_equals_never_stopping(stream: list[tuple[int, int]], buffer_si
     assert before + run(second, stream, stop) == whole
 
 
+def test_resuming_in_the_middle_of_a_long_stream() -> None:
+    """Long enough that old examples are preferred and forced."""
+    tokens, crops = benchmarks.packing.video(np.random.default_rng(4), 500)
+    stream = [(int(t), int(c)) for t, c in zip(tokens, crops) if t <= 4096 and c <= 48]
+    whole = run(Packer(4096, 48, max_passed=40), stream)
+    assert len(whole) > 150
+    for stop in (60, 200, len(stream) - 3):
+        first: Packer[int] = Packer(4096, 48, max_passed=40)
+        before = [p for i in range(stop) if (p := first.add(i, *stream[i]))]
+        second: Packer[int] = Packer(4096, 48, max_passed=40)
+        second.buffer = list(first.buffer)
+        assert before + run(second, stream, stop) == whole
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 6)), max_size=9), st.integers(0, 40), st.integers(0, 12))
 def test_best_fill_is_the_best(sizes: list[tuple[int, int]], budget: int, other: int) -> None:
