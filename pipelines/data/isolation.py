@@ -42,8 +42,9 @@ class IsolatedBuilder:
         if "video" not in example:
             return self.builder.finish(example, rng)
         for _ in range(_ATTEMPTS):
+            process = self._process()
             try:
-                result = ray.get(self._process().finish.remote(example, rng), timeout=self.timeout_s)
+                result = ray.get(process.finish.remote(example, rng), timeout=self.timeout_s)
             except GetTimeoutError:
                 self._stop()
                 raise Rejected("video: takes too long to decode", f"{_name(example)}: more than {self.timeout_s:g} s") from None
@@ -61,6 +62,7 @@ class IsolatedBuilder:
         if self._helper is None:
             self._reference = self._reference or ray.put(self.builder)
             self._helper = ray.remote(**_LIMITS)(_Helper).remote(self._reference)
+            ray.get(self._helper.ready.remote())  # what fails here is no video's fault, and is raised
             self._count = 0
         self._count += 1
         return self._helper
@@ -73,6 +75,9 @@ class IsolatedBuilder:
 class _Helper:
     def __init__(self, builder: ExampleBuilder):
         self.builder = builder
+
+    def ready(self) -> None:
+        """The process runs."""
 
     def finish(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any] | Rejected:
         try:
