@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,9 @@ def main() -> None:
         difference = check(image, run(image))
         times = medians(
             {
-                "theirs": lambda image=image: run(image),
-                "ours": lambda image=image: preprocess_image(image, MOLMO2),
-                "float": lambda image=image: as_float(image),
+                "theirs": partial(run, image),
+                "ours": partial(preprocess_image, image, MOLMO2),
+                "float": partial(as_float, image),
             },
             repeats,
         )
@@ -138,7 +139,7 @@ def main() -> None:
         row = []
         for height, width in SIZES:
             image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            row.append(medians({"": lambda image=image, settings=settings: preprocess_image(image, settings)}, max(repeats // 3, 3))[""][1])
+            row.append(medians({"": partial(preprocess_image, image, settings)}, max(repeats // 3, 3))[""][1])
         print(f"| {name} | " + " | ".join(f"{ms:.1f}" for ms in row) + " |")
     if min(ratios) < MUST:
         raise SystemExit(1)
