@@ -88,7 +88,8 @@ class InventoryActor:
         self.pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(measure_records(self.records, batch.column("row").to_pylist(), self.pool), schema=SCHEMA)
+        rows = [i for chunk in batch.to_pylist() for i in range(chunk["first"], chunk["stop"])]
+        return pa.Table.from_pylist(measure_records(self.records, rows, self.pool), schema=SCHEMA)
 
 
 def take_inventory(records: Records, path: Path) -> dict[str, int]:
@@ -99,13 +100,15 @@ def take_inventory(records: Records, path: Path) -> dict[str, int]:
     """
     quiet()
     actors = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    numbers = ray.data.range(len(records), override_num_blocks=max(1, len(records) // CHUNK)).rename_columns({"id": "row"})
-    dataset = numbers.map_batches(
+    chunks = [{"first": i, "stop": min(i + CHUNK, len(records))} for i in range(0, len(records), CHUNK)]
+    # The chunks are handed over, not read: a read task would wait for ever for a CPU that the actors hold.
+    dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
         InventoryActor,
-        batch_size=CHUNK,
+        batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=actors),
+        compute=ActorPoolStrategy(size=min(actors, len(chunks))),
         fn_constructor_args=([ray.put(records)],),
+        num_cpus=1,
     )
     tables: Iterator[pa.Table] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
     return write_inventory(pa.concat_tables([t.cast(SCHEMA) for t in tables]).sort_by("row"), records, path)

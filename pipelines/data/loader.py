@@ -103,14 +103,11 @@ class TrainLoader:
         self._states = {s: list(states[s]) for s in self.owned}
 
     def _streams(self) -> dict[int, Stream]:
-        return {s: Stream(self.plan, s, self._packer(), self._measure) for s in self.owned}
+        return {s: Stream(self.plan, s, self._packer(), self.builder.measure) for s in self.owned}
 
     def _packer(self) -> Packer[Draw] | None:
         limits, packing = self.builder.limits, self.data.packing
         return Packer(*limits, buffer_size=packing.buffer_size) if limits and packing else None
-
-    def _measure(self, draw: Draw) -> tuple[int, int]:
-        return self.builder.datasets[draw.dataset].measure(draw)
 
 
 def open_dataset(

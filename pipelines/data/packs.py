@@ -121,6 +121,10 @@ class PackBuilder:
             return empty_example(), rejected
         return (join(examples) if self.limits else examples[0]), rejected
 
+    def measure(self, draw: Draw) -> tuple[int, int]:
+        """Tokens and crops of a draw, without decoding."""
+        return self.datasets[draw.dataset].measure(draw)
+
     def _check_fits(self, packed: list[dict[str, Any]], example: dict[str, Any]) -> None:
         if self.limits is None:
             return
