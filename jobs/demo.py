@@ -7,6 +7,8 @@ Everything it writes is in `runs/` of the current folder; `runs/demo` is made an
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 import socket
 import time
@@ -75,6 +77,7 @@ def demo(overrides: list[str] | None = None) -> dict[str, Any]:
     registration = RegisterConfig.load(FILES["register"], changes["register"])
     serve = ServeConfig.load(FILES["serve"], [f"port={free_port()}", *changes["serve"]])
 
+    quiet()
     # One cluster for all stages; one CPU more than training's workers, for what works beside them.
     with cluster.connect(num_cpus=3, object_store_memory=OBJECT_STORE):
         stage("Prepare", f"{DATASET}: drawings with questions, to which pointing tasks are added")
@@ -86,6 +89,7 @@ def demo(overrides: list[str] | None = None) -> dict[str, Any]:
         stage("Train", f"a tiny Molmo from random weights, {training.num_workers} workers with FSDP")
         trained = train(training)
         if trained.checkpoint is None:
+            console.print("The demo ends here; started again, it begins anew.")
             raise KeyboardInterrupt
         shutil.copytree(trained.checkpoint, MODEL)
 
@@ -181,6 +185,13 @@ def scores_table(report: dict[str, Any]) -> Table:
         name = "pointing, within 5 % of the width" if kind == "pointing" else kind.replace("_", "/")
         table.add_row(name, f"{figures['questions']:,}", f"{figures['score']:.1%}")
     return table
+
+
+def quiet() -> None:
+    """Leaves the terminal to the demo: Ray's own notes on its actors and pipelines mean nothing to a newcomer."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name in ("ray.data", "ray.train", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def stage(name: str, what: str) -> None:

@@ -45,7 +45,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     workers = config.workers or _capacity(config)
     batches = -(-total // config.records_per_batch)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the bar below counts what matters here
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     # The numbers come from here, not from a read task, which would want a CPU that the workers hold.
     numbers = ray.data.from_items([{"id": i} for i in range(total)], override_num_blocks=batches)
     stage = numbers.map_batches(

@@ -64,7 +64,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
         ConfigError: the port is taken.
     """
     _check_port(config.host, config.port)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     application = build(config)
     serve.start(
         proxy_location="HeadOnly",

@@ -1,0 +1,70 @@
+"""The demo from end to end, with a few steps of training: every stage is real, only short."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jobs import demo
+from molmo_core.config import ConfigError
+from pipelines import tracking
+from pipelines.data import easy_vqa
+
+ROOT = Path(__file__).parent.parent.parent
+SHORT = [
+    "prepare.limit=48",
+    "train.steps=4",
+    "train.log_interval=2",
+    "evaluate.limit=8",
+    "evaluate.max_new_tokens=4",
+    "serve.max_new_tokens=4",
+]
+
+
+def test_overrides_by_stage():
+    stages = demo.by_stage(["train.steps=5", "train.optim.llm.lr=1", "serve.port=1"])
+    assert stages["train"] == ["steps=5", "optim.llm.lr=1"]
+    assert stages["serve"] == ["port=1"]
+    assert stages["prepare"] == []
+    with pytest.raises(ConfigError, match="begin with a stage"):
+        demo.by_stage(["steps=5"])
+
+
+def test_questions_to_ask(tmp_path):
+    easy_vqa.write("test", tmp_path / "test.jsonl", 40)
+    asked = list(demo.questions_to_ask(str(tmp_path / "test.jsonl")))
+    assert [question.type for question, _ in asked] == list(demo.ASKED)
+    assert len({image for _, image in asked}) == 4
+    assert all(Path(image).is_file() for _, image in asked)
+
+
+@pytest.mark.slow
+def test_end_to_end(tmp_path, monkeypatch):
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "jobs.demo", *SHORT]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=590, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+    summary = json.loads((tmp_path / "runs/demo/summary.json").read_text())
+    assert summary.keys() == {"dataset", "train", "eval", "registry", "serve", "seconds_total"}
+    assert summary["train"].keys() == {"steps", "seconds", "workers", "first_loss", "last_loss", "tokens_per_second"}
+    assert summary["eval"].keys() == {"questions", "overall", "shape", "colour", "yes_no", "pointing"}
+    assert summary["registry"].keys() == {"name", "version", "alias", "uri"}
+    assert (summary["train"]["steps"], summary["train"]["workers"]) == (4, 2)
+    assert summary["train"]["last_loss"] < summary["train"]["first_loss"]
+    records = [json.loads(line) for line in (tmp_path / "runs/demo/data/records/test.jsonl").read_text().splitlines()]
+    assert summary["eval"]["questions"] == sum(len(record["message_list"]) - 1 for record in records[:8])
+    assert summary["registry"]["uri"] == "models:/molmo-demo@champion"
+    assert all(answer.keys() == {"question", "answer", "expected"} for answer in summary["serve"]["answers"])
+    assert len(summary["serve"]["answers"]) == 4
+    with Image.open(tmp_path / "runs/demo/answers.png") as picture:
+        assert picture.width > 500
+    for words in ("Prepare", "Train", "step 2/4", "Evaluate", "Register", "Serve", "make serve", "make mlflow"):
+        assert words in run.stdout + run.stderr
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/runs/mlflow.db")
+    assert (tracking.resolve("models:/molmo-demo@champion") / "config.yaml").is_file()
