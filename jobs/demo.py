@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import socket
 import time
@@ -189,7 +188,6 @@ def scores_table(report: dict[str, Any]) -> Table:
 
 def quiet() -> None:
     """Leaves the terminal to the demo: Ray's own notes on its actors and pipelines mean nothing to a newcomer."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name in ("ray.data", "ray.train", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
