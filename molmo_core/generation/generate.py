@@ -116,7 +116,7 @@ def prepare_inputs(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, 
     """
     device = next(model.parameters()).device
     tensors = {k: v for k, v in inputs.items() if v is not None and k not in TRAINING_KEYS}
-    tensors = {k: torch.as_tensor(v) if isinstance(v, np.ndarray | list) else v for k, v in tensors.items()}
+    tensors = {k: torch.tensor(v) if isinstance(v, np.ndarray | list) else v for k, v in tensors.items()}  # copies: arrays may be read-only
     if tensors["input_ids"].ndim == 1:
         tensors = {k: v.unsqueeze(0) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
     tensors = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
