@@ -215,7 +215,8 @@ class Fit:
             self.done.set()
 
     def _stop(self, number: int, frame: Any) -> None:
-        if self.stop_requested:
+        # SIGTERM often comes twice (to a process and to its group); what cannot wait sends SIGKILL.
+        if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True
 

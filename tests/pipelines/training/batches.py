@@ -1,14 +1,16 @@
 """Batches for training tests: random, a function of (seed, step, stream), like the real loader's, and resumable like them."""
 
+import json
 import os
 import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from molmo_core.models.base import BaseModelConfig
 from pipelines.data.config import DataConfig
-from pipelines.training.config import GroupConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pipelines.training.config import GroupConfig, OptimConfig, SamplesConfig, ScheduleConfig, TrainConfig, ValidationConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -37,6 +39,19 @@ def tiny_config(tmp_path, **changes):
         "optim": OptimConfig(**groups, schedule=ScheduleConfig("constant")),
     }
     return TrainConfig(**(settings | changes))
+
+
+def looks(folder):
+    """Settings of `tiny_config` that validate and draw samples in steps 3 and 6, ... of a run."""
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (60, 40), "red").save(folder / "red.png")
+    annotations = [{"style": "demo", "question": "Which colour?", "answer": "red", "type": "colour"}]
+    annotations.append({"style": "demo", "question": "A shape?", "answer": "no", "type": "yes_no"})
+    (folder / "records.jsonl").write_text(3 * (json.dumps({"image": "red.png", "message_list": annotations}) + "\n"))
+    return {
+        "validation": ValidationConfig(data=DataConfig.new(datasets={"other": {"path": "-"}}), interval=3, batches=2),
+        "samples": SamplesConfig(records=str(folder / "records.jsonl"), interval=3, count=3, max_new_tokens=3),
+    }
 
 
 class RandomLoader:

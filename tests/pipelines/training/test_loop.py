@@ -7,7 +7,7 @@ import pytest
 import ray.train
 import ray.train.torch
 import torch
-from batches import RandomLoader, tiny_config
+from batches import RandomLoader, looks, tiny_config
 
 from molmo_core.config import ConfigError
 from pipelines.training import checkpointing, loop
@@ -129,3 +129,23 @@ def test_stop_saves_and_ends(run, monkeypatch):
     monkeypatch.setattr(Recorder, "stop_requested", True)
     recorder = run(steps=6)
     assert [(kind, step) for kind, step, _ in recorder.events] == [("metrics", 1), ("checkpoint", 1), ("stopped", 1)]
+
+
+def test_looking_at_the_model_does_not_change_its_training(run, tmp_path):
+    plain, looked = run(steps=6), run(steps=6, **looks(tmp_path / "looks"))
+    assert looked.values("loss") == plain.values("loss")
+    validated = looked.values("validation/loss")
+    assert len(validated) == 2
+    assert validated[1] < validated[0]
+    samples = [(step, content) for kind, step, content in looked.events if kind == "samples"]
+    assert [step for step, _ in samples] == [3, 6]
+    questions = [result["questions"][0] for result in samples[0][1]]
+    assert [question["type"] for question in questions] == ["colour", "yes_no", "colour"]
+    assert {"question", "answers", "prediction", "score"} <= set(questions[0])
+
+
+def test_records_that_cannot_be_sampled_are_named(run, tmp_path):
+    settings = looks(tmp_path / "looks")
+    (tmp_path / "looks" / "red.png").unlink()
+    with pytest.raises(ConfigError, match=r"records.jsonl: record 0: media: missing file"):
+        run(steps=1, **settings)

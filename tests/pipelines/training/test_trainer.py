@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import RandomLoader, tiny_config
+from batches import RandomLoader, looks, tiny_config
 
 from molmo_core.checkpoint import load_model
 from molmo_core.config import ConfigError
@@ -30,8 +30,8 @@ def storage(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(storage):
-    """8 steps on two workers."""
-    return train(tiny_config(storage, name="undisturbed", steps=8, num_workers=2), RandomLoader)
+    """8 steps on two workers, with validation and samples in between (which the runs that are compared with it do without)."""
+    return train(tiny_config(storage, name="undisturbed", steps=8, num_workers=2, **looks(storage / "looks")), RandomLoader)
 
 
 def losses(result):
@@ -48,6 +48,9 @@ def test_a_run_leaves_a_model_numbers_and_pictures(undisturbed, storage):
     assert model(**batch).loss < losses(undisturbed)[1]
     client = tracking.client()
     assert {"training.png", "config.yaml"} <= {a.path for a in client.list_artifacts(undisturbed.run_id)}
+    pictures = [f"samples/step_00000{step}.png" for step in (3, 6, 8)]
+    assert [a.path for a in client.list_artifacts(undisturbed.run_id, "samples")] == pictures
+    assert len(client.get_metric_history(undisturbed.run_id, "validation/loss")) == 3
     assert client.get_run(undisturbed.run_id).data.params["model.llm.d_model"] == "32"
     version = tracking.register(undisturbed.checkpoint, "tiny", "candidate", undisturbed.run_id)
     assert tracking.client().get_model_version("tiny", version).run_id == undisturbed.run_id
