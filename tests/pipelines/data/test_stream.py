@@ -85,7 +85,7 @@ def test_bad_records_cost_one_example_until_there_are_too_many(cluster, model, g
     weights = batch["loss_masks"].sum(1)
     assert [bool(w > 0) for w in weights] == [True, False, True, True], "the unusable record's row has no loss"
     batches = iter(loader(DataConfig.from_dict({**settings, "max_reject_rate": 0.05}), model))
-    with pytest.raises(ConfigError, match=r"some.jsonl: 6 unusable records .* max_reject_rate=0.05 .* row 1 \(media: missing file"):
+    with pytest.raises(ConfigError, match=r"some.jsonl: 6 unusable records .* data.max_reject_rate=0.05 .* row 1 \(media: missing file"):
         list(itertools.islice(batches, 100))
 
 
