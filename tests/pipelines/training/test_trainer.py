@@ -104,7 +104,7 @@ class Slow(RandomLoader):
             step = self.positions[0]
             if step >= 3:
                 Path(f"{self.marker}{step}").touch()
-                self.delay = 1.5
+                self.delay = 6.0  # long enough for the signal to be heard on a busy machine
             yield batch
 
 
