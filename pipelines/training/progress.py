@@ -57,6 +57,7 @@ class Reporter:
 
     def send(self, kind: str, step: int, content: Any = None) -> None:
         if self.inbox is not None:
+            self._hear()
             self._pending = self.inbox.put.remote((kind, step, content))
             self._last = time.monotonic()
 
@@ -64,11 +65,15 @@ class Reporter:
         """Says how far the run is, at most twice a second, and hears whether it shall stop."""
         if self.inbox is None:
             return
+        self._hear()
+        if self._pending is None and time.monotonic() - self._last > HEARTBEAT_S:
+            self.send("step", step)
+
+    def _hear(self) -> None:
+        """Takes the answer to the latest event if it is there. A later event carries the same answer, so none is waited for."""
         if self._pending is not None and ray.wait([self._pending], timeout=0)[0]:
             self.stop_requested = self.stop_requested or ray.get(self._pending)
             self._pending = None
-        if self._pending is None and time.monotonic() - self._last > HEARTBEAT_S:
-            self.send("step", step)
 
     def flush(self) -> None:
         """Waits until what was sent has arrived."""
