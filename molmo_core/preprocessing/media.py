@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ class MediaError(ValueError):
     """An image or video that cannot be used. The message says which one and why."""
 
 
+class TooManyPixels(MediaError):
+    """An image or video whose header says that it is larger than the limit."""
+
+
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes an image.
 
@@ -53,7 +58,8 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         uint8 [height, width, 3], RGB.
 
     Raises:
-        MediaError: missing, empty, truncated, not an image, or too large.
+        TooManyPixels: larger than `max_pixels`.
+        MediaError: missing, empty, truncated, or not an image.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
@@ -63,17 +69,21 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return _decode(image, _name(source), max_pixels)
 
 
-def image_size(source: ImageSource) -> tuple[int, int]:
-    """Height and width that `load_image` will give, from the header alone (nothing is decoded).
+def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width that `load_image` will give, from headers and metadata alone (no pixel is decoded).
 
     Raises:
+        TooManyPixels: larger than `max_pixels`.
         MediaError: missing, empty or not an image.
     """
     if isinstance(source, np.ndarray):
         return source.shape[0], source.shape[1]
     image = source if isinstance(source, Image.Image) else _open(source)
     try:
-        orientation = 1 if image.format == "TIFF" else _orientation(image)  # a TIFF's size is that after rotation
+        _check_pixels(image.width, image.height, max_pixels, _name(source))
+        orientation = _orientation(image)
+    except MediaError:
+        raise
     except Exception as error:  # see _decode
         raise MediaError(f"{_name(source)}: unreadable metadata: {type(error).__name__}: {error}") from error
     finally:
@@ -108,19 +118,23 @@ def _open(source: str | os.PathLike[str] | bytes | bytearray | memoryview) -> Im
     except UnidentifiedImageError:
         raise MediaError(f"{name}: not an image that Pillow can read") from None
     except Image.DecompressionBombError as error:
-        raise MediaError(f"{name}: too large: {error}") from None
+        raise TooManyPixels(f"{name}: too large: {error}") from None
     except Exception as error:  # broken headers raise whatever the format's parser stumbles over
         raise MediaError(f"{name}: unreadable image header: {type(error).__name__}: {error}") from error
 
 
+def _check_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
+    if width * height > max_pixels:
+        raise TooManyPixels(f"{name}: {width} x {height} pixels, more than the limit of {max_pixels:,}")
+
+
 def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
-    if image.width * image.height > max_pixels:
-        raise MediaError(f"{name}: {image.width} x {image.height} pixels, more than the limit of {max_pixels:,}")
+    _check_pixels(image.width, image.height, max_pixels, name)
     if image.width * image.height == 0:
         raise MediaError(f"{name}: no pixels ({image.width} x {image.height})")
     try:
-        image.load()
         orientation = _orientation(image)
+        image.load()
         if image.mode == "F":
             raise MediaError(f"{name}: floating-point samples; convert the image to 8 or 16 bits")
         if image.mode.startswith("I"):
@@ -142,30 +156,42 @@ def _oriented(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, without decoding the image unless there is no other way."""
-    if isinstance(image, PngImageFile) and not _has_late_metadata(image):
-        return Image.Image.getexif(image).get(_ORIENTATION, 1)  # the PNG class' own method decodes the whole image first
-    return image.getexif().get(_ORIENTATION, 1)
+    """The EXIF orientation that is still to be applied; nothing is decoded for it."""
+    if image.format == "TIFF":
+        return 1  # Pillow applies it itself and gives the size after it
+    if not isinstance(image, PngImageFile):
+        return image.getexif().get(_ORIENTATION, 1)
+    # The PNG class' own method decodes the whole image first, because metadata may stand behind the pixels.
+    if "exif" not in image.info:
+        image.info.update(_late_metadata(image))
+    return Image.Image.getexif(image).get(_ORIENTATION, 1)
 
 
-def _has_late_metadata(image: PngImageFile) -> bool:
-    """Whether a PNG that is not decoded yet has metadata behind its pixels."""
+def _late_metadata(image: PngImageFile) -> dict[Any, Any]:
+    """The metadata behind the pixels of a PNG that is not decoded yet, as Pillow reads it (with its limits of size)."""
     stream = image.fp
-    if stream is None or "exif" in image.info:
-        return False
+    if stream is None:
+        return {}
     position = stream.tell()
+    signature, header, late, pixels = b"", b"", b"", False
     try:
-        stream.seek(8)
-        pixels = False
-        while len(header := stream.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", header)
-            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
-                return True
+        stream.seek(0)
+        signature = stream.read(8)
+        while len(start := stream.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", start)
+            if kind == b"IHDR" or (pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")):
+                data = stream.read(length)
+                chunk = start + data + struct.pack(">I", zlib.crc32(kind + data))
+                header, late = (chunk, late) if kind == b"IHDR" else (header, late + chunk)
+                length = 0
             pixels |= kind == b"IDAT"
             stream.seek(length + 4, os.SEEK_CUR)
-        return False
     finally:
         stream.seek(position)
+    if not late:
+        return {}
+    with Image.open(io.BytesIO(signature + header + late + b"\0\0\0\0IDAT"), formats=["PNG"]) as alone:
+        return alone.info
 
 
 def _from_array(array: np.ndarray, max_pixels: int, name: str = "array") -> np.ndarray:
@@ -174,8 +200,7 @@ def _from_array(array: np.ndarray, max_pixels: int, name: str = "array") -> np.n
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise MediaError(f"{name}: shape {array.shape}; an image is [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]")
-    if array.shape[0] * array.shape[1] > max_pixels:
-        raise MediaError(f"{name}: {array.shape[1]} x {array.shape[0]} pixels, more than the limit of {max_pixels:,}")
+    _check_pixels(array.shape[1], array.shape[0], max_pixels, name)
     if array.dtype == np.int32 and array.min() >= 0 and array.max() <= 65535:
         array = array.astype(np.uint16)  # what Pillow makes of some 16-bit files
     if array.dtype == np.uint16:

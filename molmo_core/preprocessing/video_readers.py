@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 
-from molmo_core.preprocessing.media import MAX_PIXELS, MediaError
+from molmo_core.preprocessing.media import MAX_PIXELS, MediaError, TooManyPixels
 from molmo_core.preprocessing.video_containers import AVI, FLV, MATROSKA, MP4, REAL, first_line, read_header
 
 VideoBackend = Literal["auto", "decord", "pyav"]
@@ -64,13 +64,14 @@ def open_video(source: VideoSource, backend: VideoBackend = "auto", max_pixels: 
         max_pixels: a video with larger frames is refused.
 
     Raises:
+        TooManyPixels: frames larger than `max_pixels`.
         MediaError: missing, empty, truncated, no video, no frames, or times that make no sense.
     """
     name = str(source) if not isinstance(source, bytes) else f"video of {len(source):,} bytes"
     with _stream(source, name) as stream:
         header = read_header(stream, name)
     if header.height * header.width > max_pixels:
-        raise MediaError(f"{name}: frames of {header.width} x {header.height} pixels, more than the limit of {max_pixels:,}")
+        raise TooManyPixels(f"{name}: frames of {header.width} x {header.height} pixels, more than the limit of {max_pixels:,}")
     exact = header.container in DECORD_CONTAINERS and header.codec not in _DECORD_UNKNOWN_CODECS and not header.turned
     if backend == "decord" and not exact:
         what = f"{'rotated ' if header.turned else ''}{header.codec} in {header.container}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from molmo_core.preprocessing.media import MediaError, load_image
+from molmo_core.preprocessing.media import MediaError, TooManyPixels, load_image
 from pipelines.data.media import fetch
 from pipelines.data.records import normalise
 from pipelines.data.sources import Record, Rejected
@@ -53,7 +53,7 @@ class ExampleBuilder:
         try:
             result = self.preprocessor(example, rng=rng)
         except MediaError as error:
-            raise Rejected("video: undecodable" if "video" in example else "image: undecodable", str(error)) from None
+            raise unusable("video" if "video" in example else "image", error) from None
         except Exception as error:  # of whatever the record holds; the reject rate tells a bug from a bad record
             raise Rejected("record: cannot be preprocessed", f"{type(error).__name__}: {error}") from error
         if not np.any(np.asarray(result.get("loss_masks", 1)) > 0):
@@ -86,5 +86,9 @@ class ExampleBuilder:
         try:
             return load_image(data, max_pixels=self.max_image_pixels)  # checks the limit before decoding
         except MediaError as error:
-            large = "more than the limit" in str(error) or "too large" in str(error)
-            raise Rejected("image: too many pixels" if large else "image: undecodable", f"{field}: {error}") from None
+            raise unusable("image", error, f"{field}: ") from None
+
+
+def unusable(kind: str, error: MediaError, where: str = "") -> Rejected:
+    """The rejection of an image or a video that cannot be decoded."""
+    return Rejected(f"{kind}: {'too many pixels' if isinstance(error, TooManyPixels) else 'undecodable'}", f"{where}{error}")

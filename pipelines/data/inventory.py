@@ -22,6 +22,8 @@ from ray.data import ActorPoolStrategy
 from molmo_core.config import ConfigError
 from molmo_core.preprocessing.media import MediaError, image_size
 from molmo_core.preprocessing.video_readers import open_video
+from pipelines.data.builder import unusable
+from pipelines.data.config import MAX_IMAGE_PIXELS
 from pipelines.data.media import fetch
 from pipelines.data.prepare import quiet
 from pipelines.data.records import normalise
@@ -53,7 +55,7 @@ def measure_media(example: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     try:
         for reference in example.get("images") or ([example["image"]] if "image" in example else []):
-            row["sizes"] = [*row.get("sizes", []), *image_size(fetch(reference))]
+            row["sizes"] = [*row.get("sizes", []), *image_size(fetch(reference), MAX_IMAGE_PIXELS)]
         if "video" in example:
             reader = open_video(fetch(example["video"]))
             times = reader.timestamps
@@ -63,7 +65,7 @@ def measure_media(example: dict[str, Any]) -> dict[str, Any]:
     except Rejected as error:
         row = {"reason": str(error)}
     except MediaError as error:
-        row = {"reason": f"{'video' if 'video' in example else 'image'}: undecodable: {error}"}
+        row = {"reason": str(unusable("video" if "video" in example else "image", error))}
     return row
 
 

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from molmo_core.preprocessing.images import ImageSettings, MediaError, image_size, load_image, preprocess_image
+from molmo_core.preprocessing.images import ImageSettings, preprocess_image
+from molmo_core.preprocessing.media import MediaError, TooManyPixels, image_size, load_image
 from molmo_core.preprocessing.resize import resize
 
 CLIP = ImageSettings()
@@ -51,17 +53,44 @@ def test_exif_orientation(orientation: int, kind: str) -> None:
     assert image_size(data) == upright.shape[:2]
 
 
-def test_exif_after_the_pixels() -> None:
-    """Some tools write a PNG's EXIF block behind the pixels."""
+def chunk_of(data: bytes, kind: bytes) -> bytes:
+    """A whole chunk of a PNG."""
+    start = data.index(kind) - 4
+    return data[start : start + 12 + struct.unpack(">I", data[start : start + 4])[0]]
+
+
+@pytest.mark.parametrize("kind", [b"eXIf", b"zTXt", b"iTXt"])
+def test_exif_after_the_pixels(monkeypatch: pytest.MonkeyPatch, kind: bytes) -> None:
+    """Some tools write a PNG's orientation behind the pixels; its size is known without decoding it all the same."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(Image.fromarray(PICTURE), exif=exif)
-    start = data.index(b"eXIf") - 4
-    end = start + 12 + struct.unpack(">I", data[start : start + 4])[0]
-    chunk, rest = data[start:end], data[:start] + data[end:]
-    moved = rest[:-12] + chunk + rest[-12:]
+    text = PngInfo()
+    raw = exif.tobytes()
+    if kind == b"zTXt":
+        text.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True)
+    elif kind == b"iTXt":
+        text.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>', zip=True)
+    data = encoded(Image.fromarray(PICTURE), **({"exif": exif} if kind == b"eXIf" else {"pnginfo": text}))
+    chunk = chunk_of(data, kind)
+    moved = data.replace(chunk, b"")[:-12] + chunk + data[-12:]
     np.testing.assert_array_equal(load_image(moved), np.rot90(PICTURE, -1))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
     assert image_size(moved) == (9, 6)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
+@pytest.mark.parametrize("late", [False, True], ids=["before the pixels", "behind them"])
+def test_text_that_is_much_larger_unpacked(kind: bytes, late: bool) -> None:
+    """Two kilobytes that would be 2 MB of text, more than Pillow's limit of a chunk: refused, not unpacked."""
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(2)) + packer.flush()
+    content = {b"zTXt": b"Comment\0\0", b"iTXt": b"Comment\0\1\0\0\0"}[kind] + packed
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    data = encoded(Image.fromarray(PICTURE))
+    bomb = data[:-12] + chunk + data[-12:] if late else data[:33] + chunk + data[33:]
+    for read in (load_image, image_size):
+        with pytest.raises(MediaError, match="too large"):
+            read(bomb)
 
 
 def test_sizes_are_read_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,8 +167,11 @@ def png_header(width: int, height: int) -> bytes:
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_bad_images(source, message: str) -> None:
-    with pytest.raises(MediaError, match=message):
+    with pytest.raises(MediaError, match=message) as caught:
         load_image(source)
+    if isinstance(caught.value, TooManyPixels):
+        with pytest.raises(TooManyPixels):
+            image_size(source)
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
