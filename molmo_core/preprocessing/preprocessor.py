@@ -24,6 +24,7 @@ from molmo_core.preprocessing.tiling import VisionEncoder
 from molmo_core.preprocessing.tokenizer import Tokenizer
 
 IMAGE_KEYS = ("image", "images")
+NO_VIDEO = "the example has a video, but the model takes text and images only; for videos use Molmo2 or VideoOlmo"
 
 
 @dataclasses.dataclass
@@ -106,6 +107,8 @@ class MolmoPreprocessor(TextPreprocessor):
             ValueError: a record, image or length that does not fit (`MediaError` for images).
         """
         rng = np.random.RandomState(0) if rng is None else rng
+        if example.get("video") is not None:
+            raise ValueError(NO_VIDEO)
         images = [load_image(source) for source in example_images(example)]
         sizes = [(image.shape[1], image.shape[0]) for image in images]
         annotations = self.annotations(example, rng, sizes)
@@ -147,6 +150,12 @@ class MolmoPreprocessor(TextPreprocessor):
         media = [MediaTokens(np.full(tokens, self.tokenizer.image_patch_token_id)) for tokens, _ in counts]
         sequence = self.assemble(example, annotations, media, {})
         return len(sequence["input_ids"]), sum(crops for _, crops in counts)
+
+    def measure_video(
+        self, example: dict[str, Any], timestamps: np.ndarray, fps: float, rng: np.random.RandomState | None = None
+    ) -> tuple[int, int]:
+        """`measure` for an example with a video; raises ValueError: see `VideoPreprocessor` for the models that take one."""
+        raise ValueError(NO_VIDEO)
 
     def image_counts(self, sizes: Sequence[tuple[int, int]], rng: np.random.RandomState) -> list[tuple[int, int]]:
         """Tokens (label included) and crops of each image, from its height and width."""

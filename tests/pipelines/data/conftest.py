@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,17 @@ def picture(path: Path, size=(40, 30), seed=0, **kwargs) -> Path:
     """Writes a picture of noise and returns its path."""
     pixels = np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).save(path, **kwargs)
+    return path
+
+
+def clip(path: Path, frames=20, front=True, format=None) -> Path:
+    """Writes a small h264 clip of noise; `front`: with its index in front of the frames, as for the web."""
+    with av.open(str(path), "w", format=format, options={"movflags": "faststart"} if front else {}) as container:
+        stream = container.add_stream("libx264", rate=10, width=64, height=48, pix_fmt="yuv420p")
+        for t in range(frames):
+            pixels = np.random.RandomState(t).randint(0, 256, (48, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
     return path
 
 
@@ -36,7 +48,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 @pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
     """The functions of this file."""
-    return SimpleNamespace(picture=picture, chat=chat, write_jsonl=write_jsonl, corrupt_corpus=corrupt_corpus)
+    return SimpleNamespace(picture=picture, clip=clip, chat=chat, write_jsonl=write_jsonl, corrupt_corpus=corrupt_corpus)
 
 
 @pytest.fixture
@@ -49,7 +61,10 @@ def good_records(tmp_path) -> Path:
 
 
 def corrupt_corpus(folder: Path) -> tuple[list, list[str]]:
-    """(rows, start of the expected reason of each): what is found in the wild. Files are written to `folder`."""
+    """(rows, expected reason of each): what is found in the wild, for a model that takes images and videos.
+
+    Files are written to `folder`, the folder `corrupt` beside the records; the records also refer to a good `0.png` there.
+    """
     folder.mkdir(exist_ok=True)
     cases: list[tuple[object, str]] = []
     for kind in ("jpeg", "png", "webp", "gif"):
@@ -60,12 +75,30 @@ def corrupt_corpus(folder: Path) -> tuple[list, list[str]]:
     (folder / "empty.png").write_bytes(b"")
     (folder / "folder.png").mkdir(exist_ok=True)
     (folder / "bomb.png").write_bytes(bomb())
+    (folder / "text.mp4").write_text("<html>404</html>")
+    (folder / "empty.mp4").write_bytes(b"")
+    whole = clip(folder / "whole.mp4").read_bytes()
+    (folder / "truncated.mp4").write_bytes(whole[: len(whole) * 3 // 4])
+    unfinished = clip(folder / "other.mp4", front=False).read_bytes()
+    (folder / "unfinished.mp4").write_bytes(unfinished[: len(unfinished) // 2])
+
+    def video(name: str) -> dict:
+        return chat(video=f"corrupt/{name}")
+
     cases += [
         (chat("corrupt/text.jpg"), "image: undecodable"),
         (chat("corrupt/empty.png"), "media: empty file"),
         (chat("corrupt/nowhere.png"), "media: missing file"),
-        (chat("corrupt/folder.png"), "media: a folder"),
+        (chat("corrupt/folder.png"), "media: a folder, not a file"),
         (chat("corrupt/bomb.png"), "image: too many pixels"),
+        (chat("corrupt/whole.mp4"), "image: undecodable"),
+        (video("truncated.mp4"), "video: undecodable"),
+        (video("unfinished.mp4"), "video: undecodable"),
+        (video("text.mp4"), "video: undecodable"),
+        (video("empty.mp4"), "media: empty file"),
+        (video("nowhere.mp4"), "media: missing file"),
+        (video("folder.png"), "media: a folder, not a file"),
+        (chat(video="http://127.0.0.1:9/x.mp4"), "media: unreadable URL"),
         (chat("http://127.0.0.1:9/x.jpg"), "media: unreadable URL"),
         (chat("data:image/png;base64,????"), "media: unreadable URL"),
         (chat("corrupt/nul\0.png"), "media: unreadable file"),

@@ -5,6 +5,7 @@ import pytest
 
 from molmo_core.models.base import BaseModelConfig
 from pipelines.data.builder import ExampleBuilder, example_rng
+from pipelines.data.inventory import Media
 from pipelines.data.sources import Record, Rejected, open_records
 from pipelines.data.tokenizer import train_tokenizer
 
@@ -12,11 +13,20 @@ LIMIT = 10_000_000
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory):
+def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(["What is this? Noise number 0123456789."], 300, folder)
-    model = BaseModelConfig.load("configs/models/demo.yaml", overrides=[f"llm.tokenizer.identifier={folder}"])
-    return ExampleBuilder(model.build_preprocessor(for_inference=False, max_seq_len=256), LIMIT)
+    return folder
+
+
+def load(name, tokenizer, length):
+    model = BaseModelConfig.load(f"configs/models/{name}.yaml", overrides=[f"llm.tokenizer.identifier={tokenizer}"])
+    return ExampleBuilder(model.build_preprocessor(for_inference=False, max_seq_len=length), LIMIT)
+
+
+@pytest.fixture(scope="module")
+def builder(tokenizer):
+    return load("demo", tokenizer, 256)
 
 
 def rng(i=0):
@@ -32,7 +42,8 @@ def test_good_records_become_examples(builder, good_records):
     assert examples[0]["images"].dtype == np.uint8
 
 
-def test_every_corruption_has_its_reason(builder, make, tmp_path):
+def test_every_corruption_has_its_reason(tokenizer, make, tmp_path):
+    builder = load("molmo2-4b", tokenizer, 1024)
     make.picture(tmp_path / "0.png")
     rows, expected = make.corrupt_corpus(tmp_path / "corrupt")
     records = open_records(str(make.write_jsonl(tmp_path / "bad.jsonl", rows)))
@@ -42,6 +53,14 @@ def test_every_corruption_has_its_reason(builder, make, tmp_path):
             builder(records[i], rng(i))
         assert caught.value.reason.startswith(reason), (i, str(caught.value))
         assert caught.value.detail
+
+
+def test_a_model_without_videos_does_not_train_on_their_text_alone(builder, make, tmp_path):
+    make.clip(tmp_path / "a.mp4")
+    records = open_records(str(make.write_jsonl(tmp_path / "a.jsonl", [make.chat(video="a.mp4")])))
+    with pytest.raises(Rejected, match="cannot be preprocessed: .* has a video, but the model takes text and images only"):
+        builder(records[0], rng())
+    assert builder.measure(records[0], Media([], np.arange(20) / 10, 10.0), rng()) == (1, 0)
 
 
 def test_randomness_is_the_examples_own():
