@@ -58,7 +58,7 @@ def test_every_corruption_has_its_reason(tokenizer, make, tmp_path):
 def test_a_model_without_videos_does_not_train_on_their_text_alone(builder, make, tmp_path):
     make.clip(tmp_path / "a.mp4")
     records = open_records(str(make.write_jsonl(tmp_path / "a.jsonl", [make.chat(video="a.mp4")])))
-    with pytest.raises(Rejected, match="cannot be preprocessed: .* has a video, but the model takes text and images only"):
+    with pytest.raises(Rejected, match=r"cannot be preprocessed: .* has a video, but the model takes text and images only"):
         builder(records[0], rng())
     assert builder.measure(records[0], Media([], np.arange(20) / 10, 10.0), rng()) == (1, 0)
 
