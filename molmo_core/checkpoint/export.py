@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from molmo_core.checkpoint.huggingface import from_pretrained
-from molmo_core.checkpoint.layouts import published_links
+from molmo_core.checkpoint.layouts import Layout, published_links
 from molmo_core.checkpoint.links import export_specs, exporter, model_tensors
 from molmo_core.checkpoint.native import SHARD_BYTES, atomic_folder, save_checkpoint
 from molmo_core.checkpoint.published_export import published_layout_of, write_published_files
@@ -75,7 +75,7 @@ def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = 
         save_checkpoint(model, out, sharded=True, dtype=dtype)
         return out
     layout = published_layout_of(model.config)
-    tensors = model_tensors(model)
+    tensors = _stored_tensors(model, layout)
     links = published_links(layout, tensors, model.config.llm)
     specs = export_specs(tensors, links, dtype)
     stored = str(next(iter(specs.values())).dtype).removeprefix("torch.")
@@ -83,6 +83,17 @@ def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = 
         write_published_files(folder, model.config, layout, model.tokenizer, stored)
         write_safetensors(folder, specs, exporter(tensors, links), SHARD_BYTES)
     return out
+
+
+def _stored_tensors(model: ModelBase, layout: Layout) -> dict[str, torch.Tensor]:
+    """The model's tensors; of Molmo2 without encoder blocks above the last one used, which its releases lack and no reader builds."""
+    tensors = model_tensors(model)
+    if layout != "molmo2":
+        return tensors
+    vision = model.config.vision_backbone
+    top = max(layer % vision.vit.image_num_layers for layer in vision.vit_layers)
+    unused = tuple(f"vision_backbone.image_vit.transformer.resblocks.{i}." for i in range(top + 1, vision.vit.image_num_layers))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
 
 
 def reference_logits(model: ModelBase) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

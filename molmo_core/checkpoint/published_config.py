@@ -17,12 +17,12 @@ DENSE_LLM = {
     "hidden_size": "d_model", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "num_hidden_layers": "n_layers",
     "intermediate_size": "mlp_hidden_size", "max_position_embeddings": "max_sequence_length",
 }  # fmt: skip
-# Names of Molmo2's text_config, vision_config (as released, and as transformers writes them) -> ours.
+# Names of Molmo2's text_config, vision_config -> ours: as released and, after those, as transformers writes them.
 MOLMO2_LLM = {
     "hidden_size": "d_model", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim",
     "num_hidden_layers": "n_layers", "vocab_size": "vocab_size", "additional_vocab_size": "additional_vocab_size",
-    "attention_bias": "qkv_bias", "qkv_bias": "qkv_bias", "use_qk_norm": "attention_layer_norm", "norm_after": "norm_after",
-    "qk_norm_type": "attention_layer_norm_type", "rms_norm_eps": "layer_norm_eps", "layer_norm_eps": "layer_norm_eps",
+    "qkv_bias": "qkv_bias", "attention_bias": "qkv_bias", "use_qk_norm": "attention_layer_norm", "norm_after": "norm_after",
+    "qk_norm_type": "attention_layer_norm_type", "layer_norm_eps": "layer_norm_eps", "rms_norm_eps": "layer_norm_eps",
     "max_position_embeddings": "max_position_embeddings", "initializer_range": "initializer_range",
 }  # fmt: skip
 MOLMO2_VIT = {
@@ -192,6 +192,7 @@ def _molmo2_preprocessor(folder: Path) -> dict[str, Any]:
         "use_single_crop_col_tokens": (col_tokens if processor else False) if single is None else single,
         "use_single_crop_start_token": processor.get("use_single_crop_start_token", True),
         "per_frame_special_token": processor.get("use_frame_special_tokens", True),
+        "frame_sample_mode": videos.get("frame_sample_mode"),
         "max_frames": videos.get("num_frames"),
         "max_fps": videos.get("max_fps"),
     }

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from molmo_core.models.molmo2 import Molmo2Config
     from molmo_core.preprocessing.tokenizer import Tokenizer
 
-# Where the published remote code lives, for readers that run it (transformers with trust_remote_code, older vLLM).
-_REPOSITORY = {"molmo": "allenai/Molmo-7B-D-0924", "molmoe": "allenai/MolmoE-1B-0924"}
+_REPOSITORY = {"molmo": "allenai/Molmo-7B-D-0924", "molmoe": "allenai/MolmoE-1B-0924", "molmo2": "allenai/Molmo2-8B"}
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 _MOLMO_TEMPLATE = """\
@@ -120,13 +119,9 @@ def is_released_architecture(config: MolmoConfig, layout: Layout) -> bool:
 
 def _molmo(config: MolmoConfig, layout: Layout) -> dict[str, Any]:
     """config.json of the 0924 releases; of another architecture: our structure, as the research code's later exports have it."""
-    repository = _REPOSITORY[layout]
     common = {
         "architectures": ["MolmoForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{repository}--config_{layout}.MolmoConfig",
-            "AutoModelForCausalLM": f"{repository}--modeling_{layout}.MolmoForCausalLM",
-        },
+        "auto_map": _code(layout, AutoConfig=f"config_{layout}.MolmoConfig", AutoModelForCausalLM=f"modeling_{layout}.MolmoForCausalLM"),
         "model_type": "molmo",
         "tie_word_embeddings": False,
         "use_cache": True,
@@ -182,10 +177,11 @@ def _molmo_processor(config: MolmoConfig, layout: Layout) -> dict[str, Any]:
     height, width = vision.vit.grid
     images = config.mm_preprocessor
     return {
-        "auto_map": {
-            "AutoImageProcessor": f"{_REPOSITORY[layout]}--image_preprocessing_molmo.MolmoImageProcessor",
-            "AutoProcessor": f"{_REPOSITORY[layout]}--preprocessing_molmo.MolmoProcessor",
-        },
+        "auto_map": _code(
+            layout,
+            AutoImageProcessor="image_preprocessing_molmo.MolmoImageProcessor",
+            AutoProcessor="preprocessing_molmo.MolmoProcessor",
+        ),
         "base_image_input_size": list(vision.vit.image_default_input_size),
         "do_normalize": True,
         "image_mean": list(_OPENAI_MEAN),
@@ -202,37 +198,44 @@ def _molmo_processor(config: MolmoConfig, layout: Layout) -> dict[str, Any]:
 
 
 def _molmo2(config: Molmo2Config) -> dict[str, Any]:
-    """config.json as transformers' own Molmo2 writes it."""
+    """config.json in the spelling of the releases, which transformers' own class, the published remote code and vLLM all read."""
     llm, vision = config.llm, config.vision_backbone
     assert vision is not None
     vit = vision.vit
-    used = [layer % vit.image_num_layers for layer in vision.vit_layers]
-    heads = {"num_attention_heads": vit.image_num_heads, "num_key_value_heads": vit.image_num_key_value_heads,
-             "head_dim": vit.image_head_dim}  # fmt: skip
-    text = {name: getattr(llm, ours) for name, ours in MOLMO2_LLM.items() if name not in ("qkv_bias", "use_qk_norm", "layer_norm_eps")}
-    text |= {
-        "model_type": "molmo2_text", "num_key_value_heads": llm.kv_heads, "head_dim": llm.head_width, "vocab_size": llm.embedding_rows,
+    text = _spelt(llm, MOLMO2_LLM) | {
+        "num_key_value_heads": llm.kv_heads, "head_dim": llm.head_width, "vocab_size": llm.embedding_rows,
         "intermediate_size": llm.intermediate_size, "hidden_act": "silu", "tie_word_embeddings": False,
-        "max_position_embeddings": llm.max_position_embeddings or llm.max_sequence_length,
-        "rope_parameters": {"rope_type": llm.rope_type, "rope_theta": llm.rope_theta}
-        | {name: getattr(llm, ours) for name, ours in ROPE.items() if llm.rope_type != "default" and getattr(llm, ours) is not None},
+        "max_position_embeddings": llm.max_position_embeddings or llm.max_sequence_length, "rope_theta": llm.rope_theta,
+        "rope_scaling": None if llm.rope_type == "default" else {"rope_type": llm.rope_type} | _spelt(llm, ROPE),
         "rope_scaling_layers": llm.rope_scaling_layers,
     }  # fmt: skip
-    names = {ours: name for name, ours in MOLMO2_VIT.items()}  # of two spellings the later one, transformers'
-    tower = {name: getattr(vit, ours) for ours, name in names.items()}
-    tower |= {
-        "model_type": "molmo2_vision", "image_size": list(vit.image_default_input_size),
-        "num_hidden_layers": max(used) + 1 if vision.skip_unused_layers else vit.image_num_layers,
+    tower = _spelt(vit, MOLMO2_VIT) | {
+        "image_default_input_size": list(vit.image_default_input_size), "float32_attention": True,
     }  # fmt: skip
     adapter = {
-        "model_type": "molmo2_adapter", "vision_feature_layer": used, "hidden_size": vit.image_emb_dim, "hidden_act": "silu",
-        "intermediate_size": llm.intermediate_size, "text_hidden_size": llm.d_model, **heads,
+        "vit_layers": list(vision.vit_layers), "pooling_attention_mask": True, "hidden_size": vit.image_emb_dim, "hidden_act": "silu",
+        "intermediate_size": llm.intermediate_size, "text_hidden_size": llm.d_model, "num_attention_heads": vit.image_num_heads,
+        "num_key_value_heads": vit.image_num_key_value_heads, "head_dim": vit.image_head_dim,
     }  # fmt: skip
     tokens = {name: llm.embedding_rows + index for name, index in MOLMO2_TOKENS.items()}
     return {
         "architectures": ["Molmo2ForConditionalGeneration"], "model_type": "molmo2", "tie_word_embeddings": False,
-        "text_config": text, "vision_config": tower, "adapter_config": adapter, **tokens,
+        "auto_map": _code("molmo2", AutoConfig="configuration_molmo2.Molmo2Config",
+                          AutoModelForImageTextToText="modeling_molmo2.Molmo2ForConditionalGeneration"),
+        "use_frame_special_tokens": config.mm_preprocessor.per_frame_special_token,
+        "text_config": text, "vit_config": tower, "adapter_config": adapter, **tokens,
     }  # fmt: skip
+
+
+def _spelt(settings: Any, names: dict[str, str]) -> dict[str, Any]:
+    """Our settings under their names (where there are two, the released one, which is listed first); those not set are left out."""
+    first = {ours: theirs for theirs, ours in reversed(names.items())}
+    return {theirs: getattr(settings, ours) for ours, theirs in first.items() if getattr(settings, ours) is not None}
+
+
+def _code(layout: Layout, **classes: str) -> dict[str, str]:
+    """`auto_map`: where the published code lives, for readers that run it (vLLM and older transformers, with trust_remote_code)."""
+    return {auto: f"{_REPOSITORY[layout]}--{path}" for auto, path in classes.items()}
 
 
 def _molmo2_processor(config: Molmo2Config) -> dict[str, dict[str, Any]]:
@@ -242,21 +245,26 @@ def _molmo2_processor(config: Molmo2Config) -> dict[str, dict[str, Any]]:
     pixels = {
         "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 2,
         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "patch_size": vit.image_patch_size,
-        "size": {"height": height, "width": width}, "processor_class": "Molmo2Processor",
+        "size": {"height": height, "width": width},
     }  # fmt: skip
-    return {
+    code = _code("molmo2", AutoProcessor="processing_molmo2.Molmo2Processor",
+                 AutoImageProcessor="image_processing_molmo2.Molmo2ImageProcessor",
+                 AutoVideoProcessor="video_processing_molmo2.Molmo2VideoProcessor")  # fmt: skip
+    files: dict[str, dict[str, Any]] = {
         "preprocessor_config.json": pixels | {
             "image_processor_type": "Molmo2ImageProcessor", "max_crops": media.max_crops,
             "overlap_margins": list(media.overlap_margins), "pooling_size": [media.pooling_h, media.pooling_w],
         },
         "video_preprocessor_config.json": pixels | {
             "video_processor_type": "Molmo2VideoProcessor", "num_frames": media.max_frames, "max_fps": media.max_fps,
-            "do_sample_frames": True, "pooling_size": [media.video_pooling_h, media.video_pooling_w],
+            "frame_sample_mode": media.frame_sample_mode, "sampling_fps": media.max_fps, "do_sample_frames": True,
+            "pooling_size": [media.video_pooling_h, media.video_pooling_w],
         },
         "processor_config.json": {
-            "processor_class": "Molmo2Processor", "image_use_col_tokens": media.use_col_tokens,
+            "image_use_col_tokens": media.use_col_tokens,
             "use_single_crop_col_tokens": media.use_single_crop_col_tokens,
             "use_single_crop_start_token": media.use_single_crop_start_token,
             "use_frame_special_tokens": media.per_frame_special_token, "video_use_col_tokens": False,
         },
     }  # fmt: skip
+    return {name: content | {"processor_class": "Molmo2Processor", "auto_map": code} for name, content in files.items()}

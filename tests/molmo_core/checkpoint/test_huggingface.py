@@ -218,3 +218,13 @@ def test_the_molmo2_template_puts_media_first_and_numbers_images(golden, tmp_pat
     assert prompt(text, image) == "<|image|>" + turn
     assert prompt(image, image, text) == "Image 1<|image|>Image 2<|image|>" + turn
     assert prompt({"type": "video"}, text) == "<|video|>" + turn
+
+
+def test_encoder_blocks_that_nothing_reads_stay_behind(golden, tmp_path):
+    data = our_config(str(golden / "tokenizer"), "qwen3", False)
+    data["vision_backbone"] |= {"vit_layers": [1, 0], "skip_unused_layers": False}
+    model = Molmo2Config.from_dict(data).build_model().eval()
+    out = export_checkpoint(model, tmp_path / "out")
+    assert any(".resblocks.1." in name for name in load_file(out / "model.safetensors"))
+    assert not any(".resblocks.2." in name for name in load_file(out / "model.safetensors"))
+    assert [r.reader for r in verify_export(out, *reference_logits(model)) if r.max_difference < 2e-4] == ["molmo_core", "transformers"]

@@ -225,3 +225,15 @@ def test_molmo2_with_tokens_elsewhere_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RELEASED_4B | {"image_patch_id": 5}))
     with pytest.raises(ValueError, match=r"image_patch_id=5, expected vocab_size \+ 2 = 151938"):
         read_published_config(tmp_path)
+
+
+def test_the_export_spells_settings_as_the_release(any_tokenizer, tmp_path):
+    config = BaseModelConfig.load(CONFIGS / "molmo2-4b.yaml")
+    write_published_files(tmp_path, config, "molmo2", any_tokenizer, "bfloat16")
+    exported = json.loads((tmp_path / "config.json").read_text())
+    for key, value in RELEASED_4B.items():
+        if isinstance(value, dict):
+            differing = {k: (v, exported[key].get(k)) for k, v in value.items() if exported[key].get(k) != v}
+            assert not differing, key
+        else:
+            assert exported[key] == value, key
