@@ -16,7 +16,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,10 +27,10 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np  # noqa: E402
+from peers import torchvision  # noqa: E402
 
 from molmo_core.preprocessing.images import ImageSettings, preprocess_image  # noqa: E402
 
-PEERS = Path(__file__).resolve().parents[1] / ".venv-peers"
 SIZES = ((480, 640), (768, 1024), (1080, 1920))
 MOLMO2 = ImageSettings(
     crop_size=(378, 378), resize_mode="siglip", max_crops=8, use_single_crop_col_tokens=False, use_single_crop_start_token=True
@@ -42,16 +41,10 @@ MUST = 4.0
 
 def peer() -> tuple[Callable[[np.ndarray], Any], str]:
     """transformers' processor and its version; it needs torchvision."""
-    if not PEERS.is_dir():
-        raise SystemExit(f"{PEERS} is missing; create it with the pip command in this file's docstring")
-    sys.path.append(str(PEERS))
+    library = torchvision()
     import torch
 
     torch.set_num_threads(1)
-    # PyPI's torchvision is built for CUDA: beside a CPU torch its operators are missing, and importing it fails without their names.
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
 
     processor = Molmo2ImageProcessor()

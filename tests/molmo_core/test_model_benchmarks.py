@@ -1,4 +1,4 @@
-"""The models' benchmark scripts run (on tiny models); what they measure is for a GPU."""
+"""The models' benchmark scripts run (on tiny models; what they measure is for a GPU), and an export's processor agrees with ours."""
 
 import json
 import os
@@ -22,3 +22,16 @@ def test_script_runs(script: str, arguments: list[str], lines: int) -> None:
     assert len(rows) == lines
     for row in rows[1:]:
         assert row.get("error", 0) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (ROOT / ".venv-peers").is_dir(), reason="transformers' processors need torchvision (benchmarks/requirements-peers.txt)"
+)
+def test_transformers_processor_of_an_export() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "exported_processors.py")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0, result.stdout + result.stderr
+    prompts = [json.loads(line) for line in result.stdout.splitlines()][1:]
+    assert {"text", "four images", "video"} <= {prompt["prompt"] for prompt in prompts}
+    assert all(prompt["agrees"] for prompt in prompts)
