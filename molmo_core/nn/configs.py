@@ -89,8 +89,6 @@ class LlmConfig(BaseConfig):
     """Checkpoint that initialises the language model of a new model."""
     initializer_range: float = 0.02
     new_embedding_init_range: float = 0.02
-    fix_pad_tokenizer: bool = True
-    """Pad the tokenizer to `embedding_size`, so that special tokens begin there."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("init_path",)
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -113,6 +111,7 @@ class LlmConfig(BaseConfig):
         "moe_dropless": (True,),
         "moe_capacity_factor": (1.25,),  # has no effect on dropless routing
         "use_position_ids": (True,),
+        "fix_pad_tokenizer": (True,),  # the special tokens begin after the rows of the embedding
         "init_incremental": (None,),
         "init_std": (0.02,),
         "init_fn": ("normal",),

@@ -213,6 +213,7 @@ def test_released_settings_are_understood(name, released, tmp_path):
         ({"model_type": "llava"}, "model_type 'llava'"),
         ({"alibi": True}, "alibi=True is not implemented"),
         ({"rope_impl": "cockatoo"}, "rope_impl='cockatoo' is not implemented"),
+        ({"fix_pad_tokenizer": False}, "llm.fix_pad_tokenizer=False is not implemented; only True"),
     ],
 )
 def test_settings_that_do_not_exist_here_are_refused(change, message, tmp_path):
