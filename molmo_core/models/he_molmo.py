@@ -194,7 +194,7 @@ class HeMolmo(TokenScoring, Molmo):
         if scorer.unconditioned:
             image = self.config.image_tokens.contains(view["input_ids"])
             x, valid = x * image[..., None], valid & image
-        shared = BlockInputs(self.attention_mask(view, valid, 0, response), response)
+        shared = BlockInputs(self.attention_mask(view, valid, 0, response), response, valid=valid)
         x = self.transformer.prepare(x if scorer.bp_low_res_embed else x.detach())
         keep = self.may_reuse_first_pass(batch) and not output_attentions
         return self._first_blocks(x, positions, shared, keep)._replace(ends=ends)
@@ -272,7 +272,7 @@ class HeMolmo(TokenScoring, Molmo):
                 cache.update(layer, k[:, :, :done], v[:, :, :done])
         view, _, response = _cut(batch, valid, response, done, x.shape[1])
         mask = self.attention_mask(view, valid, done, response)
-        shared = BlockInputs(mask, response, None if scale is None else scale[:, done:], output_attentions)
+        shared = BlockInputs(mask, response, None if scale is None else scale[:, done:], output_attentions, valid[:, done:])
         x = self.transformer.prepare(x[:, done:])
         blocks = self.transformer.run_blocks(x, positions[:, done:], shared, cache, output_hidden_states)
         if not done:

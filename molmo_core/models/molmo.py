@@ -239,7 +239,7 @@ class Molmo(ModelBase):
         x = self.add_images(x, batch, first_call=past == 0)
         positions = default_positions(valid, past) if batch["position_ids"] is None else batch["position_ids"].clamp(min=0)
         mask = self.attention_mask(batch, valid, past, response)
-        shared = BlockInputs(mask, response, None, output_attentions)
+        shared = BlockInputs(mask, response, None, output_attentions, valid[:, past:])
         return Encoded(self.transformer.run_blocks(self.transformer.prepare(x), positions, shared, cache, output_hidden_states))
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,8 @@ class BlockInputs(NamedTuple):
     value_scale: torch.Tensor | None = None
     """float [B, S]: factors of the attention values of the tokens (HeMolmo)."""
     need_weights: bool = False
+    valid: torch.Tensor | None = None
+    """bool [B, S]: real tokens, the ones that router losses count (None: all)."""
 
 
 class BlockOutput(NamedTuple):
@@ -107,14 +109,14 @@ class Block(nn.Module):
         after = self.config.norm_after
         branch, weights = self._attention(x if after else self.attn_norm(x), rotary, inputs, update_cache)
         x = x + self._dropout(self.attn_norm(branch) if after else branch, inputs.response_mask)
-        branch, router = self._feed_forward(x if after else self.ff_norm(x))
+        branch, router = self._feed_forward(x if after else self.ff_norm(x), inputs)
         x = x + self._dropout(self.ff_norm(branch) if after else branch, inputs.response_mask)
         return BlockOutput(x, weights, router)
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.att_proj(x).split(self.widths, dim=-1)
 
-    def _feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterLosses | None]:
+    def _feed_forward(self, x: torch.Tensor, inputs: BlockInputs) -> tuple[torch.Tensor, RouterLosses | None]:
         return self.ff_out(fused_swiglu(self.ff_proj(x))), None
 
     def _attention(
@@ -165,7 +167,7 @@ class LlamaBlock(Block):
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def _feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterLosses | None]:
+    def _feed_forward(self, x: torch.Tensor, inputs: BlockInputs) -> tuple[torch.Tensor, RouterLosses | None]:
         return self.ff_out(F.silu(self.ff_proj1(x)) * self.ff_proj2(x)), None
 
 
@@ -176,8 +178,8 @@ class MoEBlock(Block):
         self.att_proj = nn.Linear(self.config.d_model, sum(self.widths), bias=self.config.qkv_bias)
         self.ffn = MixtureOfExperts(self.config)
 
-    def _feed_forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterLosses | None]:
-        return self.ffn(x)
+    def _feed_forward(self, x: torch.Tensor, inputs: BlockInputs) -> tuple[torch.Tensor, RouterLosses | None]:
+        return self.ffn(x, inputs.valid)
 
 
 BLOCKS: dict[str, type[Block]] = {"sequential": Block, "llama": LlamaBlock, "moe": MoEBlock}

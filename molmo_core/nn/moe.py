@@ -16,7 +16,7 @@ from molmo_core.nn.configs import LlmConfig
 
 
 class RouterLosses(NamedTuple):
-    """Auxiliary losses of one layer, unweighted float32 scalars."""
+    """Auxiliary losses of one layer over its real tokens, unweighted float32 scalars."""
 
     load_balancing: torch.Tensor
     """experts · Σ_e (share of assignments to e) · (mean probability of e); 1 when the load is even."""
@@ -79,23 +79,26 @@ class MixtureOfExperts(nn.Module):
         self.router = Router(config.d_model, config.moe_num_experts)
         self.experts = Experts(config.d_model, config.intermediate_size, config.moe_num_experts)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, RouterLosses | None]:
-        """x [B, S, d] -> output [B, S, d] and the router's losses (None where no gradient is wanted)."""
+    def forward(self, x: torch.Tensor, valid: torch.Tensor | None = None) -> tuple[torch.Tensor, RouterLosses | None]:
+        """x [B, S, d], real tokens bool [B, S] (None: all) -> output [B, S, d], router losses (None where no gradient is wanted)."""
         tokens = x.flatten(0, -2)
         logits = self.router(tokens)
         probabilities = F.softmax(logits, dim=-1, dtype=torch.float32)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         order = chosen.flatten().argsort(stable=True)
-        counts = F.one_hot(chosen, probabilities.shape[-1]).sum((0, 1))
+        assigned = F.one_hot(chosen, probabilities.shape[-1]).sum(1)
         rows = order // self.top_k
-        outputs = self.experts.mlp(tokens[rows], counts)
+        outputs = self.experts.mlp(tokens[rows], assigned.sum(0))
         outputs = outputs * weights.flatten()[order, None].to(outputs.dtype)
         result = torch.zeros_like(tokens, dtype=outputs.dtype).index_add(0, rows, outputs)
-        losses = _router_losses(logits, probabilities, counts) if torch.is_grad_enabled() else None
+        losses = _router_losses(logits, probabilities, assigned, valid) if torch.is_grad_enabled() else None
         return result.to(x.dtype).view_as(x), losses
 
 
-def _router_losses(logits: torch.Tensor, probabilities: torch.Tensor, counts: torch.Tensor) -> RouterLosses:
-    share = counts.float() / counts.sum().clamp_min(1)
-    balance = probabilities.shape[-1] * (share * probabilities.mean(0)).sum()
-    return RouterLosses(balance, logits.float().logsumexp(-1).square().mean())
+def _router_losses(logits: torch.Tensor, probabilities: torch.Tensor, assigned: torch.Tensor, valid: torch.Tensor | None) -> RouterLosses:
+    """From logits, probabilities and 0/1 assignments [T, experts] of all tokens."""
+    weight = torch.ones_like(probabilities[:, :1]) if valid is None else valid.reshape(-1, 1).to(probabilities.dtype)
+    weight = weight / weight.sum().clamp_min(1)
+    share = (weight * assigned).sum(0) / assigned[0].sum()
+    balance = probabilities.shape[-1] * (share * (weight * probabilities).sum(0)).sum()
+    return RouterLosses(balance, (weight[:, 0] * logits.float().logsumexp(-1).square()).sum())

@@ -166,6 +166,9 @@ def test_router_losses_are_added_if_asked_for():
     added = 0.5 * b.metrics["router_load_balancing"] + 0.25 * b.metrics["router_z"]
     torch.testing.assert_close(b.loss, a.loss + added)
     assert added > 0
+    longer = {k: torch.nn.functional.pad(v, (0, 5), value=-1 if k != "loss_masks" else 0) if v.dim() == 2 else v for k, v in batch.items()}
+    assert longer["input_ids"].shape != batch["input_ids"].shape
+    torch.testing.assert_close(trained(**longer).loss, b.loss)
 
 
 def test_hidden_states_and_attentions(model):

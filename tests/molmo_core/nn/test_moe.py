@@ -75,6 +75,18 @@ def test_router_losses():
     assert moe.router.layer.weight.grad is not None
 
 
+def test_padding_counts_for_no_router_loss():
+    torch.manual_seed(3)
+    moe, x = make(), torch.randn(2, 7, 32)
+    valid = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    padded, real = moe(x, valid)[1], moe(x[valid][None])[1]
+    torch.testing.assert_close(padded.load_balancing, real.load_balancing)
+    torch.testing.assert_close(padded.z, real.z)
+    assert not torch.allclose(padded.z, moe(x)[1].z)
+    nothing = moe(x, torch.zeros_like(valid))[1]
+    assert (nothing.load_balancing.item(), nothing.z.item()) == (0, 0)
+
+
 @pytest.mark.parametrize("top_k", [1, 4])
 def test_bfloat16_and_autocast(top_k):
     torch.manual_seed(2)
