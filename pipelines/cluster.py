@@ -8,6 +8,7 @@ that already connected (use that connection).
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -72,6 +73,7 @@ def connect(
     try:
         yield
     finally:
+        gc.collect()  # what holds objects of this cluster goes before it
         ray.shutdown()
 
 

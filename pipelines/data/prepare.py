@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -159,8 +160,9 @@ def _run(config: PrepareConfig, folder: Path, records: Records, preprocessor: An
         fn_constructor_args=(str(folder), ray.put(records), ray.put(builder), config.shard_rows, total, config.seed),
         num_cpus=1,
     )
-    for row in dataset.iter_rows():
-        yield json.loads(row["summary"])
+    with contextlib.closing(iter(dataset.iter_rows())) as rows:  # closed when the run stops early: see stream.py
+        for row in rows:
+            yield json.loads(row["summary"])
 
 
 def _easy_vqa(folder: Path, limit: int | None) -> str:

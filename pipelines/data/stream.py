@@ -8,6 +8,7 @@ anywhere else. Media are decoded inside the actor that preprocesses them: raw pi
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -100,13 +101,14 @@ def stream_batches(
         tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
     rejects = RejectRate(max_reject_rate)
     rows: list[dict[str, Any]] = []
-    for table in tables:
-        states, rejected = (table.column(name).to_pylist() for name in ("states", "rejected"))
-        rejects.add([json.loads(text) for text in rejected])
-        rows += schema.decode(table.select(schema.SCHEMA.names))
-        if states[-1] is not None:
-            yield rows, {int(s): state for s, state in json.loads(states[-1]).items()}
-            rows = []
+    with contextlib.closing(tables):  # or Ray Data's threads go on until the garbage is collected, maybe after the cluster's end
+        for table in tables:
+            states, rejected = (table.column(name).to_pylist() for name in ("states", "rejected"))
+            rejects.add([json.loads(text) for text in rejected])
+            rows += schema.decode(table.select(schema.SCHEMA.names))
+            if states[-1] is not None:
+                yield rows, {int(s): state for s, state in json.loads(states[-1]).items()}
+                rows = []
 
 
 class RejectRate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import logging
 import time
@@ -59,9 +60,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     results: dict[int, dict[str, Any]] = {}
     right = asked = rejected = 0.0
-    with _progress() as progress:
+    with _progress() as progress, contextlib.closing(iter(stage.iter_rows())) as rows:
         bar = progress.add_task("evaluate", total=total, score="")
-        for row in stage.iter_rows():
+        for row in rows:
             result = json.loads(row["result"])
             results[result["record"]] = result
             if "rejected" in result:

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 
 from molmo_core.config import ConfigError
+from pipelines.cluster import connect
 from pipelines.data.config import PrepareConfig
 from pipelines.data.prepare import TooManyRejected, prepare
 from pipelines.data.prepared import PreparedDataset
@@ -27,9 +27,8 @@ RECIPE = "configs/data/records.yaml"
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with connect(num_cpus=2, object_store_memory=256 << 20):
+        yield
 
 
 def records(folder: Path, good: int, bad: int = 0) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 
+from pipelines.cluster import connect
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.sources import Record, Rejected
@@ -34,9 +35,8 @@ class Preprocessor:
 @pytest.fixture(scope="module")
 def cluster():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with connect(num_cpus=2, object_store_memory=256 << 20):
+        yield
 
 
 def test_decoder_crashes_hangs_and_leaks(cluster, golden):

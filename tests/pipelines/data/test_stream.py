@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-import ray
 
 from jobs.inventory import main as take_inventory
 from molmo_core.config import ConfigError
 from molmo_core.models.base import BaseModelConfig
+from pipelines.cluster import connect
 from pipelines.data.config import DataConfig
 from pipelines.data.loader import TrainLoader
 from pipelines.data.stream import RejectRate, actor_share
@@ -20,9 +20,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with connect(num_cpus=2, object_store_memory=256 << 20):
+        yield
 
 
 @pytest.fixture
