@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,16 @@ def connect(
     finally:
         gc.collect()  # what holds objects of this cluster goes before it
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def reading(results: Iterable[Any]) -> Iterator[Iterator[Any]]:
+    """Iterates over what Ray Data gives; its threads end with the block, not when garbage is collected, maybe after the cluster."""
+    iterator = iter(results)
+    try:
+        yield iterator
+    finally:
+        iterator.close()  # type: ignore[attr-defined]  # a generator
 
 
 def _check_answers(address: str) -> None:

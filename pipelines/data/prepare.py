@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from molmo_core.config import ConfigError
 from molmo_core.preprocessing.data_formatter import Formatter
+from pipelines.cluster import reading
 from pipelines.data import easy_vqa, schema
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import PrepareConfig
@@ -160,7 +160,7 @@ def _run(config: PrepareConfig, folder: Path, records: Records, preprocessor: An
         fn_constructor_args=(str(folder), ray.put(records), ray.put(builder), config.shard_rows, total, config.seed),
         num_cpus=1,
     )
-    with contextlib.closing(iter(dataset.iter_rows())) as rows:  # closed when the run stops early: see stream.py
+    with reading(dataset.iter_rows()) as rows:
         for row in rows:
             yield json.loads(row["summary"])
 

@@ -8,7 +8,6 @@ anywhere else. Media are decoded inside the actor that preprocesses them: raw pi
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from ray.data import ActorPoolStrategy, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from molmo_core.config import ConfigError
+from pipelines.cluster import reading
 from pipelines.data import schema
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.packs import PackBuilder, States, Streamed, steps
@@ -98,10 +98,10 @@ def stream_batches(
             num_cpus=cpus,
             fn_constructor_args=([ray.put(builder)],),
         )
-        tables = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+        results = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     rejects = RejectRate(max_reject_rate)
     rows: list[dict[str, Any]] = []
-    with contextlib.closing(tables):  # or Ray Data's threads go on until the garbage is collected, maybe after the cluster's end
+    with reading(results) as tables:
         for table in tables:
             states, rejected = (table.column(name).to_pylist() for name in ("states", "rejected"))
             rejects.add([json.loads(text) for text in rejected])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import logging
 import time
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from molmo_core.config import ConfigError
 from pipelines import tracking
+from pipelines.cluster import reading
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.picture import draw_answers
@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     results: dict[int, dict[str, Any]] = {}
     right = asked = rejected = 0.0
-    with _progress() as progress, contextlib.closing(iter(stage.iter_rows())) as rows:
+    with _progress() as progress, reading(stage.iter_rows()) as rows:
         bar = progress.add_task("evaluate", total=total, score="")
         for row in rows:
             result = json.loads(row["result"])
