@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import warnings
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from molmo_core.checkpoint.huggingface import local_folder
 from molmo_core.checkpoint.layouts import transformers_block_links
 from molmo_core.checkpoint.links import Link, load_tensors, model_tensors
-from molmo_core.checkpoint.published_config import rope_settings
+from molmo_core.checkpoint.published_config import read_json, rope_settings
 from molmo_core.checkpoint.safetensors_stream import CheckpointError, SafetensorsReader
 from molmo_core.nn.configs import LlmConfig, VitConfig
 
@@ -76,7 +75,10 @@ def load_llm(model: ModelBase, path: str | Path) -> None:
     if kind not in _FAMILIES:
         raise CheckpointError(f"{folder}: model_type {kind!r} is no text model known here ({', '.join(_FAMILIES)})")
     llm = model.config.llm
-    _compare_settings(folder, llm, _FAMILIES[kind], config)
+    try:
+        _compare_settings(folder, llm, _FAMILIES[kind], config)
+    except KeyError as error:
+        raise CheckpointError(f"{folder}/config.json: no key {error}, which a {kind} checkpoint has; copy or download it again") from error
     reader = SafetensorsReader(folder)
     prefix = "model." if "model.embed_tokens.weight" in reader.specs else ""
     names = [n for n in model_tensors(model) if n.startswith("transformer.") and n != "transformer.wte.new_embedding"]
@@ -240,4 +242,4 @@ def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
     folder = local_folder(path)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; a backbone is a folder that transformers' save_pretrained wrote")
-    return folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return folder, read_json(folder / "config.json")

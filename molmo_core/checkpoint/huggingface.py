@@ -10,7 +10,7 @@ import torch
 
 from molmo_core.checkpoint.native import CONFIG_NAME, build_and_load, load_model
 from molmo_core.checkpoint.published_config import is_published, read_published_config
-from molmo_core.checkpoint.safetensors_stream import CheckpointError
+from molmo_core.checkpoint.safetensors_stream import PICKLE_SUFFIXES, CheckpointError, pickle_refusal
 
 if TYPE_CHECKING:
     from molmo_core.models.base import ModelBase
@@ -42,10 +42,16 @@ def from_pretrained(
     if isinstance(dtype, str):
         dtype = _dtype(dtype)
     folder = local_folder(path)
+    if folder.suffix in PICKLE_SUFFIXES and folder.is_file():
+        raise CheckpointError(pickle_refusal(folder))
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; a checkpoint is a folder with configuration, weights and tokenizer")
     if (folder / CONFIG_NAME).is_file():
         return load_model(folder, dtype, device)
     if not is_published(folder):
-        raise CheckpointError(f"{folder}: neither {CONFIG_NAME} (own checkpoints) nor config.json (published ones) there")
+        raise CheckpointError(
+            f"{folder}: neither {CONFIG_NAME} (own checkpoints) nor config.json (published ones) there; give the folder that holds one"
+        )
     from molmo_core.models.base import config_class  # as in native.load_model
 
     data = read_published_config(folder)

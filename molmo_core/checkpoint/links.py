@@ -137,18 +137,18 @@ def _check(
     tensors: Mapping[str, torch.Tensor], targets: dict[str, list[Link]], reader: SafetensorsReader, known: set[str], strict: bool
 ) -> LoadReport:
     specs = reader.specs
-    missing, misshaped = [], []
+    missing, misfits = [], []
     for name, tensor in tensors.items():
         parts = targets.get(name)
         if parts is None or any(link.other not in specs for link in parts):
             absent = [link.other for link in parts or [] if link.other not in specs and link.other != name]
             missing.append(f"{name} (stored as {', '.join(absent)})" if absent else name)
             continue
-        problem = _misfit(tuple(tensor.shape), parts, specs)
+        problem = _misfit(tensor, parts, specs)
         if problem:
-            misshaped.append(f"{name}: {problem}")
+            misfits.append(f"{name}: {problem}")
     unexpected = sorted(set(specs) - known) + sorted({n for n in targets if n not in tensors and all(p.other in specs for p in targets[n])})
-    lines = [f"mis-shaped: {line}" for line in misshaped]
+    lines = [f"mis-shaped: {line}" for line in misfits]
     if strict:
         lines = [f"missing: {name}" for name in missing] + [f"unexpected: {name}" for name in unexpected] + lines
     if lines:
@@ -156,8 +156,12 @@ def _check(
     return LoadReport([name.split(" ")[0] for name in missing], unexpected)
 
 
-def _misfit(shape: tuple[int, ...], parts: list[Link], specs: Mapping[str, TensorSpec]) -> str | None:
-    """Why the parts do not make up a tensor of this shape (None: they do)."""
+def _misfit(tensor: torch.Tensor, parts: list[Link], specs: Mapping[str, TensorSpec]) -> str | None:
+    """Why the parts do not make up this tensor (None: they do)."""
+    for link in parts:
+        if specs[link.other].dtype.is_floating_point != tensor.is_floating_point():
+            return f"the model has {tensor.dtype}, the checkpoint {specs[link.other].dtype} ({link.other}; quantised weights are not read)"
+    shape = tuple(tensor.shape)
     if parts[0].convert is not None:
         return None  # the conversion checks itself
     covered = 0

@@ -44,6 +44,13 @@ MOLMO2_TOKENS = {
     "image_low_res_id": 6, "frame_start_token_id": 7, "frame_end_token_id": 8,
 }  # fmt: skip
 
+# Settings of transformers' Molmo2 that no checkpoint has otherwise: these values only.
+_MOLMO2_FIXED: dict[str, dict[str, Any]] = {
+    "text_config": {"hidden_act": "silu"},
+    "vision_config": {"attention_bias": True, "num_channels": 3},
+    "adapter_config": {"hidden_act": "silu", "attention_bias": True, "mlp_bias": False},
+}
+
 # Features of the first training code that no released checkpoint uses: these values only.
 _LEGACY_FIXED: dict[str, tuple[Any, ...]] = {
     "alibi": (False,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_cls_feature": (False,),
@@ -60,7 +67,7 @@ def is_published(path: str | Path) -> bool:
 
 def published_layout(folder: Path, tensor_names: Iterable[str]) -> Layout:
     """The layout of the tensors in a published folder."""
-    return detect_layout(_json(folder / "config.json").get("model_type", ""), tensor_names, folder)
+    return detect_layout(read_json(folder / "config.json").get("model_type", ""), tensor_names, folder)
 
 
 def read_published_config(folder: str | Path) -> dict[str, Any]:
@@ -70,10 +77,15 @@ def read_published_config(folder: str | Path) -> dict[str, Any]:
         CheckpointError: an unknown model, or a setting that does not exist here.
     """
     folder = Path(folder)
-    data = _json(folder / "config.json")
+    data = read_json(folder / "config.json")
     kind = data.get("model_type")
     if kind == "molmo2":
-        config = _molmo2(data, folder)
+        try:
+            config = _molmo2(data, folder)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{folder}/config.json: no key {error}, which a Molmo2 checkpoint has; copy or download it again"
+            ) from error
     elif isinstance(data.get("llm"), dict):  # newer exports of the research code carry our structure
         config = {k: data[k] for k in ("llm", "vision_backbone", "data_formatter", "mm_preprocessor", "bi_directional_attn") if k in data}
         config["model_name"] = "molmo"
@@ -98,7 +110,7 @@ def _molmo_0924(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     fields = {f.name for f in dataclasses.fields(LlmConfig)} | set(LlmConfig.FIXED)
     llm = {k: v for k, v in data.items() if k in fields and k not in ("tokenizer", "init_path")}
     vit = data.get("vision_backbone") or {}
-    images = _json(folder / "preprocessor_config.json", missing_ok=True)
+    images = read_json(folder / "preprocessor_config.json", missing_ok=True)
 
     def setting(name: str, default: Any) -> Any:
         value = images.get(name, data.get(name))
@@ -139,6 +151,10 @@ def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     text, adapter = data["text_config"], data["adapter_config"]
     released = "vision_config" not in data  # the released files name it vit_config, and declare encoder blocks they do not hold
     vision = data["vit_config"] if released else data["vision_config"]
+    for part, fixed in _MOLMO2_FIXED.items():
+        for key, value in fixed.items():
+            if data.get(part, {}).get(key, value) != value:
+                raise CheckpointError(f"{folder}/config.json: {part}.{key}={data[part][key]!r} is not implemented; only {value!r}")
     llm = _renamed(text, MOLMO2_LLM) | rope_settings(text)
     llm |= {
         "mlp_hidden_size": 2 * text["intermediate_size"],
@@ -179,9 +195,9 @@ def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _molmo2_preprocessor(folder: Path) -> dict[str, Any]:
     """Settings of the processor files; transformers 5 may keep all of them in processor_config.json."""
-    processor = _json(folder / "processor_config.json", missing_ok=True)
-    images = processor.get("image_processor") or _json(folder / "preprocessor_config.json", missing_ok=True)
-    videos = processor.get("video_processor") or _json(folder / "video_preprocessor_config.json", missing_ok=True)
+    processor = read_json(folder / "processor_config.json", missing_ok=True)
+    images = processor.get("image_processor") or read_json(folder / "preprocessor_config.json", missing_ok=True)
+    videos = processor.get("video_processor") or read_json(folder / "video_preprocessor_config.json", missing_ok=True)
     col_tokens = processor.get("image_use_col_tokens", True)
     single = processor.get("use_single_crop_col_tokens")
     settings = {
@@ -219,10 +235,15 @@ def _renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {ours: data[theirs] for theirs, ours in names.items() if data.get(theirs) is not None}
 
 
-def _json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """A JSON file of a checkpoint ({} if it may be missing and is).
+
+    Raises:
+        CheckpointError: not there, or no JSON object.
+    """
     if missing_ok and not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not readable as a JSON object: {error}") from error

@@ -23,6 +23,7 @@ CHUNK_BYTES = 32 * 2**20
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_AGAIN = "copy or download it again"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -158,29 +159,38 @@ def write_safetensors(
 def _files(path: Path) -> dict[Path, list[str] | None]:
     """The files of a checkpoint and the tensors expected in each (None: all that are in it)."""
     if path.suffix in PICKLE_SUFFIXES:
-        raise CheckpointError(_refusal(path))
+        raise CheckpointError(pickle_refusal(path))
     if path.is_file():
         return {path: None}
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
     if (path / INDEX_NAME).is_file():
-        weight_map = json.loads((path / INDEX_NAME).read_text())["weight_map"]
+        try:
+            weight_map = dict(json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path / INDEX_NAME}: no index of shards ({error!r}); {_AGAIN}") from error
         files: dict[Path, list[str] | None] = {}
         for name, file_name in weight_map.items():
+            if Path(file_name).name != file_name:
+                raise CheckpointError(f"{path / INDEX_NAME}: {file_name!r} is no file of this folder")
             wanted = files.setdefault(path / file_name, [])
             assert wanted is not None
             wanted.append(name)
         absent = sorted(f.name for f in files if not f.is_file())
         if absent:
-            raise CheckpointError(f"{path}: shards named by {INDEX_NAME} are missing: {', '.join(absent)}")
+            raise CheckpointError(f"{path}: shards named by {INDEX_NAME} are missing: {', '.join(absent)}; {_AGAIN}")
         return files
     if (path / WEIGHTS_NAME).is_file():
         return {path / WEIGHTS_NAME: None}
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
-    raise CheckpointError(_refusal(pickles[0]) if pickles else f"{path}: neither {WEIGHTS_NAME} nor {INDEX_NAME} in this folder")
+    if pickles:
+        raise CheckpointError(pickle_refusal(pickles[0]))
+    shards = ", though shards are: the copy or download is not complete" if any(path.glob("*.safetensors")) else ""
+    raise CheckpointError(f"{path}: neither {WEIGHTS_NAME} nor {INDEX_NAME} in this folder{shards}")
 
 
-def _refusal(path: Path) -> str:
+def pickle_refusal(path: Path) -> str:
+    """Why a file is not loaded, and what to do about it."""
     return (
         f"{path}: weights in a pickle file are not loaded, because unpickling runs code that the file carries. "
         "Convert it once to safetensors where you trust it: "
@@ -194,20 +204,20 @@ def _read_header(file: Path) -> dict[str, _Entry]:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= size - 8:
-            raise CheckpointError(f"{file}: not a safetensors file, or cut off")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
+            raise CheckpointError(f"{file}: not a safetensors file, or cut off; {_AGAIN}")
+        text = stream.read(length)
+    try:
+        header = {name: info for name, info in dict(json.loads(text)).items() if name != "__metadata__"}
+        found = [(name, info["dtype"], tuple(info["shape"]), *map(int, info["data_offsets"])) for name, info in header.items()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file, or damaged ({error!r}); {_AGAIN}") from error
     entries = {}
-    for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-        if info["dtype"] not in DTYPES:
-            raise CheckpointError(f"{file}: tensor {name} has the unsupported type {info['dtype']}")
-        start, stop = info["data_offsets"]
-        spec = TensorSpec(DTYPES[info["dtype"]], tuple(info["shape"]))
-        if stop - start != spec.nbytes or 8 + length + stop > size:
-            raise CheckpointError(f"{file}: tensor {name} is cut off (the file is damaged or its download is incomplete)")
+    for name, dtype, shape, start, stop in sorted(found, key=lambda item: item[3]):
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{file}: tensor {name} has the unsupported type {dtype}")
+        spec = TensorSpec(DTYPES[dtype], shape)
+        if start < 0 or stop - start != spec.nbytes or 8 + length + stop > size:
+            raise CheckpointError(f"{file}: tensor {name} is cut off (the file is damaged or its download is incomplete); {_AGAIN}")
         entries[name] = _Entry(spec, file, 8 + length + start)
     return entries
 

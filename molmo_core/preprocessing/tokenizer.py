@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer as TextTokenizer
 
+from molmo_core.config import ConfigError
+
 Layout = Literal["molmo", "molmo2"]
 
 IMAGE_PROMPT = "<|image|>"
@@ -32,6 +34,10 @@ SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
 _PADDING_PREFIX = "|<EXTRA_TOKENS_"
 _USUAL_EOS = ("<|endoftext|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<eos>")
 _CACHED_TEXTS = 8192
+
+
+class TokenizerMissing(ConfigError, FileNotFoundError):
+    """No tokenizer where the configuration says. The message says where to point it."""
 
 
 class Tokenizer:
@@ -102,7 +108,7 @@ class Tokenizer:
         """Reads a folder that holds tokenizer.json, or a hub repository (its local cache first).
 
         Raises:
-            FileNotFoundError: no tokenizer.json there.
+            TokenizerMissing: no tokenizer.json there.
             ValueError: the file already holds special tokens, at other ids than this model uses.
         """
         path, config_path = _find_files(str(identifier), cache_dir)
@@ -237,14 +243,16 @@ def _find_files(identifier: str, cache_dir: str | Path | None) -> tuple[Path, Pa
     if folder.is_dir():
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise FileNotFoundError(
+            raise TokenizerMissing(
                 f"{folder}: no tokenizer.json there; transformers writes one from older files: "
                 f"AutoTokenizer.from_pretrained({identifier!r}).save_pretrained({identifier!r})"
             )
         config = folder / "tokenizer_config.json"
         return path, config if config.is_file() else None
     if folder.is_absolute() or identifier.startswith(".") or identifier.count("/") != 1:
-        raise FileNotFoundError(f"{identifier}: no such tokenizer folder")
+        raise TokenizerMissing(
+            f"{identifier}: no such tokenizer folder (llm.tokenizer.identifier; a checkpoint folder has its own, tokenizer/)"
+        )
     return _hub_file(identifier, "tokenizer.json", cache_dir), _hub_file(identifier, "tokenizer_config.json", cache_dir)
 
 
@@ -259,7 +267,7 @@ def _hub_file(repository: str, name: str, cache_dir: str | Path | None) -> Path:
     try:
         return Path(hf_hub_download(repository, name, cache_dir=cache_dir))
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
+        raise TokenizerMissing(
             f"tokenizer {repository!r}: no such folder, and {name} is neither in the local hub cache nor reachable on the hub ({error}); "
             "point llm.tokenizer.identifier to a folder with tokenizer.json"
         ) from error
