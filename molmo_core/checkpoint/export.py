@@ -69,8 +69,7 @@ def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = 
         CheckpointError: `out` exists, or the published layout cannot express the model.
     """
     out = Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out} exists; an export goes to a new folder")
+    _check_new(out)
     if format == "native":
         save_checkpoint(model, out, sharded=True, dtype=dtype)
         return out
@@ -83,6 +82,11 @@ def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = 
         write_published_files(folder, model.config, layout, model.tokenizer, stored)
         write_safetensors(folder, specs, exporter(tensors, links), SHARD_BYTES)
     return out
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise CheckpointError(f"{out} exists; an export goes to a new folder")
 
 
 def _stored_tensors(model: ModelBase, layout: Layout) -> dict[str, torch.Tensor]:
@@ -147,8 +151,9 @@ def export_and_verify(
     """Loads a checkpoint, exports it, reads it back. Only one copy of the model is in memory at a time.
 
     Raises:
-        CheckpointError: the export, read back, gives other logits (it is left in place to be looked at).
+        CheckpointError: `out` exists; or the export, read back, gives other logits (it is left in place to be looked at).
     """
+    _check_new(Path(out))  # before a large checkpoint is read
     model = from_pretrained(checkpoint, dtype=dtype)
     batch, expected = reference_logits(model)
     written = export_checkpoint(model, out, format)
