@@ -1,7 +1,7 @@
 """Exports against what vLLM's model files ask for: settings by name, files, and every tensor in its place.
 
-vLLM itself needs a GPU and its own torch, so these are its rules in our words, read from vllm/model_executor/models/molmo.py and
-molmo2.py (mid 2026): which attributes of config.json its modules are built from, which parameters they then have, and how it
+vLLM itself needs a GPU and its own torch, so these are its rules in our words, read from vllm/model_executor/models/molmo.py
+(commit 0176b7b4) and molmo2.py (030ea52e); other versions may differ: which attributes of config.json its modules are built from, which parameters they then have, and how it
 renames what it finds in the files. A tensor that finds no place, or a place that stays empty, stops vLLM at load time.
 """
 
