@@ -1,8 +1,9 @@
 """Exports against what vLLM's model files ask for: settings by name, files, and every tensor in its place.
 
 vLLM itself needs a GPU and its own torch, so these are its rules in our words, read from vllm/model_executor/models/molmo.py
-(commit 0176b7b4) and molmo2.py (030ea52e); other versions may differ: which attributes of config.json its modules are built from, which parameters they then have, and how it
-renames what it finds in the files. A tensor that finds no place, or a place that stays empty, stops vLLM at load time.
+(commit 0176b7b4) and molmo2.py (030ea52e); other versions may differ. They say which attributes of config.json the modules are
+built from, which parameters those have, and how names in the files are changed. A tensor that finds no place, or a place that
+stays empty, stops vLLM at load time.
 """
 
 import json
