@@ -8,10 +8,12 @@ anywhere else. Media are decoded inside the actor that preprocesses them: raw pi
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Datasource, ReadTask
@@ -25,27 +27,31 @@ from pipelines.data.packs import PackBuilder, States, Streamed, steps
 from pipelines.data.plan import Draw, Stream
 from pipelines.data.prepare import RATE_FROM_ROWS, quiet
 
-_BLOCK_PACKS = 8
-_PLAN = pa.schema({"packs": pa.string(), "states": pa.string()})
+_CALL_PACKS = 8
+_BLOCK_BYTES = 32 << 20
+_PLAN = pa.schema({"packs": pa.list_(pa.string()), "states": pa.list_(pa.string())})
 
 
 class PlanSource(Datasource):
-    """The packs of a rank's streams, in order, for ever; a row is a few packs."""
+    """The packs of a rank's streams, in order, for ever; a row is what an actor makes in one call. The last pack of a step comes with
+    the states after it."""
 
-    def __init__(self, streams: dict[int, Stream], packs_per_row: int):
-        self.streams, self.packs_per_row = streams, packs_per_row
+    def __init__(self, streams: dict[int, Stream]):
+        self.streams = streams
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
     def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
-        streams, size = self.streams, self.packs_per_row
+        streams = self.streams
 
         def read() -> Iterator[pa.Table]:
+            waiting: list[tuple[str, str | None]] = []
             for packs, states in steps(streams):
-                for i in range(0, len(packs), size):
-                    text = json.dumps(states) if i + size >= len(packs) else None
-                    yield pa.table({"packs": [json.dumps(packs[i : i + size])], "states": [text]}, schema=_PLAN)
+                waiting += [(json.dumps(pack), None) for pack in packs[:-1]] + [(json.dumps(packs[-1]), json.dumps(states))]
+                while len(waiting) >= _CALL_PACKS:
+                    row, waiting = waiting[:_CALL_PACKS], waiting[_CALL_PACKS:]
+                    yield pa.table({"packs": [[pack for pack, _ in row]], "states": [[state for _, state in row]]}, schema=_PLAN)
 
         return [ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))]
 
@@ -59,13 +65,44 @@ class PackActor:
             if isinstance(dataset, Streamed):
                 dataset.builder = IsolatedBuilder(dataset.builder)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        packs = [[Draw(*draw) for draw in pack] for text in batch.column("packs").to_pylist() for pack in json.loads(text)]
-        examples, rejected = zip(*map(self.builder, packs))
-        table = schema.encode(examples, [""] * len(packs), [0] * len(packs))
-        states = [None] * (len(packs) - 1) + batch.column("states").to_pylist()[-1:]
-        table = table.append_column("states", pa.array(states, pa.string()))
-        return table.append_column("rejected", pa.array([json.dumps(r, ensure_ascii=False) for r in rejected], pa.string()))
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for row in batch.to_pylist():
+            made: list[tuple[dict[str, Any], str, str | None]] = []
+            for pack, state in zip(row["packs"], row["states"]):
+                example, rejected = self.builder([Draw(*draw) for draw in json.loads(pack)])
+                made.append((example, json.dumps(rejected, ensure_ascii=False), state))
+                if sum(_bytes(example) for example, *_ in made) >= _BLOCK_BYTES:
+                    yield _block(made)
+                    made = []
+            if made:
+                yield _block(made)
+
+
+def _bytes(example: dict[str, Any]) -> int:
+    return sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray))
+
+
+def _block(made: list[tuple[dict[str, Any], str, str | None]]) -> pa.Table:
+    """Examples, rejects and states as one row of a table.
+
+    Ray Data cuts its blocks between rows, down to single ones, and each block costs it milliseconds of CPU in the actor and again in
+    the rank. With a row for each example that was more than making the example.
+    """
+    examples, rejected, states = zip(*made)
+    table = schema.encode(examples, [""] * len(made), [0] * len(made))
+    table = table.append_column("rejected", pa.array(rejected, pa.string())).append_column("states", pa.array(states, pa.string()))
+    (batch,) = table.combine_chunks().to_batches()
+    rows = pa.StructArray.from_arrays(batch.columns, fields=list(batch.schema))
+    return pa.table({"rows": pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)})
+
+
+def _unpack(block: pa.Table) -> Iterator[tuple[dict[str, Any], list[Any], States | None]]:
+    """The examples, rejects and states of what `_block` gave; a block may hold several of its rows."""
+    rows = block.column("rows").combine_chunks().flatten()
+    columns = dict(zip((field.name for field in rows.type), rows.flatten()))
+    examples = schema.decode(pa.RecordBatch.from_arrays([columns[name] for name in schema.SCHEMA.names], schema=schema.SCHEMA))
+    for example, rejected, state in zip(examples, columns["rejected"].to_pylist(), columns["states"].to_pylist()):
+        yield example, json.loads(rejected), None if state is None else {int(s): value for s, value in json.loads(state).items()}
 
 
 def actor_share(ranks: int, actors: int | None) -> tuple[int, float]:
@@ -86,11 +123,10 @@ def stream_batches(
     quiet()
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
-    context.target_max_block_size = 1  # every table that an actor returns is a block: rows reach the rank as soon as they are made
+    context.target_max_block_size = 1  # what an actor gives is not collected into larger blocks: it reaches the rank at once
     count, cpus = actor_share(ranks, actors)
-    per_row = max(1, min(_BLOCK_PACKS, len(streams) // count))
     with ray.data.DataContext.current(context):
-        dataset = ray.data.read_datasource(PlanSource(streams, per_row), override_num_blocks=1, num_cpus=0).map_batches(
+        dataset = ray.data.read_datasource(PlanSource(streams), override_num_blocks=1, num_cpus=0).map_batches(
             PackActor,
             batch_size=1,
             batch_format="pyarrow",
@@ -102,12 +138,11 @@ def stream_batches(
     rejects = RejectRate(max_reject_rate)
     rows: list[dict[str, Any]] = []
     with reading(results) as tables:
-        for table in tables:
-            states, rejected = (table.column(name).to_pylist() for name in ("states", "rejected"))
-            rejects.add([json.loads(text) for text in rejected])
-            rows += schema.decode(table.select(schema.SCHEMA.names))
-            if states[-1] is not None:
-                yield rows, {int(s): state for s, state in json.loads(states[-1]).items()}
+        for example, rejected, states in itertools.chain.from_iterable(map(_unpack, tables)):
+            rejects.add([rejected])
+            rows.append(example)
+            if states is not None:
+                yield rows, states
                 rows = []
 
 
