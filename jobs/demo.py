@@ -81,7 +81,7 @@ def demo(overrides: list[str] | None = None) -> dict[str, Any]:
     with cluster.connect(num_cpus=3, object_store_memory=OBJECT_STORE):
         stage("Prepare", f"{DATASET}: drawings with questions, to which pointing tasks are added")
         prepared = prepare(preparation)
-        console.print(f"{prepared['rows_out']:,} images, {prepared['tokens']:,} tokens in {prepared['seconds']:.0f} s", highlight=False)
+        console.print(f"{prepared['rows_out']:,} records, {prepared['tokens']:,} tokens in {prepared['seconds']:.0f} s", highlight=False)
 
         # The model's file names the tokenizer that the preparation has just trained, so it is read only now.
         training = TrainConfig.load(FILES["train"], changes["train"])

@@ -1,4 +1,4 @@
-"""The easy-vqa data set as records: one an image, with all its questions and a pointing task whose truth comes from the pixels.
+"""The easy-vqa data set as records: an image, questions about it and a pointing task whose truth comes from the pixels.
 
 The PyPI package easy-vqa 1.0 (MIT) carries 4,000 + 1,000 drawings of one coloured figure on a plain background and 38,575 + 9,673
 questions in a published split. Its files are found through the package's metadata: importing it would import TensorFlow.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,10 @@ from molmo_core.config import ConfigError
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-# One pointing answer stands beside nine questions, and places are learned last: it counts more in the loss.
-POINT_WEIGHT = 3.0
+# Training records of an image share out its questions (about ten): short sequences cost less, and pointing comes more often.
+TRAIN_QUESTIONS = 5
+# What is learned last counts more in the loss: places and shapes. Three in four questions are answered yes or no.
+WEIGHTS = {"pointing": 3.0, "shape": 3.0}
 Split = Literal["train", "test"]
 
 
@@ -65,25 +68,30 @@ def centre(pixels: np.ndarray) -> tuple[float, float]:
 def records(split: Split) -> list[dict[str, Any]]:
     """Records of a split, in the order of the image numbers.
 
-    Each is `{"image": path, "message_list": [{"style", "question", "answer", "type"}, ...], "metadata"}`; `type` is shape, colour,
-    yes_no or pointing, and metadata holds the figure's name and its `point` (x, y in percent).
+    Each is `{"image": path, "message_list": [{"style", "question", "answer", "type", "weight"}, ...], "metadata"}`; `type` is shape,
+    colour, yes_no or pointing, and metadata holds the figure's name and its `point` (x, y in percent). A test image is one record,
+    a training image as many as it takes to have at most `TRAIN_QUESTIONS` questions in each.
     """
     base = folder() / split
     questions: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in json.loads((base / "questions.json").read_text()):
         questions[image].append((question, answer))
-    return [_record(base / "images" / f"{image}.png", pairs) for image, pairs in sorted(questions.items())]
+    made = []
+    for image, pairs in sorted(questions.items()):
+        parts = math.ceil(len(pairs) / TRAIN_QUESTIONS) if split == "train" else 1
+        path, figure = base / "images" / f"{image}.png", _figure(pairs)
+        with Image.open(path) as picture:
+            place = centre(np.asarray(picture.convert("RGB")))
+        made += [_record(path, pairs[part::parts], figure, place) for part in range(parts)]
+    return made
 
 
-def _record(path: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    annotations: list[dict[str, Any]] = [{"style": "demo", "question": q, "answer": a, "type": question_type(a)} for q, a in pairs]
-    figure = _figure(pairs)
-    with Image.open(path) as image:
-        x, y = centre(np.asarray(image.convert("RGB")))
+def _record(path: Path, pairs: list[tuple[str, str]], figure: str, place: tuple[float, float]) -> dict[str, Any]:
+    x, y = (round(value) for value in place)  # 1 % is less than a pixel of these images
     point = f'<point x="{x}" y="{y}" alt="{figure}">{figure}</point>'
-    pointing = {"style": "demo", "question": f"Point to the {figure}.", "answer": point, "type": "pointing", "weight": POINT_WEIGHT}
-    annotations.append(pointing)
-    return {"image": str(path), "message_list": annotations, "metadata": {"figure": figure, "point": [x, y]}}
+    asked = [*((q, a, question_type(a)) for q, a in pairs), (f"Point to the {figure}.", point, "pointing")]
+    annotations = [{"style": "demo", "question": q, "answer": a, "type": t, "weight": WEIGHTS.get(t, 1.0)} for q, a, t in asked]
+    return {"image": str(path), "message_list": annotations, "metadata": {"figure": figure, "point": list(place)}}
 
 
 def _figure(pairs: list[tuple[str, str]]) -> str:

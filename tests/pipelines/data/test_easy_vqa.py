@@ -42,7 +42,15 @@ def test_point_lies_on_the_figure(test_records):
         inside = pixels[int(y / 100 * height), int(x / 100 * width)]
         assert np.abs(inside - pixels[0, 0]).sum() > 60, record["image"]
         answer = record["message_list"][-1]["answer"]
-        assert answer.startswith(f'<point x="{x}" y="{y}" alt="')
+        assert answer.startswith(f'<point x="{round(x)}" y="{round(y)}" alt="')
+
+
+def test_training_records_share_out_the_questions():
+    records = easy_vqa.records("train")
+    kinds = collections.Counter(a["type"] for r in records for a in r["message_list"])
+    assert kinds == {"yes_no": 28407, "colour": 5166, "shape": 5002, "pointing": len(records)}
+    assert len({r["image"] for r in records}) == 4000
+    assert max(len(r["message_list"]) for r in records) == easy_vqa.TRAIN_QUESTIONS + 1
 
 
 def test_centre_of_a_known_figure():
