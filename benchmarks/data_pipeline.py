@@ -233,7 +233,7 @@ def on_ray(way: Callable[[], Any], cores: int) -> Any:
     """Runs a way on a Ray cluster of its own, with a CPU for each actor and one for the consumer."""
     from pipelines.cluster import connect
 
-    with connect(num_cpus=cores + 1, object_store_memory=512 << 20):
+    with connect(num_cpus=cores + 1):  # and the object store that a training run gets
         return way()
 
 

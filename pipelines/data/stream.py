@@ -134,7 +134,9 @@ def stream_batches(
             num_cpus=cpus,
             fn_constructor_args=([ray.put(builder)],),
         )
-        results = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        # The loader looks ahead itself. Blocks that Ray Data kept back for it would count against its share of the object store, and
+        # with large ones (videos, a small store) no task could start that makes the block it waits for.
+        results = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     rejects = RejectRate(max_reject_rate)
     rows: list[dict[str, Any]] = []
     with reading(results) as tables:
