@@ -1,5 +1,8 @@
 """The Arrow schema gives back what it was given, for every kind of example, and refuses what it does not know."""
 
+import gc
+import weakref
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -68,6 +71,16 @@ def test_ragged_pixels(images):
     found = schema.decode(schema.encode(examples, ["s"] * len(images), range(len(images))))
     for a, b in zip(found, examples, strict=True):
         same({k: v for k, v in a.items() if k != "metadata"}, b)
+
+
+def test_encoded_pixels_are_not_kept_alive():
+    """A copy goes into the table; whoever made the arrays for days on end must get their memory back."""
+    pixels = [np.zeros((2, 4, 12), np.uint8) for _ in range(3)]
+    table = schema.encode([{"input_ids": np.arange(2), "images": array} for array in pixels], [""] * 3, [0] * 3)
+    alive = [weakref.ref(array) for array in pixels]
+    del pixels, table
+    gc.collect()
+    assert [ref() is None for ref in alive] == [True] * 3
 
 
 def test_unknown_columns_and_dtypes_are_named():
