@@ -54,7 +54,8 @@ class Inspector:
         if segments is not None:
             facts.append(f"{len(set(segments.tolist()) - {_SHARED}):,} annotations")
         if "images" in example:
-            facts.append(f"{len(example['images']):,} crops or frames")
+            count, kind = len(example["images"]), "frame" if "frame_times" in metadata else "crop"
+            facts.append(f"{count:,} {kind}{'' if count == 1 else 's'}")
         facts += [f"{k}: {v}" for k, v in metadata.items() if isinstance(v, str | int | float) or k == "image_sizes"]
         items = "".join(f"<li>{html.escape(str(fact))}</li>" for fact in facts)
         return f'<section class="example"><h2>{name}</h2><ul>{items}</ul>{self.pictures(example)}{self.tokens(example)}</section>'
@@ -120,7 +121,7 @@ class Inspector:
         note = f"{len(allowed):,} tokens{f', every {step}th shown' if step > 1 else ''}; {100 * allowed.mean():.1f} % of the pairs attend"
         size = min(_MASK_PIXELS, max(_VIEW, len(shown)))
         return (
-            f'<section class="mask"><h2>Mask of row 1</h2><p>{note}. Rows attend to columns.</p>'
+            f'<section class="mask"><h2>Mask of row 1</h2><p>{note}. Rows attend to columns: blue attends, grey does not.</p>'
             f'<img alt="attention mask" width="{size}" height="{size}" src="{_data_url(pixels, lossless=True)}"></section>'
         )
 
