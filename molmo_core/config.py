@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -109,7 +110,7 @@ def read_yaml(path: str | Path, overrides: list[str] | None = None, key: str | N
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:  # yaml.YAMLError has no common base with the others
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
 
 

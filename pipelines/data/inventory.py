@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from ray.data import ActorPoolStrategy
 from molmo_core.config import ConfigError
 from molmo_core.preprocessing.media import MediaError, image_size
 from molmo_core.preprocessing.video_readers import open_video
+from pipelines.cluster import reading
 from pipelines.data.builder import unusable
 from pipelines.data.config import MAX_IMAGE_PIXELS
 from pipelines.data.media import fetch
@@ -112,8 +112,9 @@ def take_inventory(records: Records, path: Path) -> dict[str, int]:
         fn_constructor_args=([ray.put(records)],),
         num_cpus=1,
     )
-    tables: Iterator[pa.Table] = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
-    return write_inventory(pa.concat_tables([t.cast(SCHEMA) for t in tables]).sort_by("row"), records, path)
+    with reading(dataset.iter_batches(batch_size=None, batch_format="pyarrow")) as tables:
+        table = pa.concat_tables([t.cast(SCHEMA) for t in tables])
+    return write_inventory(table.sort_by("row"), records, path)
 
 
 def write_inventory(table: pa.Table, records: Records, path: Path) -> dict[str, int]:

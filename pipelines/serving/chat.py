@@ -148,7 +148,7 @@ class Answer:
             yield _event(self._chunk({}, self._finish_reason))
             if self._chat.stream_options and self._chat.stream_options.include_usage:
                 yield _event({**self._chunk({}), "choices": [], "usage": self._usage()})
-        except Exception as error:
+        except Exception as error:  # of whatever the model or the connection to it raises: logged, and told to the client
             logger.exception("An answer failed while it was streamed")
             yield _event(as_api_error(error).body())
         yield "data: [DONE]\n\n"

@@ -7,6 +7,7 @@ step advances each group by one token. So nobody waits for a longer answer to en
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 from molmo_core.generation.generate import Decoder, prepare_inputs
 from molmo_core.generation.sampling import SamplingConfig, next_token
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -73,7 +76,8 @@ class Engine:
         except Exception as error:
             if len(rows) == 1:
                 rows[0].emit(None, None, error)
-            else:  # one by one, so that only the row at fault fails
+            else:  # one by one, so that only the row at fault fails; a batch that was too large for the memory just takes longer
+                logger.warning("%d prompts could not be read as one batch (%s: %s)", len(rows), type(error).__name__, error)
                 for row in rows:
                     self.admit([row])
             return
