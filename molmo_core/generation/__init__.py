@@ -1,6 +1,6 @@
-"""Text generation: sampling, beam search, streaming."""
+"""Text generation: sampling and beam search over a key/value cache."""
 
-from molmo_core.generation.generate import GenerationStep, generate, generate_stream
+from molmo_core.generation.generate import generate
 from molmo_core.generation.kv_cache import KVCache
 
-__all__ = ["GenerationStep", "KVCache", "generate", "generate_stream"]
+__all__ = ["KVCache", "generate"]

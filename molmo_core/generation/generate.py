@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +18,6 @@ from molmo_core.outputs import OLMoGenerateOutput
 PAD_TOKEN_ID = -1
 # Keys of a batch that only training uses; `model.generate(**batch)` may carry them.
 TRAINING_KEYS = ("labels", "loss_masks", "metadata")
-
-
-class GenerationStep(NamedTuple):
-    """One new token for every row."""
-
-    token_ids: torch.Tensor
-    """[B] int64; pad_token_id in rows that had ended before."""
-    log_probs: torch.Tensor
-    """[B] float32 log-probability under the model; 0 in rows that had ended before."""
-    finished: torch.Tensor
-    """[B] bool: the row has ended, with this token or before."""
 
 
 @torch.no_grad()
@@ -77,35 +66,8 @@ def generate(
         search = _search(decoder, batch, BeamSearch(num_beams, eos, pad), eos, min_new_tokens, max_new_tokens)
         texts = _texts(model, search.tokens[:, 0], eos)
         return OLMoGenerateOutput(search.tokens[:, 0], texts, search.scores[:, 0], search.tokens, search.scores, decoder.internal)
-    steps = list(_sample(decoder, batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed))
-    tokens = torch.stack([s.token_ids for s in steps], dim=1)
-    scores = torch.stack([s.log_probs for s in steps], dim=1).sum(1)
+    tokens, scores = _sample(decoder, batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed)
     return OLMoGenerateOutput(tokens, _texts(model, tokens, eos), scores, internal=decoder.internal)
-
-
-@torch.no_grad()
-def generate_stream(
-    model: Any,
-    input_ids: torch.Tensor,
-    images: torch.Tensor | None = None,
-    max_new_tokens: int = 200,
-    min_new_tokens: int = 0,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    seed: int | None = None,
-    **inputs: Any,
-) -> Iterator[GenerationStep]:
-    """`generate` as an iterator, one `GenerationStep` a token; closing the iterator stops the work. Arguments as there."""
-    sampling = SamplingConfig(do_sample, temperature, top_p, top_k)
-    batch = prepare_inputs(model, {"input_ids": input_ids, "images": images, **inputs})
-    _check_lengths(min_new_tokens, max_new_tokens)
-    eos = _end_tokens(model, eos_token_id, batch["input_ids"].device)
-    pad = PAD_TOKEN_ID if pad_token_id is None else pad_token_id
-    yield from _sample(Decoder(model, max_new_tokens), batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed)
 
 
 def prepare_inputs(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +165,6 @@ class Decoder:
         return bool(finished.all())
 
 
-@torch.no_grad()
 def _sample(
     decoder: Decoder,
     batch: dict[str, Any],
@@ -213,21 +174,23 @@ def _sample(
     min_new_tokens: int,
     max_new_tokens: int,
     seed: int | None,
-) -> Iterator[GenerationStep]:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens int64 [B, T], `pad` after the end of a row, and the log-probability float32 [B] of each row under the model."""
     device = eos.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     logits = decoder.prefill(batch)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=device)
+    columns, scores = [], torch.zeros(len(logits), device=device)
     for count in range(max_new_tokens):
         allowed = logits if count >= min_new_tokens else logits.index_fill(1, eos, -torch.inf)
         tokens = next_token(allowed, sampling, generator)
-        log_probs = logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1).masked_fill(finished, 0)
-        shown = tokens.masked_fill(finished, pad)
+        scores += logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1).masked_fill(finished, 0)
+        columns.append(tokens.masked_fill(finished, pad))
         finished = finished | torch.isin(tokens, eos)
-        yield GenerationStep(shown, log_probs, finished)
         if count + 1 == max_new_tokens or decoder.all_done(finished):
-            return
+            break
         logits = decoder.step(tokens)
+    return torch.stack(columns, dim=1), scores
 
 
 def _search(

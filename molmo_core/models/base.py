@@ -15,11 +15,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from molmo_core.config import BaseConfig, ConfigError, nearest, read_yaml
+from molmo_core.generation.generate import generate
 from molmo_core.nn.attention import AttentionImplementation
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.llm import Block
 from molmo_core.nn.vit import VitBlock
-from molmo_core.outputs import OLMoGenerateOutput, OLMoOutput
+from molmo_core.outputs import OLMoOutput
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -126,11 +127,7 @@ class ModelBase(nn.Module):
         """One pass over a batch; see the models."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
-    def generate(self, input_ids: torch.Tensor, images: torch.Tensor | None = None, **kwargs: Any) -> OLMoGenerateOutput:
-        """Continues the prompts `input_ids`; see `molmo_core.generation.generate.generate` for the arguments."""
-        from molmo_core.generation.generate import generate
-
-        return generate(self, input_ids, images, **kwargs)
+    generate = generate  # as a method: its arguments are written down once
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

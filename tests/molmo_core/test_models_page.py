@@ -57,7 +57,7 @@ API = {
     "molmo_core.models.molmo.Molmo.forward": "input_ids images image_masks image_input_idx labels attention_mask",
     "molmo_core.models.video_olmo.VideoOlmo.forward": "input_ids images",
     "molmo_core.models.he_molmo.HeMolmo.forward": "input_ids images",
-    "molmo_core.generation.generate.generate": "input_ids images max_new_tokens min_new_tokens do_sample temperature top_p top_k num_beams "
+    "molmo_core.models.molmo.Molmo.generate": "input_ids images max_new_tokens min_new_tokens do_sample temperature top_p top_k num_beams "
     "eos_token_id pad_token_id",
     "molmo_core.models.base.ModelBase.save_checkpoint": "path sharded",
     "molmo_core.models.base.ModelBase.load_checkpoint": "path strict",
