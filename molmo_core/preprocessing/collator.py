@@ -104,8 +104,10 @@ def _pad(key: str, arrays: Sequence[np.ndarray | None], value: float, length: in
         shape[0] = length
     if key == "images" and len({a.shape[1:] for a in present}) > 1:
         raise ValueError(f"images of the batch differ in patches: {sorted({a.shape[1:] for a in present})}")
-    batch = np.full((len(arrays), *shape), value, present[0].dtype)
+    batch = np.empty((len(arrays), *shape), present[0].dtype)
     for row, array in zip(batch, arrays):
+        if array is None or array.shape != row.shape:
+            row.fill(value)
         if array is not None:
             row[tuple(slice(n) for n in array.shape)] = array
     return batch

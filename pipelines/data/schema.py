@@ -7,6 +7,7 @@ The version stands in the schema's metadata and is checked on reading.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ def encode(examples: Sequence[dict[str, Any]], sources: Sequence[str], rows: Seq
     for source, row, value in zip(sources, rows, images):
         if value is not None and str(value.dtype) not in _IMAGE_DTYPES:
             raise ValueError(f"{source}, row {row}: images are {value.dtype}, must be one of {_IMAGE_DTYPES}")
-    columns["images"] = _binary(images)
+    columns["images"] = binary(images)
     columns["images_shape"] = _shapes(images)
     columns["images_dtype"] = pa.array([None if v is None else str(v.dtype) for v in images], pa.string())
     columns["metadata"] = pa.array([None if e.get("metadata") is None else _json(e["metadata"]) for e in examples], pa.string())
@@ -103,7 +104,7 @@ class Columns:
         self.num_rows = batch.num_rows
         self._lists = {name: _view(batch.column(name)) for name in (*FLAT, *SHAPED)}
         self._shape_of = {name: _view(batch.column(f"{name}_shape")) for name in (*SHAPED, "images")}
-        self._images = batch.column("images")
+        self._images = views(batch.column("images"))
         self._dtypes = batch.column("images_dtype")
         self._metadata, self._source, self._row = (batch.column(n) for n in ("metadata", "source", "row"))
 
@@ -116,8 +117,7 @@ class Columns:
                 continue
             example[name] = value.reshape(_take(self._shape_of[name], i)) if name in self._shape_of else value
         if (shape := _take(self._shape_of["images"], i)) is not None:
-            data = self._images[i].as_buffer()
-            example["images"] = np.frombuffer(data, dtype=self._dtypes[i].as_py()).reshape(shape)
+            example["images"] = np.frombuffer(self._images[i], dtype=self._dtypes[i].as_py()).reshape(shape)
         text = self._metadata[i].as_py()
         example["metadata"] = {"source": self._source[i].as_py(), "row": self._row[i].as_py(), **(json.loads(text) if text else {})}
         return example
@@ -139,6 +139,24 @@ def size(example: Mapping[str, Any]) -> tuple[int, int]:
     return len(example["input_ids"]), 0 if images is None else len(images)
 
 
+def binary(values: Sequence[np.ndarray | None]) -> pa.LargeBinaryArray:
+    """The arrays' bytes. Made from buffers: pyarrow (25) never releases the memoryviews that `pa.array` is given, nor their arrays."""
+    flat = [np.empty(0, np.uint8) if v is None else np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in values]
+    offsets = np.zeros(len(values) + 1, np.int64)
+    np.cumsum([len(v) for v in flat], out=offsets[1:])
+    data = np.concatenate(flat) if flat else np.empty(0, np.uint8)
+    valid = pa.array([v is not None for v in values], pa.bool_()).buffers()[1]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(values), [valid, pa.py_buffer(offsets), pa.py_buffer(data)])
+
+
+def views(column: pa.LargeBinaryArray) -> list[memoryview]:
+    """The bytes of each row, read-only and not copied (pyarrow's scalars are copies); none for nulls."""
+    _, offsets, data = column.buffers()
+    whole = memoryview(data or b"").toreadonly()
+    ends = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
+    return [whole[start:end] for start, end in itertools.pairwise(ends)]
+
+
 def check_version(schema: pa.Schema) -> None:
     """Raises ValueError if `schema` is not that of examples of this version."""
     found = (schema.metadata or {}).get(b"molmo.examples.version")
@@ -155,16 +173,6 @@ def _lists(values: list[np.ndarray | None], kind: pa.ListType) -> pa.ListArray:
     mask = pa.array([v is None for v in values], pa.bool_())
     data = np.concatenate(flat) if flat else np.empty(0, dtype)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(data, kind.value_type), type=kind, mask=mask)
-
-
-def _binary(values: list[np.ndarray | None]) -> pa.LargeBinaryArray:
-    """The arrays' bytes. Made from buffers: pyarrow (25) never releases the memoryviews that `pa.array` is given, nor their arrays."""
-    flat = [np.empty(0, np.uint8) if v is None else np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in values]
-    offsets = np.zeros(len(values) + 1, np.int64)
-    np.cumsum([len(v) for v in flat], out=offsets[1:])
-    data = np.concatenate(flat) if flat else np.empty(0, np.uint8)
-    valid = pa.array([v is not None for v in values], pa.bool_()).buffers()[1]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(values), [valid, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def _shapes(values: list[np.ndarray | None]) -> pa.ListArray:

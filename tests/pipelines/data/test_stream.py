@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from jobs.inventory import main as take_inventory
@@ -13,7 +14,7 @@ from molmo_core.models.base import BaseModelConfig
 from pipelines.cluster import connect
 from pipelines.data.config import DataConfig
 from pipelines.data.loader import TrainLoader
-from pipelines.data.stream import RejectRate, actor_share
+from pipelines.data.stream import RejectRate, _block, _unpack, actor_share
 
 pytestmark = pytest.mark.slow
 
@@ -86,6 +87,17 @@ def test_bad_records_cost_one_example_until_there_are_too_many(cluster, model, g
     batches = iter(loader(DataConfig.from_dict({**settings, "max_reject_rate": 0.05}), model))
     with pytest.raises(ConfigError, match=r"some.jsonl: 6 unusable records .* data.max_reject_rate=0.05 .* row 1 \(media: missing file"):
         list(itertools.islice(batches, 100))
+
+
+def test_blocks_give_back_what_they_were_made_of():
+    whole = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    examples = [{"images": whole, "input_ids": np.arange(3)}, {"images": whole[:, ::2], "image_masks": np.zeros((0, 4), np.float32)}, {}]
+    made = [(example, [("a", i, "r", "d")], str(i)) for i, example in enumerate(examples)]
+    table = pa.concat_tables([_block(made), _block(made[:1]), _block(made[1:])])
+    for block in (table.slice(1), table.combine_chunks().slice(1)):
+        for (example, *rest), (expected, *others) in zip(_unpack(block), made, strict=True):
+            assert rest == others and same(example, expected)
+            assert [a.dtype for a in example.values()] == [a.dtype for a in expected.values()]
 
 
 def test_reject_rate_is_judged_by_source():
