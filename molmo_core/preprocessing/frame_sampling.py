@@ -129,7 +129,9 @@ def by_change(change: np.ndarray, count: int) -> np.ndarray:
     """
     weight = np.array(change, np.float64)
     weight[0] = 0
-    weight += weight.mean() if weight.any() else 1.0
+    largest = weight.max()
+    weight = weight / largest if largest else np.ones(len(weight))  # only proportions count; sums of tiny changes would vanish
+    weight += weight.mean()
     share = np.zeros(len(weight))
     full = np.zeros(len(weight), bool)
     full[0] = True

@@ -81,6 +81,13 @@ def test_by_change_takes_cuts_and_spreads_the_rest() -> None:
     assert (chosen < 32).sum() >= 3
 
 
+def test_by_change_counts_proportions_only() -> None:
+    change = np.array([5.0, 0, 1, 30, 2, 0, 0, 7])
+    for scale in (1e-308, 1e-3, 1e300):
+        np.testing.assert_array_equal(by_change(change * scale, 4), by_change(change, 4))
+    np.testing.assert_array_equal(by_change(np.array([0, 0, 1.1125369292536007e-308]), 3), [0, 1, 2])
+
+
 def test_what_cannot_be_sampled() -> None:
     with pytest.raises(ValueError, match="at most 0 of 3"):
         sample_frames("uniform", np.arange(3.0), 1, 0)
