@@ -98,8 +98,6 @@ def load_vit(model: ModelBase, path: str | Path) -> None:
     folder, config = _open(path)
     config = config.get("vision_config", config) if "hidden_size" not in config else config
     vit = model.config.vision_backbone.vit
-    if config.get("num_attention_heads", vit.image_num_heads) != vit.image_num_heads:
-        raise CheckpointError(f"{folder}: {config['num_attention_heads']} attention heads, vit.image_num_heads={vit.image_num_heads}")
     reader = SafetensorsReader(folder)
     names = [n for n in model_tensors(model) if n.startswith(_VIT)]
     rule = _dino_links if vit.image_model_type == "dino" else _clip_links
@@ -107,6 +105,9 @@ def load_vit(model: ModelBase, path: str | Path) -> None:
     found = [n.removesuffix(anchor) for n in reader.specs if n.endswith(anchor)]
     if len(found) != 1:
         raise CheckpointError(f"{folder}: no {vit.image_model_type} encoder there (no tensor ...{anchor})")
+    for theirs, ours in {"num_attention_heads": "image_num_heads", "hidden_act": "image_mlp_activations"}.items():
+        if config.get(theirs, getattr(vit, ours)) != getattr(vit, ours):
+            raise CheckpointError(f"{folder}: {theirs}={config[theirs]!r}, the configuration has vit.{ours}={getattr(vit, ours)!r}")
     links = [link for name in names for link in rule(name, found[0], vit)]
     outside = rf"(?!{re.escape(found[0])}).*" if found[0] else r"(text_model|text_projection|visual_projection|logit_).*"
     unused = r"(post_layernorm|layernorm|head|encoder\.layers?\.\d+)\..*|embeddings\.(mask_token|position_ids)"
@@ -222,16 +223,19 @@ def _compare_settings(folder: Path, llm: LlmConfig, family: _TextFamily, config:
         "llm.qkv_bias": (llm.qkv_bias, bool(config.get("attention_bias", False)) or family.qkv_bias),
         "llm.attention_layer_norm_type": (llm.attention_layer_norm_type if llm.attention_layer_norm else None, family.qk_norm),
         "llm.block_type is moe": (llm.block_type == "moe", family.moe),
+        "llm.clip_qkv": (llm.clip_qkv, config.get("clip_qkv")),
+        "activation": ("silu", config.get("hidden_act", "silu")),
     }
     if family.moe:
         structure["llm.moe_num_experts"] = (llm.moe_num_experts, config["num_experts"])
         structure["llm.moe_top_k"] = (llm.moe_top_k, config["num_experts_per_tok"])
+        structure["renormalised weights of experts"] = (False, bool(config.get("norm_topk_prob", False)))
     if llm.weight_tying:
         structure["llm.weight_tying"] = (True, bool(config.get("tie_word_embeddings", False)))
     wrong = [f"{key}={ours!r}, the checkpoint has {theirs!r}" for key, (ours, theirs) in structure.items() if ours != theirs]
     if wrong:
         raise CheckpointError(f"{folder}: another architecture than the configuration's\n  " + "\n  ".join(wrong))
-    rope = rope_settings(config)
+    rope = rope_settings(config, folder / "config.json")
     numbers = {"layer_norm_eps": config.get("rms_norm_eps"), "rope_theta": rope["rope_theta"], "rope_type": rope["rope_type"]}
     for key, theirs in numbers.items():
         if theirs is not None and getattr(llm, key) != theirs:

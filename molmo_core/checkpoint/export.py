@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from molmo_core.checkpoint.huggingface import from_pretrained
 from molmo_core.checkpoint.layouts import Layout, published_links
 from molmo_core.checkpoint.links import export_specs, exporter, model_tensors
 from molmo_core.checkpoint.native import SHARD_BYTES, atomic_folder, save_checkpoint
+from molmo_core.checkpoint.published_config import read_published_config
 from molmo_core.checkpoint.published_export import published_layout_of, write_published_files
 from molmo_core.checkpoint.safetensors_stream import CheckpointError, write_safetensors
 
@@ -81,7 +83,25 @@ def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = 
     with atomic_folder(out) as folder:
         write_published_files(folder, model.config, layout, model.tokenizer, stored)
         write_safetensors(folder, specs, exporter(tensors, links), SHARD_BYTES)
+        lost = _lost_settings(model.config, folder)
+    if lost:
+        listed = "\n  ".join(lost)
+        warnings.warn(f"{out}: the published layout has no place for some settings, readers use their own\n  {listed}", stacklevel=2)
     return out
+
+
+def _lost_settings(config: Any, folder: Path) -> list[str]:
+    """Settings of texts, images and dropout that come back otherwise (weights and structure are compared by the logits)."""
+    ours, theirs = _flat(config.as_dict()), _flat(type(config).from_dict(read_published_config(folder)).as_dict())
+    kept = [key for key in ours if key.startswith(("data_formatter.", "mm_preprocessor.")) or key.endswith(("dropout", "dropout_rate"))]
+    return [f"{key}: {ours[key]!r} here, {theirs[key]!r} there" for key in kept if ours[key] != theirs[key]]
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _check_new(out: Path) -> None:

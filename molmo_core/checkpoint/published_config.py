@@ -9,54 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from molmo_core.checkpoint.layouts import Layout, detect_layout
+from molmo_core.checkpoint.published_settings import (
+    DENSE_LLM,
+    MOLMO2_LLM,
+    MOLMO2_TOKENS,
+    MOLMO2_VIT,
+    ROPE,
+    check_legacy,
+    check_molmo2,
+    check_pixels,
+    check_rope,
+    check_settings,
+)
 from molmo_core.checkpoint.safetensors_stream import CheckpointError
 from molmo_core.nn.configs import LlmConfig, VitConfig
-
-# Names of the 0924 dense config.json -> names of `LlmConfig`. MolmoE's config.json has the latter already.
-DENSE_LLM = {
-    "hidden_size": "d_model", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "num_hidden_layers": "n_layers",
-    "intermediate_size": "mlp_hidden_size", "max_position_embeddings": "max_sequence_length",
-}  # fmt: skip
-# Names of Molmo2's text_config, vision_config -> ours: as released and, after those, as transformers writes them.
-MOLMO2_LLM = {
-    "hidden_size": "d_model", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim",
-    "num_hidden_layers": "n_layers", "vocab_size": "vocab_size", "additional_vocab_size": "additional_vocab_size",
-    "qkv_bias": "qkv_bias", "attention_bias": "qkv_bias", "use_qk_norm": "attention_layer_norm", "norm_after": "norm_after",
-    "qk_norm_type": "attention_layer_norm_type", "layer_norm_eps": "layer_norm_eps", "rms_norm_eps": "layer_norm_eps",
-    "max_position_embeddings": "max_position_embeddings", "initializer_range": "initializer_range",
-}  # fmt: skip
-MOLMO2_VIT = {
-    "hidden_size": "image_emb_dim", "intermediate_size": "image_mlp_dim", "num_hidden_layers": "image_num_layers",
-    "num_attention_heads": "image_num_heads", "num_key_value_heads": "image_num_key_value_heads", "head_dim": "image_head_dim",
-    "hidden_act": "image_mlp_activations", "layer_norm_eps": "image_norm_eps", "initializer_range": "initializer_range",
-    "image_default_input_size": "image_default_input_size", "image_size": "image_default_input_size",
-    "image_patch_size": "image_patch_size", "patch_size": "image_patch_size",
-    "image_num_pos": "image_num_pos", "num_position_embeddings": "image_num_pos",
-}  # fmt: skip
-ROPE = {
-    "factor": "rope_factor", "attention_factor": "rope_attention_factor", "beta_fast": "rope_beta_fast", "beta_slow": "rope_beta_slow",
-    "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor",
-    "original_max_position_embeddings": "rope_original_max_position_embeddings",
-}  # fmt: skip
-# Ids of config.json -> index of the token after the vocabulary (published Molmo2 tokenizers).
-MOLMO2_TOKENS = {
-    "image_start_token_id": 0, "image_end_token_id": 1, "image_patch_id": 2, "image_col_id": 3, "low_res_image_start_token_id": 4,
-    "image_low_res_id": 6, "frame_start_token_id": 7, "frame_end_token_id": 8,
-}  # fmt: skip
-
-# Settings of transformers' Molmo2 that no checkpoint has otherwise: these values only.
-_MOLMO2_FIXED: dict[str, dict[str, Any]] = {
-    "text_config": {"hidden_act": "silu"},
-    "vision_config": {"attention_bias": True, "num_channels": 3},
-    "adapter_config": {"hidden_act": "silu", "attention_bias": True, "mlp_bias": False},
-}
-
-# Features of the first training code that no released checkpoint uses: these values only.
-_LEGACY_FIXED: dict[str, tuple[Any, ...]] = {
-    "alibi": (False,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_cls_feature": (False,),
-    "multi_query_attention": (None, False), "response_attention_dropout": (0, 0.0), "image_pooling_h": (2,), "image_pooling_w": (2,),
-    "crop_mode": ("overlap-and-resize-c2", "resize"),
-}  # fmt: skip
 
 
 def is_published(path: str | Path) -> bool:
@@ -80,14 +46,12 @@ def read_published_config(folder: str | Path) -> dict[str, Any]:
     data = read_json(folder / "config.json")
     kind = data.get("model_type")
     if kind == "molmo2":
-        try:
-            config = _molmo2(data, folder)
-        except KeyError as error:
-            raise CheckpointError(
-                f"{folder}/config.json: no key {error}, which a Molmo2 checkpoint has; copy or download it again"
-            ) from error
+        check_molmo2(data, folder / "config.json")
+        config = _molmo2(data, folder)
     elif isinstance(data.get("llm"), dict):  # newer exports of the research code carry our structure
-        config = {k: data[k] for k in ("llm", "vision_backbone", "data_formatter", "mm_preprocessor", "bi_directional_attn") if k in data}
+        parts = ("llm", "vision_backbone", "data_formatter", "mm_preprocessor", "bi_directional_attn")
+        check_settings(data, parts, {"tie_word_embeddings": (False,)}, folder / "config.json")
+        config = {k: data[k] for k in parts if k in data}
         config["model_name"] = "molmo"
     elif kind == "molmo":
         config = _molmo_0924(data, folder)
@@ -102,15 +66,14 @@ def read_published_config(folder: str | Path) -> dict[str, Any]:
 
 def _molmo_0924(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Molmo and MolmoE of September 2024. Vision settings that the dense config.json leaves out are those of the release."""
-    for key, allowed in _LEGACY_FIXED.items():
-        if data.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(f"{folder}/config.json: {key}={data[key]!r} is not implemented; only {allowed[0]!r}")
+    check_legacy(data, folder / "config.json")
     if "hidden_size" in data:
         data = {DENSE_LLM.get(key, key): value for key, value in data.items()}
     fields = {f.name for f in dataclasses.fields(LlmConfig)} | set(LlmConfig.FIXED)
     llm = {k: v for k, v in data.items() if k in fields and k not in ("tokenizer", "init_path")}
     vit = data.get("vision_backbone") or {}
     images = read_json(folder / "preprocessor_config.json", missing_ok=True)
+    check_pixels(images, VitConfig.from_dict(vit, str(folder / "config.json")), folder / "preprocessor_config.json")
 
     def setting(name: str, default: Any) -> Any:
         value = images.get(name, data.get(name))
@@ -124,7 +87,7 @@ def _molmo_0924(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             "image_pooling_2d": data.get("image_pooling_2d", "attention_meanq"),
             "image_projector": data.get("image_projector", "mlp"),
             "image_padding_embed": data.get("image_padding_embed", "pad_and_partial_pad"),
-            "vit_layers": list(data.get("vit_layers", (-2, -9))),
+            "vit_layers": data.get("vit_layers", [-2, -9]),
             "skip_unused_layers": False,
             "image_feature_dropout": data.get("image_feature_dropout", 0.0),
         },
@@ -151,11 +114,7 @@ def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     text, adapter = data["text_config"], data["adapter_config"]
     released = "vision_config" not in data  # the released files name it vit_config, and declare encoder blocks they do not hold
     vision = data["vit_config"] if released else data["vision_config"]
-    for part, fixed in _MOLMO2_FIXED.items():
-        for key, value in fixed.items():
-            if data.get(part, {}).get(key, value) != value:
-                raise CheckpointError(f"{folder}/config.json: {part}.{key}={data[part][key]!r} is not implemented; only {value!r}")
-    llm = _renamed(text, MOLMO2_LLM) | rope_settings(text)
+    llm = _renamed(text, MOLMO2_LLM) | rope_settings(text, folder / "config.json")
     llm |= {
         "mlp_hidden_size": 2 * text["intermediate_size"],
         "attention_layer_norm": text.get("use_qk_norm", True),
@@ -164,9 +123,12 @@ def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     vit = {"image_model_type": "siglip", **_renamed(vision, MOLMO2_VIT)}
     vit["image_pos_patch_size"] = vit.get("image_patch_size", 14)
     vit["float32_attention"] = vision.get("float32_attention", True)
-    vit.setdefault("image_num_pos", VitConfig.from_dict({**vit, "image_num_pos": 1}).patches_per_crop)
-    expected = {"hidden_size": vision["hidden_size"], "num_attention_heads": vision["num_attention_heads"],
-                "head_dim": vision["head_dim"], "intermediate_size": text["intermediate_size"]}  # fmt: skip
+    encoder = VitConfig.from_dict({"image_num_pos": 1, **vit}, str(folder / "config.json"))
+    vit.setdefault("image_num_pos", encoder.patches_per_crop)
+    same = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    expected = {key: vision[key] for key in same} | {
+        "intermediate_size": text["intermediate_size"], "text_hidden_size": text["hidden_size"],
+    }  # fmt: skip
     for key, value in expected.items():
         if adapter.get(key, value) != value:
             raise CheckpointError(f"{folder}/config.json: adapter_config.{key}={adapter[key]} differs from {value}; not implemented")
@@ -179,7 +141,8 @@ def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         "vision_backbone": {
             "vit": vit,
             "pooling_attention_mask": adapter.get("pooling_attention_mask", True),
-            "vit_layers": list(adapter.get("vit_layers") or adapter.get("vision_feature_layer") or (24, 18)),
+            "vit_layers": adapter.get("vit_layers") or adapter.get("vision_feature_layer") or [24, 18],
+            "image_feature_dropout": adapter.get("image_feature_dropout", 0.0),
             "skip_unused_layers": released,
         },
         "data_formatter": {
@@ -188,16 +151,22 @@ def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             "system_prompt": "demo_or_style_v2",
             "pointing_format": "html-v2",
         },
-        "mm_preprocessor": _molmo2_preprocessor(folder),
+        "mm_preprocessor": _molmo2_preprocessor(folder, encoder, data.get("use_frame_special_tokens", True)),
         "bi_directional_attn": "image_tokens",
     }
 
 
-def _molmo2_preprocessor(folder: Path) -> dict[str, Any]:
+def _molmo2_preprocessor(folder: Path, encoder: VitConfig, frame_tokens: bool) -> dict[str, Any]:
     """Settings of the processor files; transformers 5 may keep all of them in processor_config.json."""
     processor = read_json(folder / "processor_config.json", missing_ok=True)
     images = processor.get("image_processor") or read_json(folder / "preprocessor_config.json", missing_ok=True)
     videos = processor.get("video_processor") or read_json(folder / "video_preprocessor_config.json", missing_ok=True)
+    for settings, name in (
+        (images, "preprocessor_config.json"),
+        (videos, "video_preprocessor_config.json"),
+        (processor, "processor_config.json"),
+    ):
+        check_pixels(settings, encoder, folder / name)
     col_tokens = processor.get("image_use_col_tokens", True)
     single = processor.get("use_single_crop_col_tokens")
     settings = {
@@ -207,27 +176,36 @@ def _molmo2_preprocessor(folder: Path) -> dict[str, Any]:
         # Without processor_config.json: as released. With it, null means "as in the high-resolution part".
         "use_single_crop_col_tokens": (col_tokens if processor else False) if single is None else single,
         "use_single_crop_start_token": processor.get("use_single_crop_start_token", True),
-        "per_frame_special_token": processor.get("use_frame_special_tokens", True),
+        "per_frame_special_token": processor.get("use_frame_special_tokens", frame_tokens),
         "frame_sample_mode": videos.get("frame_sample_mode"),
         "max_frames": videos.get("num_frames"),
         "max_fps": videos.get("max_fps"),
     }
     for name, sizes in (("pooling", images.get("pooling_size")), ("video_pooling", videos.get("pooling_size"))):
-        if sizes:
+        if sizes is not None:
+            if not isinstance(sizes, list) or len(sizes) != 2:
+                raise CheckpointError(f"{folder}: pooling_size={sizes!r} of the processor files must be [height, width]")
             settings |= {f"{name}_h": sizes[0], f"{name}_w": sizes[1]}
     return {k: v for k, v in settings.items() if v is not None}
 
 
-def rope_settings(text: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings of a text configuration in any spelling: rope_theta + rope_scaling, rope_parameters, or those per kind of layer."""
-    parameters = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    parameters = dict(parameters.get("full_attention", parameters))
+def rope_settings(text: dict[str, Any], source: object) -> dict[str, Any]:
+    """Rotary settings of a text configuration in any spelling: rope_theta + rope_scaling, rope_parameters, or those per kind of layer.
+
+    Raises:
+        CheckpointError: a setting that is not implemented.
+    """
+    parameters = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    parameters = parameters.get("full_attention", parameters) if isinstance(parameters, dict) else parameters
+    if not isinstance(parameters, dict):
+        raise CheckpointError(f"{source}: rotary settings {parameters!r} must be a JSON object")
+    check_rope(parameters, source)
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    settings = {"rope_type": kind, "rope_theta": float(parameters.get("rope_theta", text.get("rope_theta", 1e4)))}
+    settings = {"rope_type": kind, "rope_theta": parameters.get("rope_theta", text.get("rope_theta", 1e4))}
     if kind == "default":
         return settings
-    layers = list(text.get("rope_scaling_layers") or range(text["num_hidden_layers"]))
-    everything = len(layers) == text["num_hidden_layers"]
+    layers = text.get("rope_scaling_layers")
+    everything = layers == list(range(text["num_hidden_layers"]))
     return settings | _renamed(parameters, ROPE) | {"rope_scaling_layers": None if everything else layers}
 
 

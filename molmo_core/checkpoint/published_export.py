@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_core.checkpoint.layouts import Layout
-from molmo_core.checkpoint.published_config import DENSE_LLM, MOLMO2_LLM, MOLMO2_TOKENS, MOLMO2_VIT, ROPE
+from molmo_core.checkpoint.published_settings import DENSE_LLM, MOLMO2_LLM, MOLMO2_TOKENS, MOLMO2_VIT, ROPE
 from molmo_core.checkpoint.safetensors_stream import CheckpointError
 from molmo_core.nn.configs import LlmConfig, MolmoVisionBackboneConfig
+from molmo_core.nn.connector import NORMALISATION
 
 if TYPE_CHECKING:
     from molmo_core.models.molmo import MolmoConfig
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from molmo_core.preprocessing.tokenizer import Tokenizer
 
 _REPOSITORY = {"molmo": "allenai/Molmo-7B-D-0924", "molmoe": "allenai/MolmoE-1B-0924", "molmo2": "allenai/Molmo2-8B"}
-_OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 _MOLMO_TEMPLATE = """\
 {%- for message in messages -%}
@@ -68,6 +68,8 @@ def published_layout_of(config: Any) -> Layout:
         "llm.scale_logits": (llm.scale_logits, False),
         "llm.normalize_input_embeds": (llm.normalize_input_embeds, False),
         "vision_backbone.vit.image_model_type": (vision.vit.image_model_type, "siglip"),
+        "vision_backbone.vit.normalize": (vision.vit.normalize, "siglip"),
+        "vision_backbone.vit.resize_mode": (vision.vit.resize_mode, "siglip"),
         "vision_backbone.image_pooling_2d": (vision.image_pooling_2d, "attention_meanq"),
         "vision_backbone.pooling_attention_mask": (vision.pooling_attention_mask, True),
         "vision_backbone.image_projector": (vision.image_projector, "mlp"),
@@ -175,6 +177,7 @@ def _molmo_processor(config: MolmoConfig, layout: Layout) -> dict[str, Any]:
     vision = config.vision_backbone
     assert vision is not None
     height, width = vision.vit.grid
+    mean, std = NORMALISATION[vision.vit.normalize]
     images = config.mm_preprocessor
     return {
         "auto_map": _code(
@@ -184,8 +187,8 @@ def _molmo_processor(config: MolmoConfig, layout: Layout) -> dict[str, Any]:
         ),
         "base_image_input_size": list(vision.vit.image_default_input_size),
         "do_normalize": True,
-        "image_mean": list(_OPENAI_MEAN),
-        "image_std": list(_OPENAI_STD),
+        "image_mean": list(mean),
+        "image_std": list(std),
         "image_padding_mask": vision.image_padding_embed is not None,
         "image_patch_size": vision.vit.image_patch_size,
         "image_processor_type": "MolmoImageProcessor",
@@ -216,6 +219,7 @@ def _molmo2(config: Molmo2Config) -> dict[str, Any]:
         "vit_layers": list(vision.vit_layers), "pooling_attention_mask": True, "hidden_size": vit.image_emb_dim, "hidden_act": "silu",
         "intermediate_size": llm.intermediate_size, "text_hidden_size": llm.d_model, "num_attention_heads": vit.image_num_heads,
         "num_key_value_heads": vit.image_num_key_value_heads, "head_dim": vit.image_head_dim,
+        "image_feature_dropout": vision.image_feature_dropout,
     }  # fmt: skip
     tokens = {name: llm.embedding_rows + index for name, index in MOLMO2_TOKENS.items()}
     return {

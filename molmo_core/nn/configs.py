@@ -30,6 +30,17 @@ class TokenizerConfig(BaseConfig):
         return data
 
 
+def _check_numbers(config: BaseConfig, name: str) -> None:
+    """Sizes and counts are positive (room for special tokens may be none), dropout rates are probabilities below 1."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        least = 0 if field.name == "additional_vocab_size" else 1
+        if field.type in ("int", "int | None") and value is not None and value < least:
+            raise ConfigError(f"{name}.{field.name}={value} must be at least {least}")
+        if "dropout" in field.name and not 0 <= value < 1:
+            raise ConfigError(f"{name}.{field.name}={value} is a probability: 0 <= p < 1")
+
+
 @dataclasses.dataclass
 class LlmConfig(BaseConfig):
     """The language model: Qwen2, Qwen3, OLMo, OLMoE and Llama styles are settings of one module."""
@@ -129,6 +140,7 @@ class LlmConfig(BaseConfig):
         return data
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "llm")
         if self.n_heads % self.kv_heads:
             raise ConfigError(f"llm.n_heads={self.n_heads} is not a multiple of llm.n_kv_heads={self.kv_heads}")
         if self.head_dim is None and self.d_model % self.n_heads:
@@ -198,8 +210,11 @@ class VitConfig(BaseConfig):
         if data.get("resize_mode") == "torch-bilinear":
             data["resize_mode"] = "default"
         data.setdefault("resize_mode", "default" if kind == "openai" else kind)
-        data.setdefault("normalize", NORMALIZE_OF.get(kind, "openai"))
+        data.setdefault("normalize", NORMALIZE_OF.get(str(kind), "openai"))
         return data
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "vit")
 
     @classmethod
     def preset(cls, name: str) -> VitConfig:

@@ -1,5 +1,6 @@
 """Text and vision checkpoints of transformers as initialisation: same logits, same hidden states."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -188,5 +189,28 @@ def test_the_wrong_encoder_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no siglip encoder"):
         load_vit(vision_model("siglip", [2, 0]), tmp_path)
     vision_checkpoint("siglip", tmp_path / "siglip")
-    with pytest.raises(CheckpointError, match="attention heads"):
+    with pytest.raises(CheckpointError, match=r"num_attention_heads=\d, the configuration has vit\.image_num_heads=2"):
         load_vit(vision_model("siglip", [2, 0], image_num_heads=2, image_num_key_value_heads=2, image_head_dim=16), tmp_path / "siglip")
+    with pytest.raises(CheckpointError, match=r"hidden_act='gelu_pytorch_tanh', the configuration has vit\.image_mlp_activations='gelu'"):
+        load_vit(vision_model("siglip", [2, 0], image_mlp_activations="gelu"), tmp_path / "siglip")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qwen2", {"hidden_act": "gelu"}, "activation='silu', the checkpoint has 'gelu'"),
+        ("olmoe", {"norm_topk_prob": True}, "renormalised weights of experts=False, the checkpoint has True"),
+        ("olmoe", {"clip_qkv": 8.0}, r"llm\.clip_qkv=None, the checkpoint has 8\.0"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+            r"rope_parameters\.short_factor=\[1\.0\] is not known",
+        ),
+    ],
+)
+def test_settings_that_shapes_do_not_show(name, change, message, tmp_path):
+    text_checkpoint(name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=message):
+        load_llm(text_model(**LLMS[name][2]), tmp_path)
