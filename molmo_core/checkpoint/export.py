@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import cv2
 import numpy as np
@@ -69,7 +69,10 @@ def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = 
 
     Raises:
         CheckpointError: `out` exists, or the published layout cannot express the model.
+        ValueError: no such format, or no floating-point type.
     """
+    if format not in get_args(ExportFormat):
+        raise ValueError(f"format={format!r}: one of {', '.join(get_args(ExportFormat))}")
     out = Path(out)
     _check_new(out)
     if format == "native":

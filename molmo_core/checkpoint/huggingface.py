@@ -10,7 +10,7 @@ import torch
 
 from molmo_core.checkpoint.native import CONFIG_NAME, build_and_load, load_model
 from molmo_core.checkpoint.published_config import is_published, read_published_config
-from molmo_core.checkpoint.safetensors_stream import PICKLE_SUFFIXES, CheckpointError, pickle_refusal
+from molmo_core.checkpoint.safetensors_stream import PICKLE_SUFFIXES, CheckpointError, model_dtype, pickle_refusal
 
 if TYPE_CHECKING:
     from molmo_core.models.base import ModelBase
@@ -38,9 +38,9 @@ def from_pretrained(
 
     Raises:
         CheckpointError: no such checkpoint, an unknown layout, pickled weights, or tensors that do not fit.
+        ValueError: no floating-point type.
     """
-    if isinstance(dtype, str):
-        dtype = _dtype(dtype)
+    dtype = model_dtype(dtype)
     folder = local_folder(path)
     if folder.suffix in PICKLE_SUFFIXES and folder.is_file():
         raise CheckpointError(pickle_refusal(folder))
@@ -67,13 +67,6 @@ def local_folder(path: str | Path) -> Path:
     """
     folder = Path(path)
     return folder if folder.exists() else _download(str(path))
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={name!r} is no floating-point type of torch (float32, bfloat16, float16)")
-    return dtype
 
 
 def _download(name: str) -> Path:

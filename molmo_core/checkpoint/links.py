@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from molmo_core.checkpoint.safetensors_stream import CheckpointError, SafetensorsReader, TensorSpec
+from molmo_core.checkpoint.safetensors_stream import MODEL_DTYPES, CheckpointError, SafetensorsReader, TensorSpec, model_dtype
 
 Rows = tuple[int, int]
 # Wrappers of activation checkpointing and torch.compile put these into parameter names.
@@ -105,7 +105,12 @@ def load_tensors(
 
 
 def export_specs(tensors: Mapping[str, torch.Tensor], links: list[Link], dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:
-    """Types and shapes that the model's tensors have in the other layout."""
+    """Types and shapes that the model's tensors have in the other layout.
+
+    Raises:
+        ValueError: `dtype` is no floating-point type.
+    """
+    dtype = model_dtype(dtype)
     specs: dict[str, TensorSpec] = {}
     for other, parts in _by_other(links).items():
         shapes = [_part_shape(tuple(tensors[link.native].shape), link.native_rows, link.transposed) for link in parts]
@@ -159,7 +164,7 @@ def _check(
 def _misfit(tensor: torch.Tensor, parts: list[Link], specs: Mapping[str, TensorSpec]) -> str | None:
     """Why the parts do not make up this tensor (None: they do)."""
     for link in parts:
-        if specs[link.other].dtype.is_floating_point != tensor.is_floating_point():
+        if (specs[link.other].dtype in MODEL_DTYPES) != tensor.is_floating_point():
             return f"the model has {tensor.dtype}, the checkpoint {specs[link.other].dtype} ({link.other}; quantised weights are not read)"
     shape = tuple(tensor.shape)
     if parts[0].convert is not None:

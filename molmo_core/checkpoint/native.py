@@ -16,7 +16,7 @@ import torch.distributed as dist
 from molmo_core.checkpoint.layouts import published_links
 from molmo_core.checkpoint.links import Link, LoadReport, export_specs, exporter, load_tensors, model_tensors, same_names
 from molmo_core.checkpoint.published_config import is_published, published_layout
-from molmo_core.checkpoint.safetensors_stream import CheckpointError, SafetensorsReader, write_safetensors
+from molmo_core.checkpoint.safetensors_stream import CheckpointError, SafetensorsReader, model_dtype, write_safetensors
 
 if TYPE_CHECKING:
     from molmo_core.models.base import ModelBase
@@ -92,7 +92,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch
 
 def build_and_load(config: Any, path: str | Path, dtype: torch.dtype | None, device: torch.device | str | None) -> ModelBase:
     """A model of a configuration, filled from a checkpoint of any layout."""
-    reader = SafetensorsReader(path)
+    dtype, reader = model_dtype(dtype), SafetensorsReader(path)
     with torch.device("meta"):
         model = config.build_model()
     load_tensors(model, reader, checkpoint_links(model, reader), strict=True, dtype=dtype, device=device)

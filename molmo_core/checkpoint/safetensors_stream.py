@@ -31,10 +31,25 @@ DTYPES: dict[str, torch.dtype] = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types that a model computes in; narrower ones mean nothing without the scales of their quantisation."""
 
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be used. The message says what is wrong with which file or tensor, and what to do."""
+
+
+def model_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point type, given as such or by its name in torch (None stays None).
+
+    Raises:
+        ValueError: no type that a model computes in.
+    """
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found is not None and found not in MODEL_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in MODEL_DTYPES)
+        raise ValueError(f"dtype={dtype!r} is no type that a model computes in ({names}; None = as stored)")
+    return found
 
 
 class TensorSpec(NamedTuple):

@@ -109,11 +109,12 @@ class Tokenizer:
 
         Raises:
             TokenizerMissing: no tokenizer.json there.
+            ConfigError: it is damaged.
             ValueError: the file already holds special tokens, at other ids than this model uses.
         """
         path, config_path = _find_files(str(identifier), cache_dir)
-        backend, extra = _without_special_tokens(path.read_text(encoding="utf-8"))
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path else {}
+        backend, extra = _without_special_tokens(path.read_text(encoding="utf-8"), path)
+        config = _json(config_path.read_text(encoding="utf-8"), config_path) if config_path else {}
         eos = _token_name(config.get("eos_token"))
         if eos is None:
             candidates = [t for t in _USUAL_EOS if backend.token_to_id(t) is not None]
@@ -220,15 +221,29 @@ class Tokenizer:
         self._encode = lru_cache(_CACHED_TEXTS)(self._encode_uncached)
 
 
-def _without_special_tokens(text: str) -> tuple[TextTokenizer, dict[str, int]]:
+def _without_special_tokens(text: str, source: Path) -> tuple[TextTokenizer, dict[str, int]]:
     """The tokenizer of a tokenizer.json without its padding and image tokens, and those tokens with their ids."""
     known = {t for tokens in SPECIAL_TOKENS.values() for t in tokens}
     if _PADDING_PREFIX not in text and not any(t in text for t in known):  # parsing a large vocabulary twice takes a second
-        return TextTokenizer.from_str(text), {}
-    data = json.loads(text)
+        return _parsed(text, source), {}
+    data = {"added_tokens": [], **_json(text, source)}
     extra = {t["content"]: t["id"] for t in data["added_tokens"] if t["content"] in known or t["content"].startswith(_PADDING_PREFIX)}
     data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] not in extra]
-    return TextTokenizer.from_str(json.dumps(data)), extra
+    return _parsed(json.dumps(data), source), extra
+
+
+def _json(text: str, source: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{source}: not readable as a JSON object ({error}); copy or download it again") from error
+
+
+def _parsed(text: str, source: Path) -> TextTokenizer:
+    try:
+        return TextTokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"{source}: no tokenizer file, or damaged ({error}); copy or download it again") from error
 
 
 def _token_name(value: Any) -> str | None:

@@ -88,6 +88,10 @@ WEIGHTS = {
         change_header(lambda entry: entry.update(shape=[*entry["shape"], 1])),
         r"1 tensor\(s\) do not fit the model\s+mis-shaped: transformer\.\S+: the model has \[\d+, 64\], the checkpoint \[\d+, 64, 1\]",
     ),
+    "8 bits": (
+        change_header(lambda entry: entry.update(dtype="F8_E4M3", shape=[4 * entry["shape"][0], *entry["shape"][1:]])),
+        r"the checkpoint torch\.float8_e4m3fn .*quantised weights are",
+    ),
     "quantised": (change_header(lambda entry: entry.update(dtype="I32")), r"the checkpoint torch\.int32 .*quantised weights are not read"),
     "no shard": (lambda folder: shards(folder)[0].unlink(), r"named by model.*index\.json are missing: model-00001.*download it again"),
     "no index": (lambda folder: (folder / INDEX).unlink(), r"neither model\.safetensors nor .*, though shards are: .*not complete"),
@@ -167,6 +171,43 @@ def test_no_tokenizer(checkpoints, tmp_path):
     shutil.rmtree(tmp_path / "broken/tokenizer")
     with pytest.raises(ConfigError, match=r"no such tokenizer folder \(llm\.tokenizer\.identifier; a checkpoint folder has its own"):
         _ = from_pretrained(tmp_path / "broken").tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "{", r"tokenizer\.json: .*copy or download it again"),
+        ("tokenizer.json", '{"model": {}}', r"tokenizer\.json: no tokenizer file, or damaged .*copy or download it again"),
+        ("tokenizer.json", '["<im_patch>"]', r"tokenizer\.json: not readable as a JSON object"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json: not readable as a JSON object"),
+    ],
+)
+def test_broken_tokenizer(checkpoints, tmp_path, name, content, message):
+    shutil.copytree(checkpoints / "published", tmp_path / "broken")
+    (tmp_path / "broken" / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        _ = from_pretrained(tmp_path / "broken").tokenizer
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "nn", "float8_e4m3fn", torch.int8, torch.float8_e4m3fn, 16])
+def test_types_that_no_model_computes_in(checkpoints, tmp_path, dtype):
+    """Converted to them the weights would be lost without a word."""
+    message = re.escape(f"dtype={dtype!r} is no type that a model computes in (float32, bfloat16,")
+    model = from_pretrained(checkpoints / "own")
+    for wrong in (
+        lambda: from_pretrained(checkpoints / "own", dtype=dtype),
+        lambda: from_pretrained(checkpoints / "published", dtype=dtype),
+        lambda: export_checkpoint(model, tmp_path / "out", "huggingface", dtype),
+        lambda: export_checkpoint(model, tmp_path / "out", "native", dtype),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_unknown_export_format(checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="format='gguf': one of huggingface, native"):
+        export_checkpoint(from_pretrained(checkpoints / "own"), tmp_path / "out", "gguf")
 
 
 @pytest.mark.parametrize("load", [load_llm, load_vit])
