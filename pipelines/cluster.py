@@ -26,6 +26,10 @@ WORKER_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # glibc gives large blocks back to the kernel with each `free`, and every page of the next one is a fault: 3 MB of pixels take
+    # longer to be given memory than to be copied. 32 MiB is the most that the first may be.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     # On a busy machine the HTTP proxy takes longer to start than the 5 s after which Serve kills it.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",

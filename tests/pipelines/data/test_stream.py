@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,9 @@ from molmo_core.models.base import BaseModelConfig
 from pipelines.cluster import connect
 from pipelines.data.config import DataConfig
 from pipelines.data.loader import TrainLoader
-from pipelines.data.stream import RejectRate, _block, _unpack, actor_share
+from pipelines.data.packs import PackBuilder
+from pipelines.data.plan import Stream
+from pipelines.data.stream import _CALL_PACKS, RejectRate, _block, _unpack, actor_share, stream_batches
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +67,31 @@ def test_rows_come_in_the_plans_order_and_resume(cluster, model, good_records, p
     assert [same(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 12
 
 
+def test_the_plan_is_not_read_ahead_without_end(cluster, model, good_records, tmp_path):
+    planned = tmp_path / "planned"
+
+    class Counted(Stream):  # here, so that it is pickled whole
+        def next(self):
+            with open(planned, "ab") as file:
+                file.write(b".")
+            return super().next()
+
+    class Slow(PackBuilder):
+        def __call__(self, pack):
+            time.sleep(0.03)
+            return super().__call__(pack)
+
+    made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "actors": 1}), model)
+    streams = {s: Counted(made.plan, s) for s in made.owned}
+    slow = Slow(made.builder.datasets, made.builder.weights)
+    batches = stream_batches(streams, slow, ranks=1, actors=1, max_reject_rate=0)
+    for _ in range(40):
+        next(batches)
+    batches.close()
+    ahead = planned.stat().st_size - 40 * len(streams)
+    assert ahead < 20 * _CALL_PACKS, "rows that wait for the actor, and that it, Ray's generators and this process hold"
+
+
 def test_two_ranks_share_the_global_batch(cluster, model, good_records):
     data = DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "pad_to_max": True, "actors": 1})
     (whole,) = local(loader(data, model), 1)
@@ -96,7 +124,8 @@ def test_blocks_give_back_what_they_were_made_of():
     table = pa.concat_tables([_block(made), _block(made[:1]), _block(made[1:])])
     for block in (table.slice(1), table.combine_chunks().slice(1)):
         for (example, *rest), (expected, *others) in zip(_unpack(block), made, strict=True):
-            assert rest == others and same(example, expected)
+            assert rest == others
+            assert same(example, expected)
             assert [a.dtype for a in example.values()] == [a.dtype for a in expected.values()]
 
 
