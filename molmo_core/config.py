@@ -114,6 +114,28 @@ def read_yaml(path: str | Path, overrides: list[str] | None = None, key: str | N
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
 
 
+def check_numbers(config: BaseConfig, name: str, may_be_zero: tuple[str, ...] = ()) -> None:
+    """For `__post_init__`: whole numbers (sizes and counts) are at least 1, dropout rates below 1, `p_...` are probabilities.
+
+    Args:
+        config: whose fields are checked.
+        name: what stands before the key in errors.
+        may_be_zero: whole numbers that may be 0.
+
+    Raises:
+        ConfigError: the first number outside.
+    """
+    for field in dataclasses.fields(config):
+        key, value = f"{name}.{field.name}", getattr(config, field.name)
+        least = 0 if field.name in may_be_zero else 1
+        if field.type in ("int", "int | None") and value is not None and value < least:
+            raise ConfigError(f"{key}={value} must be at least {least}")
+        if "dropout" in field.name and not 0 <= value < 1:
+            raise ConfigError(f"{key}={value} is a probability below 1: 0 <= p < 1")
+        if field.name.startswith("p_") and not 0 <= value <= 1:
+            raise ConfigError(f"{key}={value} is a probability: 0 <= p <= 1")
+
+
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """A hint for an unknown name: ` Did you mean 'x'?` or the list of valid names."""
     valid = sorted(valid)
@@ -130,7 +152,8 @@ def _describe(error: dict[str, Any]) -> str:
     """One line about a value that pydantic refused; a check across keys (`__post_init__`) has no single value to show."""
     where = ".".join(str(part) for part in error["loc"])
     if isinstance(error["input"], dict):
-        return f"  {f'{where}: ' if where else ''}{error['msg'].removeprefix('Value error, ')}"
+        message = str(error["msg"]).removeprefix("Value error, ")
+        return f"  {message}" if not where or message.startswith(f"{where}.") else f"  {where}: {message}"
     return f"  {where}: {error['msg']} (got {error['input']!r})"
 
 

@@ -30,7 +30,7 @@ class VideoOlmoConfig(MolmoConfig):
     max_frames: int = 16
     """Most frames of a video."""
     frame_sampling: FrameSampling = "uniform"
-    """Which frames: see `molmo_core.preprocessing.videos`."""
+    """Which frames: see `molmo_core.preprocessing.frame_sampling`."""
 
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"point_cloud_backbone": (None,), "image_as_video": (None,)}
     MODEL: ClassVar[str] = "VideoOlmo"

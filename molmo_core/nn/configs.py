@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-from molmo_core.config import BaseConfig, ConfigError, nearest
+from molmo_core.config import BaseConfig, ConfigError, check_numbers, nearest
 
 
 @dataclasses.dataclass
@@ -28,17 +28,6 @@ class TokenizerConfig(BaseConfig):
         if isinstance(name, str):  # spellings of the first release
             data["identifier"] = name.removeprefix("mm:").removeprefix("hf-")
         return data
-
-
-def _check_numbers(config: BaseConfig, name: str) -> None:
-    """Sizes and counts are positive (room for special tokens may be none), dropout rates are probabilities below 1."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        least = 0 if field.name == "additional_vocab_size" else 1
-        if field.type in ("int", "int | None") and value is not None and value < least:
-            raise ConfigError(f"{name}.{field.name}={value} must be at least {least}")
-        if "dropout" in field.name and not 0 <= value < 1:
-            raise ConfigError(f"{name}.{field.name}={value} is a probability: 0 <= p < 1")
 
 
 @dataclasses.dataclass
@@ -140,7 +129,9 @@ class LlmConfig(BaseConfig):
         return data
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "llm")
+        check_numbers(self, "llm", may_be_zero=("additional_vocab_size",))
+        if self.block_type == "moe" and self.moe_top_k > self.moe_num_experts:
+            raise ConfigError(f"llm.moe_top_k={self.moe_top_k}: there are {self.moe_num_experts} experts (llm.moe_num_experts)")
         if self.n_heads % self.kv_heads:
             raise ConfigError(f"llm.n_heads={self.n_heads} is not a multiple of llm.n_kv_heads={self.kv_heads}")
         if self.head_dim is None and self.d_model % self.n_heads:
@@ -214,7 +205,7 @@ class VitConfig(BaseConfig):
         return data
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "vit")
+        check_numbers(self, "vit")
 
     @classmethod
     def preset(cls, name: str) -> VitConfig:
@@ -309,6 +300,7 @@ class MolmoVisionBackboneConfig(BaseConfig):
         return data
 
     def __post_init__(self, image_model_type: str | None) -> None:
+        check_numbers(self, "vision_backbone")
         if isinstance(image_model_type, str):
             self.vit = VitConfig.preset(image_model_type)
             if image_model_type != "openai" and self.vit_layers == [-2, -9]:

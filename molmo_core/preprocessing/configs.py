@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-from molmo_core.config import BaseConfig
+from molmo_core.config import BaseConfig, check_numbers
 
 LossTokenWeighting = Literal["root_subsegments", "root_subsegments_root_tokens"]
 
@@ -43,6 +43,9 @@ class DataFormatter(BaseConfig):
 
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"debug": (False,), "format_message_list": (None,), "p_one_message": (0,)}
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "data_formatter")
+
 
 @dataclasses.dataclass
 class ImagePreprocessorConfig(BaseConfig):
@@ -56,6 +59,9 @@ class ImagePreprocessorConfig(BaseConfig):
     use_col_tokens: bool = True
     loss_token_weighting: LossTokenWeighting | None = None
     max_text_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "mm_preprocessor")
 
 
 @dataclasses.dataclass

@@ -52,8 +52,9 @@ class FrameSettings:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        if self.max_frames < 1 or self.max_fps <= 0 or not self.candidate_fps:
-            raise ValueError(f"max_frames={self.max_frames} and max_fps={self.max_fps} must be positive, candidate_fps not empty")
+        if self.max_frames < 1 or self.max_fps <= 0 or min(self.candidate_fps, default=0) <= 0:
+            rates = f"candidate_sampling_fps={list(self.candidate_fps)}"
+            raise ValueError(f"max_frames={self.max_frames}, max_fps={self.max_fps}, {rates}: all must be positive, the rates at least one")
 
     @classmethod
     def from_config(cls, config: Any, **changes: Any) -> FrameSettings:

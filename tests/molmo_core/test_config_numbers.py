@@ -1,0 +1,44 @@
+"""Numbers that no model has are refused where the configuration is read, by key, not later by a shape or a division."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from molmo_core.config import ConfigError
+from molmo_core.models.base import BaseModelConfig
+
+CASES = [
+    ("molmo-qwen2-clip", "llm.n_heads=0", "llm.n_heads=0 must be at least 1"),
+    ("molmo-qwen2-clip", "llm.mlp_hidden_size=-2", "llm.mlp_hidden_size=-2 must be at least 1"),
+    ("molmo-qwen2-clip", "llm.additional_vocab_size=-1", "llm.additional_vocab_size=-1 must be at least 0"),
+    ("molmo-qwen2-clip", "llm.residual_dropout=1", "llm.residual_dropout=1.0 is a probability below 1"),
+    ("molmo-qwen2-clip", "vision_backbone.vit.image_num_key_value_heads=0", "vit.image_num_key_value_heads=0 must be at least 1"),
+    ("molmo-qwen2-clip", "vision_backbone.vit.image_dropout_rate=-1", "vit.image_dropout_rate=-1.0 is a probability below 1"),
+    ("molmo-qwen2-clip", "vision_backbone.image_feature_dropout=7", "vision_backbone.image_feature_dropout=7.0 is a probability below 1"),
+    ("molmo-qwen2-clip", "mm_preprocessor.max_crops=0", "mm_preprocessor.max_crops=0 must be at least 1"),
+    ("molmo-qwen2-clip", "mm_preprocessor.p_high_res=2", "mm_preprocessor.p_high_res=2.0 is a probability: 0 <= p <= 1"),
+    ("molmo-qwen2-clip", "data_formatter.default_inference_len=-5", "data_formatter.default_inference_len=-5 must be at least 1"),
+    ("video-olmo/mixed-res", "mm_preprocessor.periodic_high_res_frame=0", "mm_preprocessor.periodic_high_res_frame=0 must be at least 1"),
+    ("video-olmo/mixed-res", "mm_preprocessor.max_frames=0", "mm_preprocessor.max_frames=0 must be at least 1"),
+    ("he-molmo", "mm_preprocessor.num_high_res_features=0", "mm_preprocessor.num_high_res_features=0 must be at least 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "override", "message"), CASES, ids=[case[1] for case in CASES])
+def test_wrong_numbers_are_named(golden: Path, name: str, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.yaml: 1 invalid value\(s\)\n.*{re.escape(message)}"):
+        BaseModelConfig.load(golden / name / "config.yaml", [override])
+
+
+def test_no_token_has_more_experts_than_there_are(golden: Path) -> None:
+    overrides = ["llm.block_type=moe", "llm.moe_num_experts=4", "llm.moe_top_k=5"]
+    with pytest.raises(ConfigError, match=r"llm\.moe_top_k=5: there are 4 experts"):
+        BaseModelConfig.load(golden / "molmo-qwen2-clip/config.yaml", overrides)
+
+
+def test_rates_of_frames_are_positive(golden: Path) -> None:
+    config = BaseModelConfig.load(golden / "video-olmo/mixed-res/config.yaml", ["mm_preprocessor.candidate_sampling_fps=[0, 1]"])
+    preprocessor = config.build_preprocessor(for_inference=True)
+    with pytest.raises(ValueError, match=r"candidate_sampling_fps=\[0\.0, 1\.0\]: all must be positive"):
+        preprocessor({"video": str(golden / "video-olmo/video.mp4"), "messages": ["What?"]})
