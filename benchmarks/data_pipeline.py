@@ -1,12 +1,13 @@
-"""Decoding and preprocessing: a bare loop on every core, torch's DataLoader, and the Ray Data pipeline, on the same files in one run.
+"""From records to batches: a bare loop on every core, torch's DataLoader, and the Ray Data pipeline, on the same files in one run.
 
     .venv/bin/python benchmarks/data_pipeline.py                                            # JPEGs and video clips
     .venv/bin/python benchmarks/data_pipeline.py --images 64 --videos 24 --rounds 1         # does it run?
     .venv/bin/python benchmarks/data_pipeline.py --soak 20                                  # does memory stay flat for 20 minutes?
 
 The images are photographs (scikit-image) cropped to 1024 x 768, the videos 10 s of 640 x 360 h264; the model is Molmo2's
-preprocessor (378-pixel crops, up to 8; videos: 16 frames). The ways take turns, `--rounds` times; the last line is the ratio of
-their medians. The columns:
+preprocessor (378-pixel crops, up to 8; videos: 16 frames). All three decode, preprocess and collate the same records into batches of
+8 with the same functions; the bare loop throws the batches away where it made them, the pipelines bring them into this process. The ways
+take turns, `--rounds` times; the last line is the ratio of their medians. The columns:
 
 - records/s: in the steady state, on all cores. Start-up (processes, imports, the first batches) does not count: for the two
   pipelines the clock starts after WARM batches and stops with the last one, while they are still at work; the bare loop is the
@@ -164,14 +165,19 @@ def make_builder(path: Path, model: Any) -> tuple[Records, ExampleBuilder]:
     return open_records(str(path)), ExampleBuilder(model.build_preprocessor(for_inference=False, max_seq_len=LENGTH), 10**8)
 
 
+def make_collator(model: Any) -> Any:
+    """The same for all three ways: it makes the tensors of a batch."""
+    return model.build_collator(LENGTH, None, include_metadata=False)
+
+
 def bare_loop(path: Path, model: Any, cores: int) -> Measured:
-    """A process a core that calls the builder and throws the result away."""
+    """A process a core that makes batches and throws them away."""
     began = time.time()
     records, builder = make_builder(path, model)
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(cores)
     with concurrent.futures.ProcessPoolExecutor(cores, context, initializer=_keep, initargs=(barrier,)) as pool:
-        spans = list(pool.map(_loop, [(records, builder, part, cores) for part in range(cores)]))
+        spans = list(pool.map(_loop, [(records, builder, make_collator(model), part, cores) for part in range(cores)]))
         used = memory()
     counts = [len(range(part, len(records), cores)) for part in range(cores)]
     rate = sum(count / (stop - start) for count, (start, stop, _) in zip(counts, spans))
@@ -183,13 +189,14 @@ def _keep(barrier: Any) -> None:
     _barrier = barrier
 
 
-def _loop(work: tuple[Records, ExampleBuilder, int, int]) -> tuple[float, float, float]:
-    records, builder, part, parts = work
-    builder(records[part], example_rng(0, 0, 0, 0))  # imports and caches
+def _loop(work: tuple[Records, ExampleBuilder, Any, int, int]) -> tuple[float, float, float]:
+    records, builder, collate, part, parts = work
+    collate([builder(records[part], example_rng(0, 0, 0, 0))])  # imports and caches
     _barrier.wait()
     start, cpu = time.time(), time.process_time()
-    for i in range(part, len(records), parts):
-        builder(records[i], example_rng(0, 0, 0, i))
+    mine = range(part, len(records), parts)
+    for first in range(0, len(mine), BATCH):
+        collate([builder(records[i], example_rng(0, 0, 0, i)) for i in mine[first : first + BATCH]])
     return start, time.time(), time.process_time() - cpu
 
 
@@ -213,12 +220,11 @@ def data_loader(path: Path, model: Any, cores: int, batches: int) -> Iterator[An
     from torch.utils.data import DataLoader
 
     torch.set_num_threads(1)
-    collate = model.build_collator(LENGTH, None, include_metadata=False)
     dataset: Any = _Map(*make_builder(path, model))
     count = (WARM + batches + 2 * cores) * BATCH
     order = np.concatenate([np.random.RandomState(epoch).permutation(len(dataset)) for epoch in range(-(-count // len(dataset)))])
     yield from DataLoader(
-        dataset, BATCH, sampler=order[:count].tolist(), num_workers=cores, collate_fn=collate, prefetch_factor=2,
+        dataset, BATCH, sampler=order[:count].tolist(), num_workers=cores, collate_fn=make_collator(model), prefetch_factor=2,
         multiprocessing_context="spawn",
     )  # fmt: skip
 

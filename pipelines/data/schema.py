@@ -83,7 +83,7 @@ def encode(examples: Sequence[dict[str, Any]], sources: Sequence[str], rows: Seq
     for source, row, value in zip(sources, rows, images):
         if value is not None and str(value.dtype) not in _IMAGE_DTYPES:
             raise ValueError(f"{source}, row {row}: images are {value.dtype}, must be one of {_IMAGE_DTYPES}")
-    columns["images"] = binary(images)
+    columns["images"] = _binary(images)
     columns["images_shape"] = _shapes(images)
     columns["images_dtype"] = pa.array([None if v is None else str(v.dtype) for v in images], pa.string())
     columns["metadata"] = pa.array([None if e.get("metadata") is None else _json(e["metadata"]) for e in examples], pa.string())
@@ -139,16 +139,6 @@ def size(example: Mapping[str, Any]) -> tuple[int, int]:
     return len(example["input_ids"]), 0 if images is None else len(images)
 
 
-def binary(values: Sequence[np.ndarray | None]) -> pa.LargeBinaryArray:
-    """The arrays' bytes. Made from buffers: pyarrow (25) never releases the memoryviews that `pa.array` is given, nor their arrays."""
-    flat = [np.empty(0, np.uint8) if v is None else np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in values]
-    offsets = np.zeros(len(values) + 1, np.int64)
-    np.cumsum([len(v) for v in flat], out=offsets[1:])
-    data = np.concatenate(flat) if flat else np.empty(0, np.uint8)
-    valid = pa.array([v is not None for v in values], pa.bool_()).buffers()[1]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(values), [valid, pa.py_buffer(offsets), pa.py_buffer(data)])
-
-
 def views(column: pa.LargeBinaryArray) -> list[memoryview]:
     """The bytes of each row, read-only and not copied (pyarrow's scalars are copies); none for nulls."""
     _, offsets, data = column.buffers()
@@ -173,6 +163,16 @@ def _lists(values: list[np.ndarray | None], kind: pa.ListType) -> pa.ListArray:
     mask = pa.array([v is None for v in values], pa.bool_())
     data = np.concatenate(flat) if flat else np.empty(0, dtype)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(data, kind.value_type), type=kind, mask=mask)
+
+
+def _binary(values: list[np.ndarray | None]) -> pa.LargeBinaryArray:
+    """The arrays' bytes. Made from buffers: pyarrow (25) never releases the memoryviews that `pa.array` is given, nor their arrays."""
+    flat = [np.empty(0, np.uint8) if v is None else np.ascontiguousarray(v).reshape(-1).view(np.uint8) for v in values]
+    offsets = np.zeros(len(values) + 1, np.int64)
+    np.cumsum([len(v) for v in flat], out=offsets[1:])
+    data = np.concatenate(flat) if flat else np.empty(0, np.uint8)
+    valid = pa.array([v is not None for v in values], pa.bool_()).buffers()[1]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(values), [valid, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def _shapes(values: list[np.ndarray | None]) -> pa.ListArray:

@@ -38,6 +38,8 @@ from pipelines.data.prepare import RATE_FROM_ROWS, quiet
 _CALL_PACKS = 16
 _BLOCK_BYTES = 24 << 20
 _ROWS_AHEAD = 8  # read from the plan while actors are busy
+_LARGE_BYTES = 64 << 10
+_BLOCK = pa.schema({"pickled": pa.binary(), **{f"large{i}": pa.large_binary() for i in range(_CALL_PACKS)}})
 _PLAN = pa.schema({"packs": pa.list_(pa.string()), "states": pa.list_(pa.string())})
 
 Made = tuple[dict[str, Any], list[Reject], str | None]
@@ -109,25 +111,31 @@ class PackActor:
 
 
 def _block(made: list[Made]) -> pa.Table:
-    """One row of a table: a pickle, and the bytes of the arrays behind one another.
+    """One row of a table: a pickle, and beside it large arrays (the pixels), a column each and not copied.
 
     Ray Data cuts its blocks between rows, down to single ones, and each block, and each column of it, costs CPU time in the actor and
     again in the rank: with a column for each array of an example a tenth of what it takes to make the example.
     """
-    buffers: list[pickle.PickleBuffer] = []
-    pickled = pickle.dumps(made, protocol=5, buffer_callback=buffers.append)
-    arrays = schema.binary([np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers])
-    row = pa.ListArray.from_arrays(pa.array([0, len(arrays)], pa.int32()), arrays)
-    return pa.table({"pickled": pa.array([pickled], pa.binary()), "arrays": row})
+    large: list[pa.LargeBinaryArray] = []
+
+    def inside(buffer: pickle.PickleBuffer) -> bool:
+        array = np.frombuffer(buffer.raw(), np.uint8)
+        if array.nbytes < _LARGE_BYTES or len(large) == _CALL_PACKS:
+            return True
+        ends = np.array([0, array.nbytes])
+        large.append(pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(array)]))
+        return False
+
+    pickled = pickle.dumps(made, protocol=5, buffer_callback=inside)
+    return pa.table([pa.array([pickled], pa.binary()), *large, *[pa.nulls(1, pa.large_binary())] * (_CALL_PACKS - len(large))], _BLOCK)
 
 
 def _unpack(block: pa.Table) -> Iterator[Made]:
-    """What `_block` was given, its arrays as views; a block may hold several of its rows."""
+    """What `_block` was given, its large arrays as views; a block may hold several of its rows."""
     for batch in block.to_batches():
-        pickled, arrays = batch.columns
-        buffers = schema.views(arrays.values)
-        for i, (start, end) in enumerate(itertools.pairwise(arrays.offsets.to_pylist())):
-            yield from pickle.loads(pickled[i].as_py(), buffers=buffers[start:end])
+        pickled, *columns = batch.columns
+        for pickle_, *large in zip(pickled.to_pylist(), *map(schema.views, columns)):
+            yield from pickle.loads(pickle_, buffers=large)
 
 
 def actor_share(ranks: int, actors: int | None) -> tuple[int, float]:

@@ -118,8 +118,9 @@ def test_bad_records_cost_one_example_until_there_are_too_many(cluster, model, g
 
 
 def test_blocks_give_back_what_they_were_made_of():
-    whole = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    examples = [{"images": whole, "input_ids": np.arange(3)}, {"images": whole[:, ::2], "image_masks": np.zeros((0, 4), np.float32)}, {}]
+    large = np.random.RandomState(0).randint(0, 255, (2, 300, 200), np.uint8)
+    examples = [{"images": large, "input_ids": np.arange(3)}, {"images": large[:, ::2], "image_masks": np.zeros((0, 4), np.float32)}, {}]
+    examples += [{"images": large[i % 2 :]} for i in range(_CALL_PACKS)]
     made = [(example, [("a", i, "r", "d")], str(i)) for i, example in enumerate(examples)]
     table = pa.concat_tables([_block(made), _block(made[:1]), _block(made[1:])])
     for block in (table.slice(1), table.combine_chunks().slice(1)):
