@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from molmo_core.config import ConfigError
 from molmo_core.models.base import BaseModelConfig, ModelBase
 from molmo_core.models.image_inputs import FeatureTarget, add_features, as_batch, pooled_idx_of_tokens, tokens_of_input_idx
+from molmo_core.models.token_inputs import check_shapes, default_positions, last_positions, response_tokens, valid_tokens
 from molmo_core.nn.attention import Mask, as_cache
 from molmo_core.nn.configs import LlmConfig, MolmoVisionBackboneConfig
 from molmo_core.nn.connector import MolmoVisionBackbone
@@ -205,10 +206,11 @@ class Molmo(ModelBase):
         unknown = [k for k, v in features.items() if k not in self.FEATURES and v is not None]
         if unknown:
             raise TypeError(f"{type(self).__name__}.forward got unknown input(s) {', '.join(unknown)}")
+        check_shapes(batch)
         cache = as_cache(past_key_values) if use_cache or past_key_values is not None else None
         past = 0 if cache is None else cache.length
         valid = valid_tokens(batch["input_ids"], batch["attention_mask"], past)
-        encoded = self.encode(batch, valid, _response_mask(batch), cache, output_hidden_states, output_attentions)
+        encoded = self.encode(batch, valid, response_tokens(batch), cache, output_hidden_states, output_attentions)
         select = batch["append_last_valid_logits"]
         if select is None and last_logits_only:
             select = last_positions(valid[:, past:])
@@ -353,31 +355,3 @@ class Molmo(ModelBase):
             "router_load_balancing": torch.stack([r.load_balancing for r in blocks.router]).mean(),
             "router_z": torch.stack([r.z for r in blocks.router]).mean(),
         }
-
-
-def valid_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.Tensor:
-    """bool [B, P + S]: real tokens of cache and call."""
-    batch, length = input_ids.shape
-    if attention_mask is not None and attention_mask.dim() == 2:
-        if attention_mask.shape != (batch, past + length):
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} must cover the cache and this call: [{batch}, {past} + {length}]"
-            )
-        return attention_mask != 0
-    return torch.cat((input_ids.new_ones(batch, past, dtype=torch.bool), input_ids >= 0), dim=1)
-
-
-def default_positions(valid: torch.Tensor, past: int) -> torch.Tensor:
-    """Rotary positions int64 [B, S]: real tokens counted from 0; padding repeats the last one."""
-    return (valid.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-
-
-def last_positions(valid: torch.Tensor) -> torch.Tensor:
-    """int64 [B]: the last real token of each row [B, S]."""
-    return (valid.long() * torch.arange(1, valid.shape[1] + 1, device=valid.device)).argmax(1)
-
-
-def _response_mask(batch: dict[str, Any]) -> torch.Tensor | None:
-    if batch["response_mask"] is None and batch["loss_masks"] is not None:
-        return batch["loss_masks"] > 0
-    return None if batch["response_mask"] is None else batch["response_mask"] != 0

@@ -138,7 +138,14 @@ class MolmoVisionBackbone(nn.Module):
         return self.pool_all(features, idx)[0]
 
     def pool_all(self, features: torch.Tensor, *pooled_idx: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`pool` for several index tensors. The projector runs once: all ranks of a sharded model must call it equally often."""
+        """`pool` for several index tensors. The projector runs once: all ranks of a sharded model must call it equally often.
+
+        Raises:
+            ValueError: an index of a patch that is not there (CPU only: on a GPU the look would wait for the device).
+        """
+        for idx in pooled_idx:
+            if features.device.type == "cpu" and idx.numel() and int(idx.max()) >= features.shape[1]:
+                raise ValueError(f"a token reads patch {int(idx.max())}, but the images have {features.shape[1]} (crops · patches)")
         if self.checkpointing and self.training and torch.is_grad_enabled():
             projected = checkpoint(self._project, features, *pooled_idx, use_reentrant=False)
         else:

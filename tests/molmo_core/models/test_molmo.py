@@ -290,3 +290,25 @@ def test_half_precision(dtype):
     assert half.logits.dtype == dtype
     assert half.loss.dtype == torch.float32
     torch.testing.assert_close(half.loss, exact.loss, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"position_ids": torch.zeros(2, 4, dtype=torch.int64)}, r"position_ids \(2, 4\) must have the shape of input_ids, \(2, 6\)"),
+        ({"position_ids": torch.zeros(3, 6, dtype=torch.int64)}, r"position_ids \(3, 6\) must have the shape of input_ids"),
+        ({"subsegment_ids": torch.zeros(6, dtype=torch.int64)}, r"subsegment_ids \(6,\) must have the shape of input_ids"),
+        ({"labels": torch.zeros(2, 6, dtype=torch.int64), "loss_masks": torch.ones(2, 5)}, r"loss_masks \(2, 5\) must have the shape"),
+        ({"attention_mask": torch.ones(2, 6, 6)}, r"attention_mask \(2, 6, 6\) is \[B, K\] .* or a finished mask \[B, 1, S, K\]"),
+        ({"attention_mask": torch.ones(2, 5)}, r"attention_mask \(2, 5\) must cover the cache and this call"),
+    ],
+)
+def test_shapes_that_do_not_fit_the_tokens_are_named(model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=torch.ones(2, 6, dtype=torch.int64), **inputs)
+
+
+def test_patches_that_are_not_there_are_named(model):
+    batch = {"input_ids": torch.ones(1, 6, dtype=torch.int64), "images": torch.zeros(1, 1, 16, 147, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match=r"a token reads patch 16, but the images have 16"):
+        model(**batch, pooled_patches_idx=torch.tensor([[[0, 16, -1, -1]]]))
