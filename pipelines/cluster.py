@@ -34,8 +34,12 @@ WORKER_ENV = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
 }
-# Ray Train looks at its workers every 2 s by default, which delays every checkpoint and the end of a run by as much.
-LOCAL_ENV = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+LOCAL_ENV = {
+    # Ray Train looks at its workers every 2 s by default, which delays every checkpoint and the end of a run by as much.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Figures of every process for a dashboard that is not there.
+    "RAY_enable_metrics_collection": "0",
+}
 
 OBJECT_STORE_LIMIT = 2 << 30
 CONNECT_TIMEOUT_S = 10
