@@ -184,7 +184,10 @@ def _prepare(cls: type[BaseConfig], data: Any, source: str, prefix: str, base: P
     """Checks names and fixed settings recursively; the result is what pydantic validates."""
     if not isinstance(data, dict):
         return data
-    data = cls.normalise(dict(data))
+    try:
+        data = cls.normalise(dict(data))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {str(error).removeprefix('configuration: ')}") from None
     fields = {f.name for f in dataclasses.fields(cls)}
     result = {}
     for name, value in data.items():

@@ -42,3 +42,15 @@ def test_rates_of_frames_are_positive(golden: Path) -> None:
     preprocessor = config.build_preprocessor(for_inference=True)
     with pytest.raises(ValueError, match=r"candidate_sampling_fps=\[0\.0, 1\.0\]: all must be positive"):
         preprocessor({"video": str(golden / "video-olmo/video.mp4"), "messages": ["What?"]})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_frames=4", r"max_frames=4 and mm_preprocessor\.max_frames=6 contradict each other; set max_frames only"),
+        ("vision_backbone.image_model_type=siglop", r"unknown vision encoder 'siglop'\. Did you mean 'siglip'"),
+    ],
+)
+def test_errors_of_older_spellings_name_the_file(golden: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"mixed-res/config\.yaml: {message}"):
+        BaseModelConfig.load(golden / "video-olmo/mixed-res/config.yaml", [override])
