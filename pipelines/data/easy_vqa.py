@@ -20,10 +20,10 @@ from molmo_core.config import ConfigError
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-# Training records of an image share out its questions (about ten): short sequences cost less, and pointing comes more often.
-TRAIN_QUESTIONS = 5
+# An image has two to twenty-one questions: more than this are shared out over two training records, for sequences of similar lengths.
+TRAIN_QUESTIONS = 12
 # What is learned last counts more in the loss: places and shapes. Three in four questions are answered yes or no.
-WEIGHTS = {"pointing": 3.0, "shape": 3.0}
+WEIGHTS = {"pointing": 5.0, "shape": 2.0}
 Split = Literal["train", "test"]
 
 
