@@ -159,14 +159,15 @@ def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _molmo2_preprocessor(folder: Path, encoder: VitConfig, frame_tokens: bool) -> dict[str, Any]:
     """Settings of the processor files; transformers 5 may keep all of them in processor_config.json."""
     processor = read_json(folder / "processor_config.json", missing_ok=True)
-    images = processor.get("image_processor") or read_json(folder / "preprocessor_config.json", missing_ok=True)
-    videos = processor.get("video_processor") or read_json(folder / "video_preprocessor_config.json", missing_ok=True)
-    for settings, name in (
-        (images, "preprocessor_config.json"),
-        (videos, "video_preprocessor_config.json"),
-        (processor, "processor_config.json"),
-    ):
-        check_pixels(settings, encoder, folder / name)
+    check_pixels(processor, encoder, folder / "processor_config.json")
+    parts = []
+    for part, own_file in (("image_processor", "preprocessor_config.json"), ("video_processor", "video_preprocessor_config.json")):
+        name = "processor_config.json" if processor.get(part) else own_file
+        parts.append(processor.get(part) or read_json(folder / name, missing_ok=True))
+        if not isinstance(parts[-1], dict):
+            raise CheckpointError(f"{folder / name}: {part}={parts[-1]!r} must be a JSON object")
+        check_pixels(parts[-1], encoder, folder / name)
+    images, videos = parts
     col_tokens = processor.get("image_use_col_tokens", True)
     single = processor.get("use_single_crop_col_tokens")
     settings = {

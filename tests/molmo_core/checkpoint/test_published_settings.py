@@ -156,6 +156,26 @@ def test_everything_that_transformers_writes_is_accepted(published, golden, tmp_
     assert config.llm.attention_layer_norm_type == "olmo"
 
 
+def test_processors_in_one_file_as_transformers_saves_them(published, tmp_path):
+    """transformers 5 keeps all settings in processor_config.json."""
+    folder = tmp_path / "joined"
+    shutil.copytree(published / "molmo2", folder)
+    expected = read_published_config(folder)["mm_preprocessor"]
+    joined = json.loads((folder / "processor_config.json").read_text())
+    for part, file in (("image_processor", "preprocessor_config.json"), ("video_processor", "video_preprocessor_config.json")):
+        joined[part] = json.loads((folder / file).read_text())
+        (folder / file).unlink()
+    (folder / "processor_config.json").write_text(json.dumps(joined))
+    assert read_published_config(folder)["mm_preprocessor"] == expected
+    for part, value, message in (
+        ("video_processor", joined["video_processor"] | {"resample": 3}, "resample=3 is not implemented; only 2"),
+        ("image_processor", [1], r"image_processor=\[1\] must be a JSON object"),
+    ):
+        (folder / "processor_config.json").write_text(json.dumps(joined | {part: value}))
+        with pytest.raises(CheckpointError, match=rf"joined/processor_config\.json: {message}"):
+            read_published_config(folder)
+
+
 def test_dropout_survives(golden, tmp_path):
     data = our_config(str(golden / "tokenizer"), "qwen3", False)
     data["llm"] |= {"attention_dropout": 0.1, "residual_dropout": 0.2, "embedding_dropout": 0.3}
