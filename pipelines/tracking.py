@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 CHECKPOINT_FOLDER = "checkpoint"
+EVALUATION = "evaluation/"
+"""Metrics of evaluations begin with this; they are shares of 1."""
+# MLflow's page then opens an experiment with runs and charts; without it, with pages for agents and prompts.
+TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
 # What MLflow's databases hold of a parameter's value, and its log_batch of parameters at once.
 MAX_VALUE, MAX_PARAMS = 6000, 100
 
@@ -122,10 +126,10 @@ def _experiment(opened: mlflow.MlflowClient, name: str) -> str:
         return found.experiment_id
     uri = tracking_uri()
     if not uri.startswith("sqlite:"):  # a server decides itself where artifacts go
-        return opened.create_experiment(name)
+        return opened.create_experiment(name, tags=TRAINING_PAGES)
     folder = re.sub(r"[^\w.-]+", "_", name)
     artifacts = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / folder
-    return opened.create_experiment(name, artifact_location=artifacts.as_uri())
+    return opened.create_experiment(name, artifact_location=artifacts.as_uri(), tags=TRAINING_PAGES)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -162,12 +166,20 @@ def register(checkpoint: str | Path, name: str, alias: str | None = None, run_id
         opened.log_artifacts(run_id, str(checkpoint), CHECKPOINT_FOLDER)
         if not _exists(opened, name):
             opened.create_registered_model(name)
-        version = opened.create_model_version(name, source=f"runs:/{run_id}/{CHECKPOINT_FOLDER}", run_id=run_id).version
+        source, scores = f"runs:/{run_id}/{CHECKPOINT_FOLDER}", _scores(opened, run_id)
+        version = opened.create_model_version(name, source=source, run_id=run_id, description=scores).version
         if alias:
             opened.set_registered_model_alias(name, alias, version)
     except MlflowException as error:
         raise TrackingError(f"cannot register {checkpoint} as {name!r} in {tracking_uri()}: {error.message}") from None
     return str(version)
+
+
+def _scores(opened: mlflow.MlflowClient, run_id: str) -> str | None:
+    """The evaluation of a run in a line, as the description of the version that comes from it."""
+    metrics = opened.get_run(run_id).data.metrics
+    scores = [f"{key.removeprefix(EVALUATION)} {value:.1%}" for key, value in sorted(metrics.items()) if key.startswith(EVALUATION)]
+    return f"Evaluation: {', '.join(scores)}" if scores else None
 
 
 def _exists(opened: mlflow.MlflowClient, name: str) -> bool:

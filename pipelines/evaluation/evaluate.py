@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def record(report: dict[str, Any], config: EvaluateConfig, run: tracking.Run) -> None:
     """Adds an evaluation to an MLflow run: its scores as metrics, report and picture as artifacts."""
     scores = {kind: figures["score"] for kind, figures in report["types"].items()} | {"overall": report["overall"]}
-    run.log_metrics({f"evaluation/{name}": value for name, value in scores.items() if value is not None})
+    run.log_metrics({f"{tracking.EVALUATION}{name}": value for name, value in scores.items() if value is not None})
     for name in (REPORT, PICTURE):
         run.log_file(Path(config.output) / name, "evaluation")
 

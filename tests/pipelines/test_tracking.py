@@ -44,6 +44,7 @@ def test_run_keeps_params_metrics_files_and_pictures(database):
     assert [(m.step, m.value) for m in run.client.get_metric_history(run.id, "loss")] == [(0, 3.0), (1, 2.0), (2, 1.0)]
     assert {a.path for a in run.client.list_artifacts(run.id)} == {"loss.png", "samples"}
     assert (database / "sub" / "mlartifacts" / "vision").is_dir()
+    assert run.client.get_experiment_by_name("vision").tags == tracking.TRAINING_PAGES
 
 
 def test_a_resumed_run_goes_on_and_keeps_its_parameters(database):
@@ -62,7 +63,7 @@ def test_a_resumed_run_goes_on_and_keeps_its_parameters(database):
 
 def test_register_and_resolve(database, checkpoint):
     with tracking.Run("vision", "trained") as run:
-        pass
+        run.log_metrics({"loss": 0.5, "evaluation/shape": 0.5, "evaluation/overall": 0.987})
     first = tracking.register(checkpoint, "shapes", "champion", run.id)
     assert (first, tracking.resolve("models:/shapes@champion").name) == ("1", "checkpoint")
     (checkpoint / "model.safetensors").write_bytes(b"better weights")
@@ -71,7 +72,9 @@ def test_register_and_resolve(database, checkpoint):
     assert tracking.resolve("models:/shapes@candidate").joinpath("model.safetensors").read_bytes() == b"better weights"
     tracking.client().set_registered_model_alias("shapes", "champion", second)
     assert tracking.resolve("models:/shapes@champion") == tracking.resolve("models:/shapes/2")
-    assert tracking.client().get_model_version("shapes", "1").run_id == run.id
+    version = tracking.client().get_model_version("shapes", "1")
+    assert (version.run_id, version.description) == (run.id, "Evaluation: overall 98.7%, shape 50.0%")
+    assert not tracking.client().get_model_version("shapes", second).description
 
 
 def test_resolve_takes_a_folder_as_it_is(checkpoint):
