@@ -1,8 +1,9 @@
-"""The settings of published config.json files: their names, which values exist here, and the check that none is ignored."""
+"""The settings of published config.json files: their names, which values exist here, and the check that none is ignored in silence."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ _MOLMO2_READ: dict[str, tuple[str, ...]] = {
 # Settings of Molmo2 that exist here with these values only.
 _MOLMO2_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {"tie_word_embeddings": (False,)},
-    "text_config": {"hidden_act": ("silu",), "tie_word_embeddings": (False,)},
+    "text_config": {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "use_sliding_window": (False,)},
     "vision_config": {"attention_bias": (True,), "num_channels": (3,)},
     "adapter_config": {
         "hidden_act": ("silu",), "attention_bias": (True,), "mlp_bias": (False,), "attention_dropout": (0.0,), "residual_dropout": (0.0,),
@@ -95,6 +96,8 @@ _LEGACY_IDLE = (
     "alibi_bias_max", "block_group_size", "fix_image_input_idx", "gin_bindings", "init_device", "llm_load_path", "low_cpu_fsdp", "pad_to",
     "pad_tokenizer", "precision", "query_pre_attn_scalar", "vit_load_path", "tie_word_embeddings",
 )  # fmt: skip
+# Weights that are stored in another form than the model computes with.
+_NOWHERE: dict[str, tuple[Any, ...]] = {"quantization_config": (None,)}
 # What transformers keeps in any config.json and no model computes with.
 _BOOKKEEPING = frozenset({
     "architectures", "attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
@@ -161,7 +164,9 @@ def check_pixels(data: dict[str, Any], vit: VitConfig, source: object) -> None:
 def check_settings(
     data: dict[str, Any], known: Iterable[str], fixed: Mapping[str, tuple[Any, ...]], source: object, prefix: str = ""
 ) -> None:
-    """Whether a part of a config.json says nothing that would be ignored. What is unset, off or bookkeeping may stand there.
+    """Whether a part of a config.json asks for nothing that does not exist here. What is unset, off or bookkeeping may stand there.
+
+    A name that nobody here knows may be a note of the tool that wrote the file or part of another model: it gives one warning.
 
     Args:
         data: names and values.
@@ -172,15 +177,18 @@ def check_settings(
     Raises:
         CheckpointError: settings that are not implemented, all of them.
     """
-    known = set(known)
-    wrong = []
-    for key, value in data.items():
-        if key in fixed:
-            if value is not None and value not in fixed[key]:
-                wrong.append(f"{prefix}{key}={value!r} is not implemented; only {fixed[key][0]!r}")
-        elif not (key in known or key in _BOOKKEEPING or key.startswith("_") or value in (None, False, 0, "", [], {})):
-            wrong.append(
-                f"{prefix}{key}={value!r} is not known here, so it would be ignored; if the model does not compute with it, delete it"
-            )
+    known, fixed = set(known) | _BOOKKEEPING, {**_NOWHERE, **fixed}
+    wrong = [key for key, value in data.items() if key in fixed and value is not None and value not in fixed[key]]
     if wrong:
-        raise CheckpointError(f"{source}: " + "\n  ".join(wrong))
+        lines = (f"{prefix}{key}={data[key]!r} is not implemented; only {fixed[key][0]!r}" for key in wrong)
+        raise CheckpointError(f"{source}: " + "\n  ".join(lines))
+    strange = [
+        f"{prefix}{key}={value!r}"
+        for key, value in data.items()
+        if not (key in known or key in fixed or key.startswith("_") or value in (None, False, 0, "", [], {}))
+    ]
+    if strange:
+        warnings.warn(
+            f"{source}: not known here and ignored: {', '.join(strange)}. If the model computes with it, its results will differ.",
+            stacklevel=2,
+        )
