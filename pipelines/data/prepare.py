@@ -260,6 +260,7 @@ def quiet() -> None:
     """Ray Data's own progress reports off: the jobs show theirs."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that they are off
 
 
 def _progress() -> Progress:
