@@ -201,11 +201,6 @@ def test_the_wrong_encoder_is_refused(tmp_path):
         ("qwen2", {"hidden_act": "gelu"}, "activation='silu', the checkpoint has 'gelu'"),
         ("olmoe", {"norm_topk_prob": True}, "renormalised weights of experts=False, the checkpoint has True"),
         ("olmoe", {"clip_qkv": 8.0}, r"llm\.clip_qkv=None, the checkpoint has 8\.0"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
-            r"rope_parameters\.short_factor=\[1\.0\] is not known",
-        ),
     ],
 )
 def test_settings_that_shapes_do_not_show(name, change, message, tmp_path):

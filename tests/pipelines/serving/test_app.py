@@ -89,12 +89,13 @@ def test_text_only_conversation(api):
 
 
 def test_stop_string(api):
-    whole = ask(api).choices[0].message.content
-    stop = whole[5:7]
-    answer = ask(api, stop=stop)
+    whole = ask(api, max_tokens=40).choices[0].message.content
+    middle = len(whole) // 2
+    stop = whole[middle : middle + 2]
+    answer = ask(api, stop=stop, max_tokens=40)
     assert answer.choices[0].message.content == whole[: whole.find(stop)]
     assert answer.choices[0].finish_reason == "stop"
-    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(api, stop=[stop], stream=True))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(api, stop=[stop], max_tokens=40, stream=True))
     assert streamed == answer.choices[0].message.content
 
 
