@@ -32,7 +32,7 @@ RUNS = Path("runs")
 CHECKPOINT_FOLDER = "checkpoint"
 EVALUATION = "evaluation/"
 """Metrics of evaluations begin with this; they are shares of 1."""
-# MLflow's page then opens an experiment with runs and charts; without it, with pages for agents and prompts.
+# How MLflow's pages tell model training from agents and prompts.
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
 # What MLflow's databases hold of a parameter's value, and its log_batch of parameters at once.
 MAX_VALUE, MAX_PARAMS = 6000, 100
