@@ -239,8 +239,13 @@ def on_ray(way: Callable[[], Any], cores: int) -> Any:
     """Runs a way on a Ray cluster of its own, with a CPU for each actor and one for the consumer."""
     from pipelines.cluster import connect
 
-    with connect(num_cpus=cores + 1):  # and the object store that a training run gets
-        return way()
+    before = dict(os.environ)
+    try:
+        with connect(num_cpus=cores + 1):  # and the object store that a training run gets
+            return way()
+    finally:  # what `connect` sets for Ray's processes (memory allocation among it) is not for the next way
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def consume(make: Callable[[], Iterator[Any]], batches: int, rest: int = 0) -> Measured:

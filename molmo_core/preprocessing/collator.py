@@ -1,8 +1,9 @@
-"""From preprocessed examples (numpy) to one batch (torch). The only part of preprocessing that imports torch, and only when called."""
+"""From preprocessed examples (numpy) to one batch (torch). `tensors` is the only part of preprocessing that imports
+torch, and only when called."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,8 +53,10 @@ class MMCollator:
         Raises:
             ValueError: no examples, a sequence longer than allowed, an unknown key, or examples that do not fit together.
         """
-        import torch
+        return tensors(self.arrays(examples))
 
+    def arrays(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The same batch as numpy arrays, made without torch."""
         if not examples:
             raise ValueError("a batch needs at least one example")
         keys = {k for e in examples for k in e if k != "metadata"}
@@ -66,12 +69,16 @@ class MMCollator:
             arrays = [e.get(key) for e in examples]
             if key in SEQUENCE_PADDING:
                 arrays = [_absent_sequence(key, e) if a is None else a for a, e in zip(arrays, examples)]
-                batch[key] = torch.from_numpy(_pad(key, arrays, SEQUENCE_PADDING[key], length))
+                batch[key] = _pad(key, arrays, SEQUENCE_PADDING[key], length)
             else:
-                batch[key] = torch.from_numpy(_pad(key, arrays, MEDIA_PADDING[key]))
+                batch[key] = _pad(key, arrays, MEDIA_PADDING[key])
         if self.include_metadata:
             batch["metadata"] = [e.get("metadata", {}) for e in examples]
         return batch
+
+    def join(self, batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Numpy batches one after the other, as if their examples had been collated together; a single one is not copied."""
+        return batches[0] if len(batches) == 1 else self.arrays([row for batch in batches for row in _rows(batch)])
 
     def _length(self, lengths: list[int]) -> int:
         longest, limit = max(lengths), self.max_sequence_length
@@ -81,6 +88,20 @@ class MMCollator:
                 "build the preprocessor with max_seq_len, or raise the sequence length"
             )
         return limit if self.pad_mode == "to_max" and limit is not None else longest
+
+
+def tensors(batch: dict[str, Any]) -> dict[str, Any]:
+    """A numpy batch as tensors that share its memory."""
+    import torch
+
+    return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
+
+
+def _rows(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The examples of a numpy batch: sequences without their padding; that of media does not matter when they are collated again."""
+    for i, ids in enumerate(batch["input_ids"]):
+        length = np.count_nonzero(ids != SEQUENCE_PADDING["input_ids"])
+        yield {key: values[i][:length] if key in SEQUENCE_PADDING else values[i] for key, values in batch.items()}
 
 
 def _absent_sequence(key: str, example: dict[str, Any]) -> np.ndarray:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from molmo_core.config import ConfigError
+from molmo_core.preprocessing.collator import MMCollator, tensors
 from molmo_core.preprocessing.packing import Packer
 from pipelines.data import mixture
 from pipelines.data.builder import ExampleBuilder
@@ -25,8 +27,12 @@ if TYPE_CHECKING:
     from molmo_core.models.base import BaseModelConfig
 
 
+# Streamed batches lie in the object store, which nobody may write to, and torch cannot say so of a tensor.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+
+
 class TrainLoader:
-    """Iterating gives this rank's collated batches for ever (torch tensors on the CPU, keys as the collator's).
+    """Iterating gives this rank's collated batches for ever (torch tensors on the CPU, not to be written to; keys as the collator's).
 
     The global batch has one pack from each of `global_batch_size` logical streams; rank r owns a contiguous part of them, so the ranks'
     batches one after the other are the same global batch for any `world_size`. Prepared datasets are read in this process; if any
@@ -61,7 +67,9 @@ class TrainLoader:
         weights = [config.message_weight for config in configs.values()]
         self.builder = PackBuilder(list(datasets.values()), weights, limits)
         self.owned = np.array_split(np.arange(global_batch_size), world_size)[rank].tolist()
-        self.collate = cast(Any, model).build_collator(sequence_length, "to_max" if data.pad_to_max else None, include_metadata=False)
+        self.collate: MMCollator = cast(Any, model).build_collator(
+            sequence_length, "to_max" if data.pad_to_max else None, include_metadata=False
+        )
         self._states = {s: stream.state() for s, stream in self._streams().items()}
 
     @property
@@ -77,13 +85,12 @@ class TrainLoader:
         if self.streamed:
             from pipelines.data.stream import stream_batches
 
-            batches = stream_batches(streams, self.builder, self.world_size, self.data.actors, self.data.max_reject_rate)
+            batches = stream_batches(streams, self.builder, self.collate, self.world_size, self.data.actors, self.data.max_reject_rate)
         else:
-            batches = (([self.builder(pack)[0] for pack in packs], states) for packs, states in steps(streams))
-        collated = ((self.collate(examples), states) for examples, states in batches)
-        for batch, states in prefetched(collated, self.data.prefetch):
+            batches = ((self.collate.arrays([self.builder(pack)[0] for pack in packs]), states) for packs, states in steps(streams))
+        for batch, states in prefetched(batches, self.data.prefetch):
             self._states = states
-            yield batch
+            yield tensors(batch)
 
     def examples(self) -> list[dict[str, Any]]:
         """This rank's rows of the first global batch, not collated, made in this process (for looking at them)."""

@@ -1,8 +1,9 @@
-"""Streamed training data: a Ray Data pipeline a rank, plan → decode and preprocess actors → rows in the plan's order.
+"""Streamed training data: a Ray Data pipeline a rank, plan → decode, preprocess and collate actors → batches in the plan's order.
 
-The plan is the source: a read task that goes through the rank's streams and emits small blocks of packs, as fast as the actors
-take them. Actors are stateless, Ray Data keeps the order, and the states travel with the rows, so nothing has to be remembered
-anywhere else. Media are decoded inside the actor that preprocesses them: raw pixels never cross the object store.
+The plan is the source: a read task that goes through the rank's streams and emits the packs of some steps, as fast as the actors
+take them. Actors are stateless, Ray Data keeps the order, and the states travel with the batches, so nothing has to be remembered
+anywhere else. Media are decoded inside the actor that preprocesses them: raw pixels never cross the object store. Batches are
+collated there, too: what the object store holds is what the rank trains on, which does not copy it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ray.data._internal.execution.operators.task_pool_map_operator import TaskPo
 from ray.data.block import BlockMetadata
 
 from molmo_core.config import ConfigError
+from molmo_core.preprocessing.collator import MMCollator
 from pipelines.cluster import reading
 from pipelines.data import schema
 from pipelines.data.isolation import IsolatedBuilder
@@ -35,20 +37,22 @@ from pipelines.data.packs import PackBuilder, Reject, States, Streamed, steps
 from pipelines.data.plan import Draw, Stream
 from pipelines.data.prepare import RATE_FROM_ROWS, quiet
 
-_CALL_PACKS = 16
-_BLOCK_BYTES = 24 << 20
+# Ray Data's cost is one of calls and blocks: large ones, but small beside its share of the object store.
+_CALL_PACKS = 32
+_BLOCK_BYTES = 48 << 20
 _ROWS_AHEAD = 8  # read from the plan while actors are busy
-_LARGE_BYTES = 64 << 10
-_BLOCK = pa.schema({"pickled": pa.binary(), **{f"large{i}": pa.large_binary() for i in range(_CALL_PACKS)}})
+_LARGE_BYTES = 1 << 20
+_LARGE_ARRAYS = 8
+_BLOCK = pa.schema({"pickled": pa.binary(), **{f"large{i}": pa.large_binary() for i in range(_LARGE_ARRAYS)}})
 _PLAN = pa.schema({"packs": pa.list_(pa.string()), "states": pa.list_(pa.string())})
 
-Made = tuple[dict[str, Any], list[Reject], str | None]
-"""(example, what had to be left out of it, the states after it if it ends a step)"""
+Made = tuple[dict[str, Any], list[list[Reject]], str | None]
+"""(some rows of a step's batch as numpy arrays, what had to be left out of each, the states after the step if they end it)"""
 
 
 class PlanSource(Datasource):
-    """The packs of a rank's streams, in order, for ever; a row is what an actor makes in one call. The last pack of a step comes with
-    the states after it."""
+    """The packs of a rank's streams, in order, for ever; a row is what an actor makes in one call: whole steps, or a part of a large
+    one. The last pack of a step comes with the states after it."""
 
     def __init__(self, streams: dict[int, Stream]):
         self.streams = streams
@@ -64,7 +68,8 @@ class PlanSource(Datasource):
             for packs, states in steps(streams):
                 waiting += [(json.dumps(pack), None) for pack in packs[:-1]] + [(json.dumps(packs[-1]), json.dumps(states))]
                 while len(waiting) >= _CALL_PACKS:
-                    row, waiting = waiting[:_CALL_PACKS], waiting[_CALL_PACKS:]
+                    size = _CALL_PACKS if len(waiting) >= 2 * _CALL_PACKS else len(waiting)
+                    row, waiting = waiting[:size], waiting[size:]
                     yield pa.table({"packs": [[pack for pack, _ in row]], "states": [[state for _, state in row]]}, schema=_PLAN)
 
         return [ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))]
@@ -86,11 +91,12 @@ class PlanAhead(BackpressurePolicy):
         return 0 if waiting >= _ROWS_AHEAD else None
 
 
-class PackActor:
-    """The Ray Data actor that makes the rows of packs."""
+class BatchActor:
+    """The Ray Data actor that makes the rows of packs, and of them the batches of steps."""
 
-    def __init__(self, builder: Any):
+    def __init__(self, builder: Any, collate: MMCollator):
         self.builder: PackBuilder = ray.get(builder[0])
+        self.collate = collate
         for dataset in self.builder.datasets:
             if isinstance(dataset, Streamed):
                 dataset.builder = IsolatedBuilder(dataset.builder)
@@ -98,36 +104,42 @@ class PackActor:
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
             made: list[Made] = []
+            examples: list[dict[str, Any]] = []
+            rejects: list[list[Reject]] = []
             size = 0
-            for pack, state in zip(row["packs"], row["states"]):
+            for number, (pack, states) in enumerate(zip(row["packs"], row["states"]), 1):
                 example, rejected = self.builder([Draw(*draw) for draw in json.loads(pack)])
-                made.append((example, rejected, state))
+                examples.append(example)
+                rejects.append(rejected)
                 size += sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray))
-                if size >= _BLOCK_BYTES:
+                ends = states is not None  # better here than in the middle of a step, whose parts the rank has to join
+                full = size >= (_BLOCK_BYTES // 2 if ends else _BLOCK_BYTES) or number == len(row["packs"])
+                if ends or full:
+                    made.append((self.collate.arrays(examples), rejects, states))
+                    examples, rejects = [], []
+                if full:
                     yield _block(made)
                     made, size = [], 0
-            if made:
-                yield _block(made)
 
 
 def _block(made: list[Made]) -> pa.Table:
     """One row of a table: a pickle, and beside it large arrays (the pixels), a column each and not copied.
 
     Ray Data cuts its blocks between rows, down to single ones, and each block, and each column of it, costs CPU time in the actor and
-    again in the rank: with a column for each array of an example a tenth of what it takes to make the example.
+    again in the rank: with a column for each array of an example a tenth of what it takes to make the examples.
     """
     large: list[pa.LargeBinaryArray] = []
 
     def inside(buffer: pickle.PickleBuffer) -> bool:
         array = np.frombuffer(buffer.raw(), np.uint8)
-        if array.nbytes < _LARGE_BYTES or len(large) == _CALL_PACKS:
+        if array.nbytes < _LARGE_BYTES or len(large) == _LARGE_ARRAYS:
             return True
         ends = np.array([0, array.nbytes])
         large.append(pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(array)]))
         return False
 
     pickled = pickle.dumps(made, protocol=5, buffer_callback=inside)
-    return pa.table([pa.array([pickled], pa.binary()), *large, *[pa.nulls(1, pa.large_binary())] * (_CALL_PACKS - len(large))], _BLOCK)
+    return pa.table([pa.array([pickled], pa.binary()), *large, *[pa.nulls(1, pa.large_binary())] * (_LARGE_ARRAYS - len(large))], _BLOCK)
 
 
 def _unpack(block: pa.Table) -> Iterator[Made]:
@@ -146,9 +158,11 @@ def actor_share(ranks: int, actors: int | None) -> tuple[int, float]:
 
 
 def stream_batches(
-    streams: dict[int, Stream], builder: PackBuilder, ranks: int, actors: int | None, max_reject_rate: float
-) -> Iterator[tuple[list[dict[str, Any]], States]]:
-    """The examples of each of this rank's batches, and the states after it; for ever.
+    streams: dict[int, Stream], builder: PackBuilder, collate: MMCollator, ranks: int, actors: int | None, max_reject_rate: float
+) -> Iterator[tuple[dict[str, Any], States]]:
+    """This rank's batches, and the states after each; for ever.
+
+    The arrays of a batch are read-only and may lie in the object store, which keeps them until they are deleted.
 
     Raises:
         ConfigError: more than `max_reject_rate` of a source's examples are unusable.
@@ -161,25 +175,25 @@ def stream_batches(
     count, cpus = actor_share(ranks, actors)
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(PlanSource(streams), override_num_blocks=1, num_cpus=0).map_batches(
-            PackActor,
+            BatchActor,
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=count),
             num_cpus=cpus,
-            fn_constructor_args=([ray.put(builder)],),
+            fn_constructor_args=([ray.put(builder)], collate),
         )
         # The loader looks ahead itself. Blocks that Ray Data kept back for it would count against its share of the object store, and
         # with large ones (videos, a small store) no task could start that makes the block it waits for.
         results = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     rejects = RejectRate(max_reject_rate)
-    rows: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []
     with reading(results) as tables:
-        for example, rejected, states in itertools.chain.from_iterable(map(_unpack, tables)):
-            rejects.add([rejected])
-            rows.append(example)
+        for part, rejected, states in itertools.chain.from_iterable(map(_unpack, tables)):
+            rejects.add(rejected)
+            parts.append(part)
             if states is not None:
-                yield rows, {int(stream): state for stream, state in json.loads(states).items()}
-                rows = []
+                yield collate.join(parts), {int(stream): state for stream, state in json.loads(states).items()}
+                parts = []
 
 
 class RejectRate:

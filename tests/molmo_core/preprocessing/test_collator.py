@@ -83,6 +83,20 @@ def test_the_batch_does_not_share_memory_with_the_examples():
     assert (one["images"] == 9).all()
 
 
+@pytest.mark.parametrize("pad_mode", [None, "to_max"])
+def test_joined_batches_are_what_all_examples_give(pad_mode):
+    trees = [example(3, crops=2, tree=True), example(5)]
+    plain = [example(2), example(4)]
+    images = [example(7, crops=3, masks=True, pooled_patches_idx=np.ones((5, 9), np.int64)), example(1, crops=1)]
+    collate = MMCollator(8, pad_mode)
+    whole = collate.arrays([*plain, *trees, *images])
+    joined = collate.join([collate.arrays(part) for part in (plain, trees, images)])
+    assert whole.keys() == joined.keys()
+    for key, values in whole.items():
+        np.testing.assert_array_equal(joined[key], values, err_msg=key)
+    assert collate.join([whole]) is whole
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
 from jobs.inventory import main as take_inventory
 from molmo_core.config import ConfigError
@@ -17,7 +18,17 @@ from pipelines.data.config import DataConfig
 from pipelines.data.loader import TrainLoader
 from pipelines.data.packs import PackBuilder
 from pipelines.data.plan import Stream
-from pipelines.data.stream import _CALL_PACKS, RejectRate, _block, _unpack, actor_share, stream_batches
+from pipelines.data.stream import (
+    _CALL_PACKS,
+    _LARGE_ARRAYS,
+    BatchActor,
+    PlanSource,
+    RejectRate,
+    _block,
+    _unpack,
+    actor_share,
+    stream_batches,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +95,7 @@ def test_the_plan_is_not_read_ahead_without_end(cluster, model, good_records, tm
     made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "actors": 1}), model)
     streams = {s: Counted(made.plan, s) for s in made.owned}
     slow = Slow(made.builder.datasets, made.builder.weights)
-    batches = stream_batches(streams, slow, ranks=1, actors=1, max_reject_rate=0)
+    batches = stream_batches(streams, slow, made.collate, ranks=1, actors=1, max_reject_rate=0)
     for _ in range(40):
         next(batches)
     batches.close()
@@ -117,17 +128,35 @@ def test_bad_records_cost_one_example_until_there_are_too_many(cluster, model, g
         list(itertools.islice(batches, 100))
 
 
+@pytest.mark.parametrize(("call_packs", "block_bytes"), [(3, 48 << 20), (5, 1), (32, 3 << 20), (32, 48 << 20)])
+def test_batches_are_the_same_however_their_steps_are_cut(cluster, model, good_records, monkeypatch, call_packs, block_bytes):
+    monkeypatch.setattr("pipelines.data.stream._CALL_PACKS", call_packs)
+    monkeypatch.setattr("pipelines.data.stream._BLOCK_BYTES", block_bytes)
+    made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}}), model)
+    (task,) = PlanSource(made._streams()).get_read_tasks(1)
+    actor = BatchActor([ray.put(made.builder)], made.collate)
+    parts, found = [], []
+    for part, _, states in itertools.chain.from_iterable(map(_unpack, itertools.chain.from_iterable(map(actor, task.read_fn())))):
+        parts.append(part)
+        if states is not None:
+            found.append(made.collate.join(parts))
+            parts = []
+            if len(found) == 16:
+                break
+    assert [same(a, b) for a, b in zip(found, local(made, 16), strict=True)] == [True] * 16
+
+
 def test_blocks_give_back_what_they_were_made_of():
-    large = np.random.RandomState(0).randint(0, 255, (2, 300, 200), np.uint8)
-    examples = [{"images": large, "input_ids": np.arange(3)}, {"images": large[:, ::2], "image_masks": np.zeros((0, 4), np.float32)}, {}]
-    examples += [{"images": large[i % 2 :]} for i in range(_CALL_PACKS)]
-    made = [(example, [("a", i, "r", "d")], str(i)) for i, example in enumerate(examples)]
+    large = np.random.RandomState(0).randint(0, 255, (2, 3000, 200), np.uint8)
+    batches = [{"images": large, "input_ids": np.arange(3)}, {"images": large[:, ::2], "image_masks": np.zeros((0, 4), np.float32)}, {}]
+    batches += [{"images": large[i % 2 :]} for i in range(_LARGE_ARRAYS)]
+    made = [(batch, [[("a", i, "r", "d")], []], str(i)) for i, batch in enumerate(batches)]
     table = pa.concat_tables([_block(made), _block(made[:1]), _block(made[1:])])
     for block in (table.slice(1), table.combine_chunks().slice(1)):
-        for (example, *rest), (expected, *others) in zip(_unpack(block), made, strict=True):
+        for (batch, *rest), (expected, *others) in zip(_unpack(block), made, strict=True):
             assert rest == others
-            assert same(example, expected)
-            assert [a.dtype for a in example.values()] == [a.dtype for a in expected.values()]
+            assert same(batch, expected)
+            assert [a.dtype for a in batch.values()] == [a.dtype for a in expected.values()]
 
 
 def test_reject_rate_is_judged_by_source():
