@@ -39,7 +39,7 @@ from pipelines.data.prepare import RATE_FROM_ROWS, quiet
 
 # Ray Data's cost is one of calls and blocks: large ones, but small beside its share of the object store.
 _CALL_PACKS = 32
-_BLOCK_BYTES = 48 << 20
+_BLOCK_BYTES = 64 << 20
 _ROWS_AHEAD = 8  # read from the plan while actors are busy
 _LARGE_BYTES = 1 << 20
 _LARGE_ARRAYS = 8
