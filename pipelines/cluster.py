@@ -41,7 +41,7 @@ LOCAL_ENV = {
     "RAY_enable_metrics_collection": "0",
 }
 
-OBJECT_STORE_LIMIT = 2 << 30
+OBJECT_STORE_LIMIT = max(2, os.cpu_count() or 1) << 30  # an actor that decodes holds some hundred MB of batches
 CONNECT_TIMEOUT_S = 10
 
 
@@ -59,7 +59,7 @@ def connect(
         num_cpus: CPUs that a cluster started here offers (None = the machine's cores). More than there are is allowed: light
             actors then share a core. Ignored when joining, like the next two.
         num_gpus: GPUs it offers (None = those that Ray finds).
-        object_store_memory: bytes of its object store (None = a quarter of the free shared memory, at most 2 GiB).
+        object_store_memory: bytes of its object store (None = a quarter of the free shared memory, at most 1 GiB a core, or 2 GiB).
         env: environment variables for all workers, in either case.
         log_to_driver: print the workers' output here.
 
@@ -124,7 +124,7 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_memory: int 
 
 
 def default_object_store_memory() -> int:
-    """Bytes: a quarter of the free shared memory (or of the disk behind /tmp, where Ray goes without it), at most 2 GiB."""
+    """Bytes: a quarter of the free shared memory (or of the disk behind /tmp, where Ray goes without it), at most OBJECT_STORE_LIMIT."""
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared if shared.is_dir() else "/tmp").free
     return max(128 << 20, min(free // 4, OBJECT_STORE_LIMIT))

@@ -9,10 +9,9 @@ collated there, too: what the object store holds is what the rank trains on, whi
 from __future__ import annotations
 
 import collections
-import itertools
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,8 @@ _BLOCK_BYTES = 64 << 20
 _ROWS_AHEAD = 8  # read from the plan while actors are busy
 _LARGE_BYTES = 1 << 20
 _LARGE_ARRAYS = 8
+# Then a new pipeline, with new actors, goes on: Ray Data remembers about 6 kB of each block for as long as it runs.
+_PIPELINE_BLOCKS = 50_000
 _BLOCK = pa.schema({"pickled": pa.binary(), **{f"large{i}": pa.large_binary() for i in range(_LARGE_ARRAYS)}})
 _PLAN = pa.schema({"packs": pa.list_(pa.string()), "states": pa.list_(pa.string())})
 
@@ -168,32 +169,42 @@ def stream_batches(
         ConfigError: more than `max_reject_rate` of a source's examples are unusable.
     """
     quiet()
+    rejects = RejectRate(max_reject_rate)
+    reference = ray.put(builder)
+    while True:
+        parts: list[dict[str, Any]] = []
+        with reading(_blocks(streams, reference, collate, *actor_share(ranks, actors))) as blocks:
+            for number, (part, rejected, states) in ((n, made) for n, block in enumerate(blocks, 1) for made in _unpack(block)):
+                rejects.add(rejected)
+                parts.append(part)
+                if states is not None:
+                    after = {int(stream): state for stream, state in json.loads(states).items()}
+                    yield collate.join(parts), after
+                    parts = []
+                    if number >= _PIPELINE_BLOCKS:
+                        break
+        for stream, state in after.items():
+            streams[stream].restore(state)
+
+
+def _blocks(streams: dict[int, Stream], builder: ray.ObjectRef, collate: MMCollator, actors: int, cpus: float) -> Iterable[pa.Table]:
+    """The blocks of a pipeline that starts where the streams are."""
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # what an actor gives is not collected into larger blocks: it reaches the rank at once
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, PlanAhead])
-    count, cpus = actor_share(ranks, actors)
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(PlanSource(streams), override_num_blocks=1, num_cpus=0).map_batches(
             BatchActor,
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=count),
+            compute=ActorPoolStrategy(size=actors),
             num_cpus=cpus,
-            fn_constructor_args=([ray.put(builder)], collate),
+            fn_constructor_args=([builder], collate),
         )
         # The loader looks ahead itself. Blocks that Ray Data kept back for it would count against its share of the object store, and
         # with large ones (videos, a small store) no task could start that makes the block it waits for.
-        results = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    rejects = RejectRate(max_reject_rate)
-    parts: list[dict[str, Any]] = []
-    with reading(results) as tables:
-        for part, rejected, states in itertools.chain.from_iterable(map(_unpack, tables)):
-            rejects.add(rejected)
-            parts.append(part)
-            if states is not None:
-                yield collate.join(parts), {int(stream): state for stream, state in json.loads(states).items()}
-                parts = []
+        return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 class RejectRate:

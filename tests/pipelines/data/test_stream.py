@@ -25,6 +25,7 @@ from pipelines.data.stream import (
     PlanSource,
     RejectRate,
     _block,
+    _blocks,
     _unpack,
     actor_share,
     stream_batches,
@@ -76,6 +77,18 @@ def test_rows_come_in_the_plans_order_and_resume(cluster, model, good_records, p
     found += list(itertools.islice(batches, 7))
     batches.close()
     assert [same(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 12
+
+
+def test_a_new_pipeline_goes_on_where_the_last_one_stopped(cluster, model, good_records, monkeypatch):
+    monkeypatch.setattr("pipelines.data.stream._PIPELINE_BLOCKS", 1)  # of eight steps of four packs
+    started = []
+    monkeypatch.setattr("pipelines.data.stream._blocks", lambda *given: started.append(1) or _blocks(*given))
+    made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "actors": 1}), model)
+    batches = iter(made)
+    found = list(itertools.islice(batches, 20))
+    batches.close()
+    assert len(started) >= 3
+    assert [same(a, b) for a, b in zip(found, local(made, 20), strict=True)] == [True] * 20
 
 
 def test_the_plan_is_not_read_ahead_without_end(cluster, model, good_records, tmp_path):
