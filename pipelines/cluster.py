@@ -37,8 +37,9 @@ WORKER_ENV = {
 LOCAL_ENV = {
     # Ray Train looks at its workers every 2 s by default, which delays every checkpoint and the end of a run by as much.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Figures of every process for a dashboard that is not there.
+    # Figures of every process and a record of every task, for a dashboard that is not there.
     "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
 }
 
 OBJECT_STORE_LIMIT = max(2, os.cpu_count() or 1) << 30  # an actor that decodes holds some hundred MB of batches
