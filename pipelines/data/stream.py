@@ -42,7 +42,7 @@ _BLOCK_BYTES = 64 << 20
 _ROWS_AHEAD = 8  # read from the plan while actors are busy
 _LARGE_BYTES = 1 << 20
 _LARGE_ARRAYS = 8
-# Then a new pipeline, with new actors, goes on: Ray Data remembers about 6 kB of each block for as long as it runs.
+# Then a new pipeline, with new actors, goes on: Ray Data remembers some kB of each block for as long as it runs.
 _PIPELINE_BLOCKS = 50_000
 _BLOCK = pa.schema({"pickled": pa.binary(), **{f"large{i}": pa.large_binary() for i in range(_LARGE_ARRAYS)}})
 _PLAN = pa.schema({"packs": pa.list_(pa.string()), "states": pa.list_(pa.string())})
