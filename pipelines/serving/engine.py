@@ -73,7 +73,7 @@ class Engine:
             batch = prepare_inputs(self._model, self._collate([row.example for row in rows]))
             decoder = Decoder(self._model, max(row.max_new_tokens for row in rows))
             logits = decoder.prefill(batch)
-        except Exception as error:
+        except Exception as error:  # of whatever a prompt holds or the device raises: goes to its row, the others go on
             if len(rows) == 1:
                 rows[0].emit(None, None, error)
             else:  # one by one, so that only the row at fault fails; a batch that was too large for the memory just takes longer

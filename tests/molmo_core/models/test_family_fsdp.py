@@ -76,3 +76,15 @@ def test_two_ranks_give_the_gradients_of_one(golden: Path, tmp_path: Path) -> No
         step(model, batch, batch["loss_masks"].sum().item())
         for key, parameter in model.named_parameters():
             torch.testing.assert_close(sharded[key], parameter.grad, atol=1e-5, rtol=1e-4, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_leaves_the_batch_as_it_is(golden: Path, name: str) -> None:
+    """Streamed batches are read-only views of memory that others share, and torch does not stop a write to them."""
+    model = build(name, golden)
+    batch = batch_of(model, "image", "text")
+    before = {key: value.clone() for key, value in batch.items()}
+    step(model, batch, batch["loss_masks"].sum().item())
+    assert batch.keys() == before.keys()
+    for key, value in before.items():
+        assert torch.equal(batch[key], value), key
