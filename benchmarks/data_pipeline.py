@@ -1,21 +1,24 @@
-"""From records to batches: a bare loop on every core, torch's DataLoader, and the Ray Data pipeline, on the same files in one run.
+"""The streamed pipeline beside what it competes with, on the same files and cores in one run; and whether its memory stays flat.
 
-    .venv/bin/python benchmarks/data_pipeline.py                                            # JPEGs and video clips
-    .venv/bin/python benchmarks/data_pipeline.py --images 64 --videos 24 --rounds 1         # does it run?
-    .venv/bin/python benchmarks/data_pipeline.py --soak 20                                  # does memory stay flat for 20 minutes?
+    .venv/bin/python benchmarks/data_pipeline.py                                     # JPEGs and video clips
+    .venv/bin/python benchmarks/data_pipeline.py --warm 2 --seconds 2 --rounds 1     # does it run?
+    .venv/bin/python benchmarks/data_pipeline.py --soak 20                           # does memory stay flat for 20 minutes?
 
 The images are photographs (scikit-image) cropped to 1024 x 768, the videos 10 s of 640 x 360 h264; the model is Molmo2's
 preprocessor (378-pixel crops, up to 8; videos: 16 frames). All three decode, preprocess and collate the same records into batches of
-8 with the same functions; the bare loop throws the batches away where it made them, the pipelines bring them into this process. The ways
-take turns, `--rounds` times; the last line is the ratio of their medians. The columns:
+8 with the same functions, over and over; the bare loop throws the batches away where it made them, the pipelines bring them into this
+process. The ways take turns, `--rounds` times; the last line is the ratio of their medians. The columns:
 
-- records/s: in the steady state, on all cores. Start-up (processes, imports, the first batches) does not count: for the two
-  pipelines the clock starts after WARM batches and stops with the last one, while they are still at work; the bare loop is the
-  sum over its processes of records / seconds, after one record each.
+- records/s: in the steady state, on all cores, over `--seconds`. Start-up (processes, imports, the first batch) does not count, nor do
+  the `--warm` seconds after it, in which processes and the object store touch their memory for the first time. The bare loop is the
+  sum of its processes' rates.
 - ms CPU: of all processes together (the pipeline's own included), for a record in that time. Unlike the rate it hardly depends
   on what else the machine does.
-- start s: from the call to the start of the clock.
+- start s: from the call to the first batch.
 - memory: the sum of all processes' proportional set sizes at the end, Ray's own included.
+
+Each way runs in the environment that it has when somebody uses it: pipelines/cluster.py gives Ray's processes two settings of glibc's
+malloc. To give them to all three, put them in front: MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=268435456
 """
 
 from __future__ import annotations
@@ -54,9 +57,15 @@ from pipelines.data.sources import Records, open_records  # noqa: E402
 from pipelines.data.tokenizer import train_tokenizer  # noqa: E402
 
 BATCH, LENGTH = 8, 4096
-WARM = 6
-FILES = 200
+IMAGES, VIDEOS = 200, 8
 MODEL = "configs/models/molmo2-4b.yaml"
+
+
+class Span(NamedTuple):
+    """When a way is measured: seconds from its first batch on that do not count, seconds that do."""
+
+    warm: float
+    seconds: float
 
 
 class Measured(NamedTuple):
@@ -75,41 +84,46 @@ class Measured(NamedTuple):
 def main() -> None:
     """Makes the files, runs the three ways in turn, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=320, help="records a round")
-    parser.add_argument("--videos", type=int, default=64, help="records a round; 0: none")
-    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--only", choices=["jpeg", "video"], help="one of the two kinds of records (both unless given)")
+    parser.add_argument("--seconds", type=float, default=20, help="measured, of each way in each round")
+    parser.add_argument("--warm", type=float, default=10, help="seconds between the first batch and what is measured")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--soak", type=float, default=0, help="minutes of streaming images, instead of the comparison")
     arguments = parser.parse_args()
     packages = ("ray", "torch", "pillow", "decord", "numpy")
-    print(f"{platform.processor() or platform.machine()}, {arguments.cores} cores; ", end="")
+    print(f"{cpu_name()}, {arguments.cores} cores; ", end="")
     print(", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages), flush=True)
+    span = Span(arguments.warm, arguments.seconds)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_model(folder)
         if arguments.soak:
-            soak(write_images(folder, 200), model, arguments.cores, arguments.soak)
+            soak(write_images(folder), model, arguments.cores, arguments.soak)
             return
-        for kind, write, count in (("JPEG 1024x768", write_images, arguments.images), ("video, 16 frames", write_videos, arguments.videos)):
-            if count:
-                compare(kind, write(folder, count), model, arguments.cores, -(-count // BATCH), arguments.rounds)
+        if arguments.only != "video":
+            compare("JPEG 1024x768", write_images(folder), model, arguments.cores, span, arguments.rounds)
+        if arguments.only != "jpeg":
+            compare("video, 16 frames", write_videos(folder), model, arguments.cores, span, arguments.rounds)
 
 
-def compare(kind: str, path: Path, model: Any, cores: int, batches: int, rounds: int) -> None:
+def compare(kind: str, path: Path, model: Any, cores: int, span: Span, rounds: int) -> None:
     """One table: the three ways on the same records."""
     ways: dict[str, Callable[[], Measured]] = {
-        "bare loop": lambda: bare_loop(path, model, cores),
-        "DataLoader": lambda: consume(lambda: data_loader(path, model, cores, batches), batches, 2 * cores),
-        "Ray Data": lambda: on_ray(lambda: consume(lambda: ray_data(path, model, cores), batches), cores),
+        "bare loop": lambda: bare_loop(path, model, cores, span),
+        "DataLoader": lambda: consume(lambda: data_loader(path, model, cores), span),
+        "Ray Data": lambda: on_ray(lambda: consume(lambda: ray_data(path, model, cores), span), cores),
     }
     found: dict[str, list[Measured]] = {name: [] for name in ways}
-    print(f"\n{kind}: {batches * BATCH} records a round\n{'':12}{'records/s':>10}{'ms CPU':>8}{'start s':>9}{'memory':>12}")
+    print(f"\n{kind}: {span.seconds:g} s after {span.warm:g} s\n{'':12}{'records/s':>10}{'ms CPU':>8}{'start s':>9}{'memory':>12}")
     for _ in range(rounds):
         for name, way in ways.items():
             one = way()
             found[name].append(one)
             print(f"{name:12}{one.rate:10.2f}{one.cpu * 1e3:8.1f}{one.start:9.1f}{one.memory / 2**20:8.0f} MiB", flush=True)
-    bare, loader, ours = (np.median([(one.rate, one.cpu) for one in runs], axis=0) for runs in found.values())
+    medians = {name: np.median([(one.rate, one.cpu) for one in runs], axis=0) for name, runs in found.items()}
+    print("medians: " + ", ".join(f"{name} {rate:.2f} records/s {cpu * 1e3:.1f} ms" for name, (rate, cpu) in medians.items()))
+    bare, loader, ours = medians.values()
     print(
         f"Ray Data / bare loop = {ours[0] / bare[0]:.3f} (must be >= 0.85), Ray Data / DataLoader = {ours[0] / loader[0]:.3f} "
         f"(must be >= 1.0); CPU time: {bare[1] / ours[1]:.3f} and {loader[1] / ours[1]:.3f}",
@@ -124,26 +138,26 @@ def make_model(folder: Path) -> Any:
     return BaseModelConfig.load(MODEL, overrides)
 
 
-def write_images(folder: Path, count: int) -> Path:
-    """Photographs of different contents and the same size (at most FILES, then used again), and their records."""
+def write_images(folder: Path) -> Path:
+    """Photographs of different contents and the same size, and their records."""
     import skimage.data
 
     photos = [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "chelsea", "coffee", "rocket")]
-    for i in range(min(count, FILES)):
+    for i in range(IMAGES):
         photo = photos[i % len(photos)]
         left, top = (i * 7) % 40, (i * 3) % 30
         photo.crop((left, top, photo.width - 40 + left, photo.height - 30 + top)).resize((1024, 768)).save(folder / f"{i}.jpg", quality=90)
-    rows = [{"image": f"{i % FILES}.jpg", "messages": ["What is in the picture?", f"It is number {i}."]} for i in range(count)]
+    rows = [{"image": f"{i}.jpg", "messages": ["What is in the picture?", f"It is number {i}."]} for i in range(IMAGES)]
     return _write(folder / "images.jsonl", rows)
 
 
-def write_videos(folder: Path, count: int) -> Path:
-    """Clips that pan over a photograph, 10 s at 25 frames a second, and their records (8 files, each used several times)."""
+def write_videos(folder: Path) -> Path:
+    """Clips that pan over a photograph, 10 s at 25 frames a second, and their records (several of each file)."""
     import av
     import skimage.data
 
     photo = np.asarray(Image.fromarray(skimage.data.astronaut()).resize((1280, 720)))
-    for k in range(8):
+    for k in range(VIDEOS):
         with av.open(str(folder / f"{k}.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=25, width=640, height=360, pix_fmt="yuv420p", options={"g": "50"})
             for t in range(250):
@@ -151,7 +165,7 @@ def write_videos(folder: Path, count: int) -> Path:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(photo[y : y + 360, x : x + 640]), format="rgb24")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
-    rows = [{"video": f"{i % 8}.mp4", "messages": ["What is in the picture?", f"It is number {i}."]} for i in range(count)]
+    rows = [{"video": f"{i % VIDEOS}.mp4", "messages": ["What is in the picture?", f"It is number {i}."]} for i in range(IMAGES)]
     return _write(folder / "videos.jsonl", rows)
 
 
@@ -170,18 +184,18 @@ def make_collator(model: Any) -> Any:
     return model.build_collator(LENGTH, None, include_metadata=False)
 
 
-def bare_loop(path: Path, model: Any, cores: int) -> Measured:
+def bare_loop(path: Path, model: Any, cores: int, span: Span) -> Measured:
     """A process a core that makes batches and throws them away."""
     began = time.time()
     records, builder = make_builder(path, model)
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(cores)
     with concurrent.futures.ProcessPoolExecutor(cores, context, initializer=_keep, initargs=(barrier,)) as pool:
-        spans = list(pool.map(_loop, [(records, builder, make_collator(model), part, cores) for part in range(cores)]))
+        loops = list(pool.map(_loop, [(records, builder, make_collator(model), part, cores, span) for part in range(cores)]))
         used = memory()
-    counts = [len(range(part, len(records), cores)) for part in range(cores)]
-    rate = sum(count / (stop - start) for count, (start, stop, _) in zip(counts, spans))
-    return Measured(rate, sum(cpu for *_, cpu in spans) / len(records), min(start for start, *_ in spans) - began, used)
+    count = sum(loop.count for loop in loops)
+    rate = sum(loop.count / loop.seconds for loop in loops)
+    return Measured(rate, sum(loop.cpu for loop in loops) / count, min(loop.first for loop in loops) - began, used)
 
 
 def _keep(barrier: Any) -> None:
@@ -189,15 +203,39 @@ def _keep(barrier: Any) -> None:
     _barrier = barrier
 
 
-def _loop(work: tuple[Records, ExampleBuilder, Any, int, int]) -> tuple[float, float, float]:
-    records, builder, collate, part, parts = work
-    collate([builder(records[part], example_rng(0, 0, 0, 0))])  # imports and caches
+class _Loop(NamedTuple):
+    count: int
+    seconds: float
+    cpu: float
+    first: float
+
+
+def _loop(work: tuple[Records, ExampleBuilder, Any, int, int, Span]) -> _Loop:
+    records, builder, collate, part, parts, span = work
+    mine = itertools.cycle(range(part, len(records), parts))
+
+    def batch() -> None:
+        collate([builder(records[i], example_rng(0, 0, 0, i)) for i in itertools.islice(mine, BATCH)])
+
+    batch()  # imports and caches
+    first = time.time()
     _barrier.wait()
-    start, cpu = time.time(), time.process_time()
-    mine = range(part, len(records), parts)
-    for first in range(0, len(mine), BATCH):
-        collate([builder(records[i], example_rng(0, 0, 0, i)) for i in mine[first : first + BATCH]])
-    return start, time.time(), time.process_time() - cpu
+    run_for(span.warm, batch)
+    cpu = time.process_time()
+    batches, seconds = run_for(span.seconds, batch)
+    cpu = time.process_time() - cpu
+    run_for(1, batch)  # the others are still at work
+    return _Loop(batches * BATCH, seconds, cpu, first)
+
+
+def run_for(seconds: float, batch: Callable[[], Any]) -> tuple[int, float]:
+    """Calls for so long; (calls, seconds that they took)."""
+    began = time.perf_counter()
+    for done in itertools.count(1):
+        batch()
+        if (took := time.perf_counter() - began) >= seconds:
+            return done, took
+    raise AssertionError
 
 
 class _Map:
@@ -213,18 +251,27 @@ class _Map:
         return self.builder(self.records[i], example_rng(0, 0, 0, i))
 
 
-def data_loader(path: Path, model: Any, cores: int, batches: int) -> Iterator[Any]:
-    """Batches from torch's DataLoader, collated in its workers, shuffled, epoch after epoch; more than `consume` measures, so that its
-    workers are busy to the end."""
+class _Shuffled:
+    """Places of a dataset, epoch after epoch, each in another order."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __iter__(self) -> Iterator[int]:
+        for epoch in itertools.count():
+            yield from np.random.RandomState(epoch).permutation(self.size).tolist()
+
+
+def data_loader(path: Path, model: Any, cores: int) -> Iterator[Any]:
+    """Batches from torch's DataLoader, collated in its workers, shuffled, epoch after epoch."""
     import torch
     from torch.utils.data import DataLoader
 
     torch.set_num_threads(1)
     dataset: Any = _Map(*make_builder(path, model))
-    count = (WARM + batches + 2 * cores) * BATCH
-    order = np.concatenate([np.random.RandomState(epoch).permutation(len(dataset)) for epoch in range(-(-count // len(dataset)))])
+    sampler: Any = _Shuffled(len(dataset))
     yield from DataLoader(
-        dataset, BATCH, sampler=order[:count].tolist(), num_workers=cores, collate_fn=make_collator(model), prefetch_factor=2,
+        dataset, BATCH, sampler=sampler, num_workers=cores, collate_fn=make_collator(model), prefetch_factor=2,
         multiprocessing_context="spawn",
     )  # fmt: skip
 
@@ -248,26 +295,31 @@ def on_ray(way: Callable[[], Any], cores: int) -> Any:
         os.environ.update(before)
 
 
-def consume(make: Callable[[], Iterator[Any]], batches: int, rest: int = 0) -> Measured:
-    """Takes batches as fast as they come and throws them away, in the end `rest` more that are not measured."""
+def consume(make: Callable[[], Iterator[Any]], span: Span) -> Measured:
+    """Takes batches as fast as they come and throws them away."""
     began = time.perf_counter()
     iterator = make()
-    for _ in range(WARM):
-        next(iterator)
-    start, cpu = time.perf_counter(), cpu_seconds()
-    for _ in range(batches):
-        next(iterator)
-    stop = time.perf_counter()
+    next(iterator)
+    start = time.perf_counter() - began
+    run_for(span.warm, lambda: next(iterator))
+    cpu = cpu_seconds()
+    batches, seconds = run_for(span.seconds, lambda: next(iterator))
     cpu, used = cpu_seconds() - cpu, memory()
-    for _ in itertools.islice(iterator, rest):
-        pass
     iterator.close()  # type: ignore[attr-defined]
-    return Measured(batches * BATCH / (stop - start), cpu / (batches * BATCH), start - began, used)
+    return Measured(batches * BATCH / seconds, cpu / (batches * BATCH), start, used)
 
 
 def processes() -> list[psutil.Process]:
     """This process and its descendants; Ray's own are among them."""
     return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def cpu_name() -> str:
+    """The processor, as Linux or Python calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def cpu_seconds() -> float:

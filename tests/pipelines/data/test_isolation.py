@@ -2,62 +2,98 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import sys
+import signal
 import time
 
 import numpy as np
+import psutil
 import pytest
-import ray
 
-from pipelines.cluster import connect
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.sources import Record, Rejected
 
-pytestmark = pytest.mark.slow
-
 
 class Preprocessor:
-    """Does to its process what the question says, and gives the process's number."""
+    """Does to its process what the question says, and gives the process's number and some pixels."""
 
     def __call__(self, example, rng):
-        match example["question"]:
-            case "crash":
-                os._exit(11)
-            case "hang":
+        match example["question"].split():
+            case ["crash"]:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case ["hang"]:
                 time.sleep(600)
-            case "fail":
+            case ["fail"]:
                 raise ValueError("no such thing")
+            case ["pixels", size]:
+                images = np.arange(int(size), dtype=np.uint8).reshape(2, -1)
+                return {"input_ids": np.array([os.getpid()]), "loss_masks": np.ones(1, np.float32), "images": images}
         return {"input_ids": np.array([os.getpid()]), "loss_masks": np.ones(1, np.float32)}
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-    with connect(num_cpus=2, object_store_memory=256 << 20):
-        yield
-
-
-def test_decoder_crashes_hangs_and_leaks(cluster, golden):
+@pytest.fixture
+def isolated(golden):
     builder = IsolatedBuilder(ExampleBuilder(Preprocessor(), 10**6), timeout_s=60, videos_per_process=3)
-    video = str(golden / "video-olmo" / "video.mp4")
+    yield builder
+    builder.close()
 
-    def make(question, **fields):
-        return int(builder(Record("x.jsonl", 0, {"question": question, "answer": "a", **fields}), None)["input_ids"][0])
 
-    assert make("text") == os.getpid(), "only videos are isolated"
-    first = make("ok", video=video)
+@pytest.fixture
+def video(golden):
+    return str(golden / "video-olmo" / "video.mp4")
+
+
+def example(builder, question, **fields):
+    return builder(Record("x.jsonl", 0, {"question": question, "answer": "a", **fields}), None)
+
+
+def process(builder, question, **fields):
+    return int(example(builder, question, **fields)["input_ids"][0])
+
+
+def test_decoder_crashes_hangs_and_leaks(isolated, video):
+    assert process(isolated, "text") == os.getpid(), "only videos are isolated"
+    first = process(isolated, "ok", video=video)
     assert first != os.getpid()
-    with pytest.raises(Rejected, match=r"video: crashes the decoder: .*video.mp4: the process died 2 times"):
-        make("crash", video=video)
-    processes = [make("ok", video=video) for _ in range(7)]
+    with pytest.raises(Rejected, match=r"video: crashes the decoder: .*video.mp4: the process died 2 times \(SIGSEGV\)"):
+        example(isolated, "crash", video=video)
+    processes = [process(isolated, "ok", video=video) for _ in range(7)]
     assert len(set(processes)) == 3, "a process decodes three videos"
     assert first not in processes
     with pytest.raises(Rejected, match="cannot be preprocessed: ValueError: no such thing"):
-        make("fail", video=video)
-    builder.timeout_s = 1
+        example(isolated, "fail", video=video)
+    isolated.timeout_s = 1
     with pytest.raises(Rejected, match="takes too long"):
-        make("hang", video=video)
-    builder.timeout_s = 60
-    assert make("ok", video=video) not in processes
+        example(isolated, "hang", video=video)
+    isolated.timeout_s = 60
+    assert process(isolated, "ok", video=video) not in processes
+    isolated.close()
+    assert not multiprocessing.active_children()
+
+
+def test_pixels_come_back_whole_and_belong_to_the_caller(isolated, video):
+    sizes = [2 << 20, 2 << 10, 8 << 20, 0, 4 << 20]  # memory grows, is used again, and is not needed
+    isolated.videos_per_process = len(sizes)
+    made = [example(isolated, f"pixels {size}", video=video)["images"] for size in sizes]
+    for images, size in zip(made, sizes, strict=True):
+        np.testing.assert_array_equal(images, np.arange(size, dtype=np.uint8).reshape(2, -1))
+        assert images.flags.writeable
+
+
+def _hang(ready, video):
+    builder = IsolatedBuilder(ExampleBuilder(Preprocessor(), 10**6))
+    ready.put(process(builder, "ok", video=video))
+    example(builder, "hang", video=video)
+
+
+def test_the_process_ends_when_its_parent_is_killed(video):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Queue()
+    parent = context.Process(target=_hang, args=(ready, video))
+    parent.start()
+    helper = psutil.Process(ready.get(timeout=60))
+    parent.kill()
+    parent.join()
+    helper.wait(timeout=30)
