@@ -32,6 +32,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 import argparse  # noqa: E402
+import collections  # noqa: E402
 import concurrent.futures  # noqa: E402
 import contextlib  # noqa: E402
 import importlib.metadata  # noqa: E402
@@ -39,6 +40,7 @@ import itertools  # noqa: E402
 import json  # noqa: E402
 import multiprocessing  # noqa: E402
 import platform  # noqa: E402
+import re  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -334,16 +336,23 @@ def cpu_seconds() -> float:
 
 def memory() -> int:
     """Bytes: proportional set sizes of this process and its descendants."""
-    total = 0
+    return sum(memory_by_name().values())
+
+
+def memory_by_name() -> dict[str, int]:
+    """The same, summed over the processes of one kind."""
+    total: dict[str, int] = collections.Counter()
     for process in processes():
         with contextlib.suppress(psutil.Error):  # it has just ended
-            total += process.memory_full_info().pss
+            command = process.cmdline()
+            name = "this process" if process.pid == os.getpid() else command[0] if command[0].startswith("ray::") else " ".join(command)
+            total[re.sub(r"[.]submit$|.*/(?=[^/ ]+ |[^/ ]+$)| .*", "", name)] += process.memory_full_info().pss
     return total
 
 
-def stream(path: Path, model: Any, cores: int, minutes: float) -> tuple[list[tuple[float, float]], int]:
-    """Streams; (minutes, MiB) every ten seconds, and the number of batches."""
-    samples: list[tuple[float, float]] = []
+def stream(path: Path, model: Any, cores: int, minutes: float) -> tuple[list[tuple[float, dict[str, int]]], int]:
+    """Streams; minutes and memory every ten seconds, and the number of batches."""
+    samples: list[tuple[float, dict[str, int]]] = []
     began = shown = time.perf_counter()
     batches = ray_data(path, model, cores)
     for done in itertools.count(1):
@@ -351,9 +360,10 @@ def stream(path: Path, model: Any, cores: int, minutes: float) -> tuple[list[tup
         now = time.perf_counter()
         if now - shown >= 10:
             shown = now
-            samples.append(((now - began) / 60, memory() / 2**20))
+            samples.append(((now - began) / 60, memory_by_name()))
             if len(samples) % 3 == 0:
-                print(f"{samples[-1][0]:6.1f} min {done * BATCH:8,} records {samples[-1][1]:8.0f} MiB", flush=True)
+                used = sum(samples[-1][1].values()) / 2**20
+                print(f"{samples[-1][0]:6.1f} min {done * BATCH:8,} records {used:8.0f} MiB", flush=True)
         if now - began > minutes * 60:
             break
     batches.close()  # type: ignore[attr-defined]
@@ -361,13 +371,21 @@ def stream(path: Path, model: Any, cores: int, minutes: float) -> tuple[list[tup
 
 
 def soak(path: Path, model: Any, cores: int, minutes: float) -> None:
-    """Streams for some minutes; prints the memory every half minute and its slope over the last three quarters."""
+    """Streams for some minutes; prints the memory every half minute, its slope over the last three quarters, and whose it is."""
     samples, done = on_ray(lambda: stream(path, model, cores, minutes), cores)
-    late = np.array(samples[len(samples) // 4 :])
-    slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
-    print(
-        f"{done * BATCH:,} records in {minutes:g} min; memory {late[:, 1].min():.0f}-{late[:, 1].max():.0f} MiB, slope {slope:+.2f} MiB/min"
-    )
+    late = samples[len(samples) // 4 :]
+    times = [at for at, _ in late]
+
+    def slope(values: list[int]) -> float:
+        return float(np.polyfit(times, values, 1)[0]) / 2**20
+
+    totals = [sum(names.values()) for _, names in late]
+    low, high = min(totals) / 2**20, max(totals) / 2**20
+    print(f"{done * BATCH:,} records in {minutes:g} min; memory {low:.0f}-{high:.0f} MiB, slope {slope(totals):+.2f} MiB/min")
+    for name in sorted({name for _, names in late for name in names}):
+        values = [names.get(name, 0) for _, names in late]
+        if abs(slope(values)) >= 0.05:
+            print(f"  {name:32} {values[0] / 2**20:7.0f} to {values[-1] / 2**20:6.0f} MiB, slope {slope(values):+.2f} MiB/min")
 
 
 if __name__ == "__main__":

@@ -18,19 +18,12 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Datasource, ReadTask
-from ray.data._internal.execution.backpressure_policy import (
-    ENABLED_BACKPRESSURE_POLICIES,
-    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-    BackpressurePolicy,
-)
-from ray.data._internal.execution.interfaces import PhysicalOperator
-from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
 from ray.data.block import BlockMetadata
 
 from molmo_core.config import ConfigError
 from molmo_core.preprocessing.collator import MMCollator
 from pipelines.cluster import reading
-from pipelines.data import schema
+from pipelines.data import endless, schema
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.packs import PackBuilder, Reject, States, Streamed, steps
 from pipelines.data.plan import Draw, Stream
@@ -39,7 +32,6 @@ from pipelines.data.prepare import RATE_FROM_ROWS, quiet
 # Ray Data's cost is one of calls and blocks: large ones, but small beside its share of the object store.
 _CALL_PACKS = 32
 _BLOCK_BYTES = 64 << 20
-_ROWS_AHEAD = 8  # read from the plan while actors are busy
 _LARGE_BYTES = 1 << 20
 _LARGE_ARRAYS = 8
 # Then a new pipeline, with new actors, goes on: Ray Data remembers some kB of each block for as long as it runs.
@@ -74,22 +66,6 @@ class PlanSource(Datasource):
                     yield pa.table({"packs": [[pack for pack, _ in row]], "states": [[state for _, state in row]]}, schema=_PLAN)
 
         return [ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))]
-
-
-class PlanAhead(BackpressurePolicy):
-    """Holds the plan back when enough rows wait for an actor.
-
-    Ray Data itself holds a source back by the bytes of its blocks. A plan has next to none, and would be read for as long as actors
-    are slower than it, at the cost of most of a core and of memory.
-    """
-
-    def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
-        """0 = none for now, None = no limit (of this policy)."""
-        if not isinstance(op, TaskPoolMapOperator):
-            return None
-        (actors,) = op.output_dependencies
-        waiting = self._topology[actors].total_enqueued_input_blocks()
-        return 0 if waiting >= _ROWS_AHEAD else None
 
 
 class BatchActor:
@@ -192,9 +168,10 @@ def _blocks(streams: dict[int, Stream], builder: ray.ObjectRef, collate: MMColla
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.target_max_block_size = 1  # what an actor gives is not collected into larger blocks: it reaches the rank at once
-    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, PlanAhead])
+    rows_ahead = max(8, 2 * actors)
+    endless.configure(context, rows_ahead)
     with ray.data.DataContext.current(context):
-        dataset = ray.data.read_datasource(PlanSource(streams), override_num_blocks=1, num_cpus=0).map_batches(
+        dataset = endless.read(PlanSource(streams), rows_ahead).map_batches(
             BatchActor,
             batch_size=1,
             batch_format="pyarrow",
