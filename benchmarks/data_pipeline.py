@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["jpeg", "video"], help="one of the two kinds of records (both unless given)")
     parser.add_argument("--seconds", type=float, default=20, help="measured, of each way in each round")
-    parser.add_argument("--warm", type=float, default=10, help="seconds between the first batch and what is measured")
+    parser.add_argument("--warm", type=float, default=20, help="seconds between the first batch and what is measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--soak", type=float, default=0, help="minutes of streaming images, instead of the comparison")
