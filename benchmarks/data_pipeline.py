@@ -257,11 +257,14 @@ class _Shuffled:
     """Places of a dataset, epoch after epoch, each in another order."""
 
     def __init__(self, size: int):
-        self.size = size
+        self.size, self.ended = size, False
 
     def __iter__(self) -> Iterator[int]:
         for epoch in itertools.count():
-            yield from np.random.RandomState(epoch).permutation(self.size).tolist()
+            for place in np.random.RandomState(epoch).permutation(self.size).tolist():
+                if self.ended:
+                    return
+                yield place
 
 
 def data_loader(path: Path, model: Any, cores: int) -> Iterator[Any]:
@@ -272,10 +275,16 @@ def data_loader(path: Path, model: Any, cores: int) -> Iterator[Any]:
     torch.set_num_threads(1)
     dataset: Any = _Map(*make_builder(path, model))
     sampler: Any = _Shuffled(len(dataset))
-    yield from DataLoader(
+    batches = iter(DataLoader(
         dataset, BATCH, sampler=sampler, num_workers=cores, collate_fn=make_collator(model), prefetch_factor=2,
         multiprocessing_context="spawn",
-    )  # fmt: skip
+    ))  # fmt: skip
+    try:
+        yield from batches
+    finally:  # workers that are stopped in the middle of a batch abort
+        sampler.ended = True
+        for _ in batches:
+            pass
 
 
 def ray_data(path: Path, model: Any, cores: int) -> Iterator[Any]:

@@ -3,12 +3,13 @@ torch, and only when called."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 PadMode = Literal["to_max"] | None
+Empty = Callable[..., np.ndarray]
 
 # Padding value of every array of a preprocessed example; the first axis is padded, then the others to the widest of the batch.
 SEQUENCE_PADDING: dict[str, float] = {"input_ids": -1, "labels": -1, "loss_masks": 0.0, "position_ids": -1, "subsegment_ids": -1}
@@ -55,8 +56,8 @@ class MMCollator:
         """
         return tensors(self.arrays(examples))
 
-    def arrays(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The same batch as numpy arrays, made without torch."""
+    def arrays(self, examples: Sequence[dict[str, Any]], empty: Empty = np.empty) -> dict[str, Any]:
+        """The same batch as numpy arrays, made without torch, in memory that `empty` (as numpy's) gives."""
         if not examples:
             raise ValueError("a batch needs at least one example")
         keys = {k for e in examples for k in e if k != "metadata"}
@@ -69,9 +70,9 @@ class MMCollator:
             arrays = [e.get(key) for e in examples]
             if key in SEQUENCE_PADDING:
                 arrays = [_absent_sequence(key, e) if a is None else a for a, e in zip(arrays, examples)]
-                batch[key] = _pad(key, arrays, SEQUENCE_PADDING[key], length)
+                batch[key] = _pad(key, arrays, SEQUENCE_PADDING[key], length, empty)
             else:
-                batch[key] = _pad(key, arrays, MEDIA_PADDING[key])
+                batch[key] = _pad(key, arrays, MEDIA_PADDING[key], None, empty)
         if self.include_metadata:
             batch["metadata"] = [e.get("metadata", {}) for e in examples]
         return batch
@@ -114,7 +115,7 @@ def _absent_sequence(key: str, example: dict[str, Any]) -> np.ndarray:
     raise ValueError(f"some examples of the batch have {key} and others do not: training and inference examples cannot be mixed")
 
 
-def _pad(key: str, arrays: Sequence[np.ndarray | None], value: float, length: int | None = None) -> np.ndarray:
+def _pad(key: str, arrays: Sequence[np.ndarray | None], value: float, length: int | None, empty: Empty) -> np.ndarray:
     """Stacks arrays, each axis padded to its maximum (the first to `length` if given); absent ones are all padding."""
     present = [a for a in arrays if a is not None]
     dtypes, ranks = {a.dtype for a in present}, {a.ndim for a in present}
@@ -125,7 +126,7 @@ def _pad(key: str, arrays: Sequence[np.ndarray | None], value: float, length: in
         shape[0] = length
     if key == "images" and len({a.shape[1:] for a in present}) > 1:
         raise ValueError(f"images of the batch differ in patches: {sorted({a.shape[1:] for a in present})}")
-    batch = np.empty((len(arrays), *shape), present[0].dtype)
+    batch = empty((len(arrays), *shape), present[0].dtype)
     for row, array in zip(batch, arrays):
         if array is None or array.shape != row.shape:
             row.fill(value)

@@ -8,7 +8,6 @@ Ray actor as the helper would send them through the object store, which takes a 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import mmap
 import multiprocessing
 import multiprocessing.connection
@@ -28,6 +27,7 @@ from pipelines.data.sources import Record, Rejected
 TIMEOUT_S = 600.0
 VIDEOS_PER_PROCESS = 500
 START_TIMEOUT_S = 120.0
+_ALIGNED, _GROWTH = 64, 16 << 20  # bytes
 _ATTEMPTS = 2  # a process may also be killed because the machine is out of memory
 
 
@@ -38,22 +38,36 @@ class IsolatedBuilder:
         builder: does the work, there and here.
         timeout_s: longest time for one video.
         videos_per_process: then the helper process is replaced.
+        lend: the arrays of videos are read-only views of the memory in which the helper leaves them, valid until `release`; else copies.
     """
 
-    def __init__(self, builder: ExampleBuilder, timeout_s: float = TIMEOUT_S, videos_per_process: int = VIDEOS_PER_PROCESS):
-        self.builder, self.timeout_s, self.videos_per_process = builder, timeout_s, videos_per_process
+    def __init__(
+        self,
+        builder: ExampleBuilder,
+        timeout_s: float = TIMEOUT_S,
+        videos_per_process: int = VIDEOS_PER_PROCESS,
+        lend: bool = False,
+    ):
+        self.builder, self.timeout_s, self.videos_per_process, self.lend = builder, timeout_s, videos_per_process, lend
         self._helper: _Helper | None = None
         self._count = 0
 
     def __call__(self, record: Record, rng: np.random.RandomState) -> dict[str, Any]:
         """The preprocessed example; raises `Rejected`, also for a video that crashes its decoder or takes too long."""
-        example = self.builder.example(record)
+        return self.finish(self.example(record), rng)
+
+    def example(self, record: Record) -> dict[str, Any]:
+        """As the builder's."""
+        return self.builder.example(record)
+
+    def finish(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+        """As the builder's, but for videos."""
         if "video" not in example:
             return self.builder.finish(example, rng)
         for _ in range(_ATTEMPTS):
             helper = self._process()
             try:
-                result = helper.finish(example, rng, self.timeout_s)
+                result = helper.finish(example, rng, self.timeout_s, self.lend)
             except TimeoutError:
                 self.close()
                 raise Rejected("video: takes too long to decode", f"{_name(example)}: more than {self.timeout_s:g} s") from None
@@ -65,6 +79,11 @@ class IsolatedBuilder:
                 raise result
             return result
         raise Rejected("video: crashes the decoder", f"{_name(example)}: the process died {_ATTEMPTS} times ({ended})")
+
+    def release(self) -> None:
+        """The arrays that were lent are not needed any more: the next take their place."""
+        if self._helper is not None:
+            self._helper.lent = 0
 
     def close(self) -> None:
         """Ends the helper process; the next video starts another."""
@@ -89,6 +108,8 @@ class _Helper:
         self._connection, theirs = context.Pipe()
         self._file = _anonymous_file()
         self._memory: mmap.mmap | None = None
+        self.lent = 0
+        """Bytes at the beginning of the memory that are in use."""
         self._process = context.Process(target=_serve, args=(theirs, DupFd(self._file), builder), name="video decoder", daemon=True)
         self._process.start()
         theirs.close()
@@ -99,23 +120,24 @@ class _Helper:
         if not ready:  # no video's fault
             raise RuntimeError(f"the process that decodes videos does not start ({self.end()}); its messages are in this process's log")
 
-    def finish(self, example: dict[str, Any], rng: np.random.RandomState, timeout_s: float) -> dict[str, Any] | Rejected:
-        """What the builder makes of an example.
+    def finish(self, example: dict[str, Any], rng: np.random.RandomState, timeout_s: float, lend: bool) -> dict[str, Any] | Rejected:
+        """What the builder makes of an example; its arrays are copies, or lent.
 
         Raises:
             TimeoutError: it takes longer.
             EOFError, OSError: the process has died.
         """
-        self._connection.send((example, rng))
+        self._connection.send((example, rng, self.lent))
         if not self._connection.poll(timeout_s):
             raise TimeoutError
-        pickled, sizes = self._connection.recv()
-        if self._memory is None or len(self._memory) < sum(sizes):
-            self._memory = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ) if any(sizes) else None
-        ends = np.cumsum([0, *sizes])
-        # Copies: the next example takes the same place.
-        arrays = [bytearray(memoryview(self._memory)[start:end]) for start, end in itertools.pairwise(ends)] if self._memory else []
-        return pickle.loads(pickled, buffers=arrays)
+        pickled, places = self._connection.recv()
+        end = max((stop for _, stop in places), default=0)
+        if end > (len(self._memory) if self._memory else 0):
+            self._memory = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)  # what was lent keeps the old one
+        views = [memoryview(self._memory)[start:stop] if self._memory else b"" for start, stop in places]
+        if lend:
+            self.lent = max(self.lent, end)
+        return pickle.loads(pickled, buffers=views if lend else map(bytearray, views))
 
     def end(self) -> str:
         """Ends the process if it has not ended; says how it did."""
@@ -136,7 +158,7 @@ def _serve(connection: multiprocessing.connection.Connection, file: Any, builder
     connection.send(True)
     with contextlib.suppress(EOFError, OSError):  # the parent has ended
         while True:
-            example, rng = connection.recv()
+            example, rng, start = connection.recv()
             result: dict[str, Any] | Rejected
             try:
                 result = builder.finish(example, rng)
@@ -145,16 +167,18 @@ def _serve(connection: multiprocessing.connection.Connection, file: Any, builder
             buffers: list[pickle.PickleBuffer] = []
             pickled = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
             views = [buffer.raw() for buffer in buffers]
-            needed = sum(view.nbytes for view in views)
-            if needed and (memory is None or len(memory) < needed):
-                os.ftruncate(descriptor, needed)
-                memory = mmap.mmap(descriptor, needed)
-            position = 0
+            places = []
             for view in views:
-                assert memory is not None
-                memory[position : position + view.nbytes] = view
-                position += view.nbytes
-            connection.send((pickled, [view.nbytes for view in views]))
+                places.append((start, start + view.nbytes))
+                start = -(-(start + view.nbytes) // _ALIGNED) * _ALIGNED
+            if views and (memory is None or len(memory) < start):
+                size = -(-start // _GROWTH) * _GROWTH
+                os.ftruncate(descriptor, size)
+                memory = mmap.mmap(descriptor, size)
+            for view, (begin, stop) in zip(views, places):
+                if memory is not None:
+                    memory[begin:stop] = view
+            connection.send((pickled, places))
 
 
 def _end_with_parent() -> None:

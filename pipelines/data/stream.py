@@ -9,6 +9,7 @@ collated there, too: what the object store holds is what the rank trains on, whi
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import json
 import pickle
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,8 @@ from molmo_core.config import ConfigError
 from molmo_core.preprocessing.collator import MMCollator
 from pipelines.cluster import reading
 from pipelines.data import endless, schema
+from pipelines.data.arena import Arena
+from pipelines.data.fetching import THREADS
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.packs import PackBuilder, Reject, States, Streamed, steps
 from pipelines.data.plan import Draw, Stream
@@ -73,30 +76,38 @@ class BatchActor:
 
     def __init__(self, builder: Any, collate: MMCollator):
         self.builder: PackBuilder = ray.get(builder[0])
-        self.collate = collate
+        self.collate, self.arena = collate, Arena()
+        self.pool = concurrent.futures.ThreadPoolExecutor(THREADS)
         for dataset in self.builder.datasets:
             if isinstance(dataset, Streamed):
-                dataset.builder = IsolatedBuilder(dataset.builder)
+                dataset.builder = IsolatedBuilder(dataset.builder, lend=True)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
+            packs = [[Draw(*draw) for draw in json.loads(pack)] for pack in row["packs"]]
             made: list[Made] = []
             examples: list[dict[str, Any]] = []
             rejects: list[list[Reject]] = []
             size = 0
-            for number, (pack, states) in enumerate(zip(row["packs"], row["states"]), 1):
-                example, rejected = self.builder([Draw(*draw) for draw in json.loads(pack)])
+            for number, ((example, rejected), states) in enumerate(zip(self.builder.rows(packs, self.pool), row["states"]), 1):
                 examples.append(example)
                 rejects.append(rejected)
                 size += sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray))
                 ends = states is not None  # better here than in the middle of a step, whose parts the rank has to join
                 full = size >= (_BLOCK_BYTES // 2 if ends else _BLOCK_BYTES) or number == len(row["packs"])
                 if ends or full:
-                    made.append((self.collate.arrays(examples), rejects, states))
+                    made.append((self.collate.arrays(examples, self.arena.empty), rejects, states))
                     examples, rejects = [], []
+                    self._release()  # the batch is a copy
                 if full:
                     yield _block(made)
                     made, size = [], 0
+                    self.arena.next_block()
+
+    def _release(self) -> None:
+        for dataset in self.builder.datasets:
+            if isinstance(dataset, Streamed):
+                dataset.builder.release()
 
 
 def _block(made: list[Made]) -> pa.Table:

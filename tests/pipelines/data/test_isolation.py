@@ -82,6 +82,21 @@ def test_pixels_come_back_whole_and_belong_to_the_caller(isolated, video):
         assert images.flags.writeable
 
 
+def test_lent_pixels_stay_until_they_are_released(isolated, video):
+    isolated.lend, isolated.videos_per_process = True, 4  # the last of them are lent by another process
+    sizes = [1 << 20, 3 << 20, 0, 6 << 20, 2 << 10, 5 << 20]
+    made = [example(isolated, f"pixels {size}", video=video)["images"] for size in sizes]
+    for images, size in zip(made, sizes, strict=True):
+        np.testing.assert_array_equal(images, np.arange(size, dtype=np.uint8).reshape(2, -1))
+        assert not images.flags.writeable or not size
+    lent = isolated._helper.lent
+    assert lent > 5 << 20
+    isolated.release()
+    again = example(isolated, "pixels 4096", video=video)["images"]
+    np.testing.assert_array_equal(again, np.arange(4096, dtype=np.uint8).reshape(2, -1))
+    assert isolated._helper.lent < 8192, "the place is used again"
+
+
 def _hang(ready, video):
     builder = IsolatedBuilder(ExampleBuilder(Preprocessor(), 10**6))
     ready.put(process(builder, "ok", video=video))
