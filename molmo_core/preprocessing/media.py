@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
 
-MAX_PIXELS = 89_478_485
-"""Default limit of an image's size, checked before it is decoded (Pillow's own warning threshold)."""
+MAX_PIXELS = 178_956_970
+"""Default limit of an image's size, checked before it is decoded. Pillow opens none that is larger."""
 
 _ORIENTATION = 0x0112
 _TRANSPOSE = {
@@ -201,6 +201,7 @@ def _from_array(array: np.ndarray, max_pixels: int, name: str = "array") -> np.n
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise MediaError(f"{name}: shape {array.shape}; an image is [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]")
     _check_pixels(array.shape[1], array.shape[0], max_pixels, name)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # big-endian TIFFs
     if array.dtype == np.int32 and array.min() >= 0 and array.max() <= 65535:
         array = array.astype(np.uint16)  # what Pillow makes of some 16-bit files
     if array.dtype == np.uint16:

@@ -1,41 +1,37 @@
 """Record files as random-access tables: JSON lines, JSON arrays, Parquet, Hugging Face datasets on disk, WebDataset tars.
 
-A source knows its length without reading records, gives any row by number, and travels to workers by pickling (files are
-opened where they are used). A row that cannot be read is `Rejected`; a file that cannot be read at all is a `ConfigError`.
+A source (a `RecordFile`) knows its length without reading records, gives any row by number, and travels to workers by pickling
+(files are opened where they are used). A row that cannot be read is `Rejected`; a file that cannot be read at all is a `ConfigError`.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
+import copy
 import dataclasses
+import glob
 import json
+import os
 import re
-import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from molmo_core.config import ConfigError
+from pipelines.data.files import Rejected, local_path
+from pipelines.data.record_files import JsonArray, JsonLines, WebDataset
+from pipelines.data.record_tables import HuggingFace, Parquet
+
+__all__ = ["Record", "Records", "Rejected", "Source", "open_records"]
 
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".tar": "webdataset"}
 _HINT = (
     "supported: .jsonl, .json (an array), .parquet, .tar (WebDataset), a Hugging Face dataset saved to disk, or a folder or glob of these"
 )
-
-
-class Rejected(Exception):
-    """One record that cannot be used: `reason` is the category that reports count, `detail` the particulars."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 @dataclasses.dataclass
@@ -48,9 +44,10 @@ class Record:
 
 
 class Source(Protocol):
-    """A file of records."""
+    """A file of records (`RecordFile`)."""
 
     path: str
+    version: tuple[int | None, int | str | None]
 
     def __len__(self) -> int: ...
 
@@ -62,195 +59,9 @@ class Source(Protocol):
         """Record `i`; raises `Rejected` if it cannot be read."""
         ...
 
-
-class _Opened:
-    """Base of the sources: keeps open handles (names that begin with `_open`) out of pickles."""
-
-    path: str
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_open")}
-
-    def row_number(self, i: int) -> int:
-        return i
-
-
-class JsonLines(_Opened):
-    """One JSON object a line, UTF-8."""
-
-    def __init__(self, path: str):
-        self.path = path
-        starts, position, pieces = [0], 0, []
-        with fsspec.open(path, "rb") as file:
-            while chunk := file.read(1 << 24):
-                pieces.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == 10) + position + 1)
-                position += len(chunk)
-        lines = np.concatenate([np.array(starts, np.int64), *pieces]) if pieces else np.array(starts, np.int64)
-        ends = np.append(lines[1:], position) if lines[-1] < position else lines[1:]
-        lines = lines[: len(ends)]
-        used = ends - lines > 64  # shorter lines may be blank: looked at below
-        for i in np.flatnonzero(~used):
-            used[i] = bool(self._bytes(int(lines[i]), int(ends[i])).strip())
-        self._rows = np.flatnonzero(used)
-        self._starts, self._ends = lines[self._rows], ends[self._rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row_number(self, i: int) -> int:
-        return int(self._rows[i])
-
-    def read(self, i: int) -> dict[str, Any]:
-        line = self._bytes(int(self._starts[i]), int(self._ends[i]))
-        try:
-            data = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise Rejected("record: not UTF-8", str(error)) from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise Rejected("record: not JSON", str(error)) from None
-        return _mapping(data)
-
-    def _bytes(self, start: int, end: int) -> bytes:
-        file = self.__dict__.get("_open_file")
-        if file is None:
-            file = self._open_file = fsspec.open(self.path, "rb").open()
-        file.seek(start)
-        return file.read(end - start)
-
-
-class JsonArray(_Opened):
-    """One JSON array of objects (LLaVA's form)."""
-
-    def __init__(self, path: str):
-        self.path = path
-        with fsspec.open(path, "rb") as file:
-            try:
-                self._data = json.loads(file.read())
-            except ValueError as error:
-                raise ConfigError(f"{path}: not JSON: {error}") from None
-        if not isinstance(self._data, list):
-            raise ConfigError(
-                f"{path}: a .json file of records is an array, found {type(self._data).__name__}; one object a line is .jsonl"
-            )
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def read(self, i: int) -> dict[str, Any]:
-        return _mapping(self._data[i])
-
-
-class Parquet(_Opened):
-    """Columns are the record's fields; media columns hold paths, URLs, bytes or {bytes, path}."""
-
-    def __init__(self, path: str):
-        self.path = path
-        metadata = self._file().metadata
-        self._bounds = np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
-
-    def __len__(self) -> int:
-        return int(self._bounds[-1])
-
-    def read(self, i: int) -> dict[str, Any]:
-        group = int(np.searchsorted(self._bounds, i, side="right")) - 1
-        cached = self.__dict__.get("_open_group")
-        if cached is None or cached[0] != group:
-            try:
-                cached = self._open_group = (group, self._file().read_row_group(group))
-            except (pa.ArrowException, OSError) as error:
-                raise Rejected("record: unreadable row group", str(error)) from None
-        return _row(cached[1], i - int(self._bounds[group]))
-
-    def _file(self) -> pq.ParquetFile:
-        file = self.__dict__.get("_open_file")
-        if file is None:
-            try:
-                file = self._open_file = pq.ParquetFile(fsspec.open(self.path, "rb").open())
-            except (pa.ArrowException, OSError) as error:
-                raise ConfigError(f"{self.path}: not a Parquet file: {error}") from None
-        return file
-
-
-class HuggingFace(_Opened):
-    """A dataset (one split) written by `datasets.Dataset.save_to_disk`, memory-mapped."""
-
-    def __init__(self, path: str):
-        self.path = path
-        state = json.loads((Path(path) / "state.json").read_text())
-        self._files = [str(Path(path) / entry["filename"]) for entry in state["_data_files"]]
-        self._length = self._table().num_rows
-
-    def __len__(self) -> int:
-        return self._length
-
-    def read(self, i: int) -> dict[str, Any]:
-        return _row(self._table(), i)
-
-    def _table(self) -> pa.Table:
-        table = self.__dict__.get("_open_table")
-        if table is None:
-            try:
-                table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(f)).read_all() for f in self._files])
-            except (pa.ArrowException, OSError) as error:
-                raise ConfigError(f"{self.path}: unreadable Hugging Face dataset: {error}") from None
-            self._open_table = table
-        return table
-
-
-class WebDataset(_Opened):
-    """A tar whose files share a name up to the first dot: `0001.jpg` + `0001.json` (the record) or `0001.txt` (a caption)."""
-
-    IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-    VIDEOS = ("mp4", "mkv", "webm", "avi", "mov", "m4v")
-
-    def __init__(self, path: str):
-        self.path = path
-        members: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file) as tar:
-                for info in tar:
-                    if info.isfile():
-                        folder, _, name = info.name.rpartition("/")
-                        stem, _, extension = name.partition(".")
-                        members.setdefault(f"{folder}/{stem}", {})[extension.lower()] = (info.offset_data, info.size)
-        except tarfile.TarError as error:
-            raise ConfigError(f"{path}: unreadable tar: {error}") from None
-        self._members = list(members.values())
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def read(self, i: int) -> dict[str, Any]:
-        members = self._members[i]
-        record: dict[str, Any] = {}
-        if "json" in members:
-            try:
-                record = _mapping(json.loads(self._bytes(members["json"])))
-            except ValueError as error:
-                raise Rejected("record: not JSON", str(error)) from None
-        if "txt" in members and "text" not in record and "messages" not in record:
-            try:
-                record["caption"] = self._bytes(members["txt"]).decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise Rejected("record: not UTF-8", str(error)) from None
-        images = [e for e in members if e.rpartition(".")[2] in self.IMAGES]
-        videos = [e for e in members if e.rpartition(".")[2] in self.VIDEOS]
-        if images:
-            data = [self._bytes(members[e]) for e in sorted(images)]
-            record |= {"images": data} if len(data) > 1 else {"image": data[0]}
-        elif videos:
-            record["video"] = self._bytes(members[videos[0]])
-        return record
-
-    def _bytes(self, member: tuple[int, int]) -> bytes:
-        file = self.__dict__.get("_open_file")
-        if file is None:
-            file = self._open_file = fsspec.open(self.path, "rb").open()
-        file.seek(member[0])
-        data = file.read(member[1])
-        if len(data) != member[1]:
-            raise Rejected("record: truncated tar", f"{self.path}: {len(data)} of {member[1]} bytes")
-        return data
+    def text(self, i: int) -> dict[str, Any]:
+        """Record `i`, where that saves time without the bytes of its media."""
+        ...
 
 
 class Records:
@@ -273,6 +84,16 @@ class Records:
         source, k = self._find(i)
         return Record(source.path, source.row_number(k), source.read(k))
 
+    def text(self, i: int) -> Record:
+        """Record `i` for measuring its text: where that saves time, a byte stands for the bytes of its media. Raises `Rejected`."""
+        source, k = self._find(i)
+        return Record(source.path, source.row_number(k), source.text(k))
+
+    @property
+    def stamp(self) -> list[list[Any]]:
+        """[path, rows, bytes, time of change or ETag] of each source when it was opened: another one if its records changed since."""
+        return [[s.path, len(s), *s.version] for s in self.sources]
+
     def _find(self, i: int) -> tuple[Source, int]:
         s = bisect.bisect_right(self._bounds, i) - 1
         return self.sources[s], i - self._bounds[s]
@@ -288,18 +109,21 @@ def open_records(path: str, format: str = "auto") -> Records:
     Raises:
         ConfigError: nothing there, or a form that is not supported.
     """
-    sources = [_open(p, format) for p in _expand(path)]
-    records = Records(sources)
+    with _explained(path):
+        paths = _expand(local_path(path))
+    records = Records([_open(p, format) for p in paths])
     if not len(records):
         raise ConfigError(f"{path}: no records in it")
     return records
 
 
 def _expand(path: str) -> list[str]:
+    if path.startswith(("http://", "https://")):
+        return [path]  # has no folders
     if "://" in path:
-        return [path]
+        return _expand_url(path)
     if re.search(r"[*?\[]", path) and not Path(path).exists():
-        found = sorted(str(p) for p in Path(path).parent.glob(Path(path).name))
+        found = sorted(str(Path(p)) for p in glob.glob(path, recursive=True) if _is_file(p) and _holds_records(path, p))
         if not found:
             raise ConfigError(f"{path}: no file matches")
         return found
@@ -311,10 +135,48 @@ def _expand(path: str) -> list[str]:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         raise ConfigError(f"{path}: a Hugging Face dataset with splits; name one: " + ", ".join(f"{path}/{s}" for s in splits))
-    found = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
+    return _of_folder(path, [str(p) for p in folder.iterdir()])
+
+
+def _expand_url(path: str) -> list[str]:
+    """The same on any filesystem of fsspec."""
+    filesystem, root = fsspec.url_to_fs(path)
+    _, chain, rest = path.partition("::")  # zip://*.jsonl::s3://bucket/all.zip
+
+    def url(name: str) -> str:
+        return f"{filesystem.unstrip_protocol(name)}{chain}{rest}"
+
+    if re.search(r"[*?\[]", root) and not filesystem.exists(root):
+        matches = filesystem.glob(root, detail=True).items()
+        found = sorted(url(name) for name, info in matches if info["type"] == "file" and _holds_records(root, name))
+        if not found:
+            raise ConfigError(f"{path}: no file matches")
+        return found
+    if not filesystem.isdir(root):
+        return [path]
+    names = [name.rstrip("/") for name in filesystem.ls(root, detail=False)]
+    if {"state.json", "dataset_dict.json"} & {os.path.basename(name) for name in names}:
+        raise ConfigError(f"{path}: a Hugging Face dataset is mapped into memory: copy it to a local disk and name it there")
+    return [url(name) for name in _of_folder(path, names)]
+
+
+def _of_folder(folder: str, names: list[str]) -> list[str]:
+    found = sorted(n for n in names if os.path.splitext(n)[1].lower() in _SUFFIXES and _holds_records("", os.path.basename(n)))
     if not found:
-        raise ConfigError(f"{path}: no record files in this folder ({_HINT})")
+        raise ConfigError(f"{folder}: no record files in this folder ({_HINT})")
     return found
+
+
+def _is_file(path: str) -> bool:
+    """Whether a match of a glob is a file or what is opened like one; other folders are not looked into."""
+    return Path(path).is_file() or Path(path).suffix.lower() in _SUFFIXES or Path(path, "state.json").is_file()
+
+
+def _holds_records(pattern: str, name: str) -> bool:
+    """False of hidden files and folders below the fixed part of the pattern, and of what `jobs.inventory` writes beside records."""
+    fixed = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+    *folders, file = name[len(fixed) :].split("/")
+    return not any(part.startswith(".") for part in (*folders, file)) and not f".{file}".endswith(".inventory.parquet")
 
 
 def _open(path: str, format: str) -> Source:
@@ -322,7 +184,8 @@ def _open(path: str, format: str) -> Source:
         if "://" not in path and (Path(path) / "state.json").is_file():
             format = "huggingface"
         else:
-            format = _SUFFIXES.get(Path(path).suffix.lower(), "")
+            name = re.split(r"::|\?", path)[0] if "://" in path else path  # zip://a.jsonl::all.zip, https://host/a.jsonl?key
+            format = _SUFFIXES.get(os.path.splitext(name)[1].lower(), "")
     kinds: dict[str, Any] = {
         "jsonl": JsonLines,
         "json": JsonArray,
@@ -332,17 +195,29 @@ def _open(path: str, format: str) -> Source:
     }
     if format not in kinds:
         raise ConfigError(f"{path}: cannot tell what kind of records this is ({_HINT})")
+    with _explained(path):
+        source: Source = kinds[format](path)
+        if path.startswith(("http://", "https://")) and len(source):
+            with contextlib.suppress(Rejected):
+                # A server that gives no parts of files shows here, not in the middle of a run; a copy has nothing in its handles yet.
+                copy.copy(source).read(len(source) - 1)
+        return source
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Whatever a filesystem raises, as a `ConfigError`."""
     try:
-        return kinds[format](path)
+        yield
+    except ConfigError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"{path}: a package for this kind of URL is missing: {error}") from None
+    except ValueError as error:
+        if not path.startswith(("http://", "https://")):
+            raise ConfigError(f"{path}: unreadable: {error}") from error
+        raise ConfigError(f"{path}: its server gives no parts of files (range requests): copy the file to a disk or a bucket") from error
     except OSError as error:
         raise ConfigError(f"{path}: unreadable: {error}") from None
-
-
-def _mapping(data: Any) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise Rejected("record: not an object", f"found {type(data).__name__}")
-    return data
-
-
-def _row(table: pa.Table, i: int) -> dict[str, Any]:
-    return {k: v for k, v in table.slice(i, 1).to_pylist()[0].items() if v is not None}
+    except Exception as error:  # of cloud storage clients, of archives
+        raise ConfigError(f"{path}: unreadable: {type(error).__name__}: {error}") from error
