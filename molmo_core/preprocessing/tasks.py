@@ -11,14 +11,17 @@ A record is `{"messages": [...]}` or a task, told apart by its keys:
 | `label`, `image_points` | pointing in several images: points of each (Molmo2 formats) |
 | `label`, `timestamps`, `points` or `tracks` | pointing in a video, tracking: points or {object: point} of each time (Molmo2 formats) |
 | `question`, `answer` with `<|POINT|>` slots, `answer_annotations` | answers that point |
-| `text` | captions and transcripts |
+| `text` (of a list one is drawn) | captions and transcripts |
+
+A `label` beside a question and its answer is not read: that is question answering.
 """
 
 from __future__ import annotations
 
+import reprlib
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -39,6 +42,7 @@ _POINT_TEMPLATES = {"point_then_count": "point_count", "count_then_point": "coun
 POINT_STYLES = frozenset({"pointing", "cosyn_point", *_POINT_MODES})
 _OPEN_QA_STYLES = frozenset({"user_qa", "synthetic_qa"})
 _CAPTION_KINDS = ("video_short_caption", "video_long_caption", "short_caption", "transcript")
+_POINTS = frozenset({"points", "image_points", "tracks"})
 _TASK_KEYS = ("messages", "options", "unlabelled_options", "points", "image_points", "tracks", "label", "question", "text")
 
 
@@ -62,16 +66,18 @@ class TaskReader:
 
     def messages(self, record: dict[str, Any], style: str) -> list[str]:
         """Raw messages of a record without null values; without the answer where the record has none (inference only)."""
+        check_task(record)
         if "messages" in record:
             return conversation(record["messages"])
+        answered = "question" in record and {"answer", "answers"} & record.keys()
         if "options" in record or "unlabelled_options" in record:
             prompt, answer = self._multiple_choice(record)
-        elif {"points", "image_points", "tracks"} & record.keys() or "label" in record or style in POINT_STYLES:
+        elif _POINTS & record.keys() or (("label" in record or style in POINT_STYLES) and not answered):
             prompt, answer = self._pointing(record, style)
         elif "question" in record:
             prompt, answer = self._question(record, style)
         elif "text" in record or self._is_caption(style):
-            prompt, answer = self._caption_prompt(style), record.get("text")
+            prompt, answer = self._caption_prompt(style), self._caption(record)
         else:
             raise ValueError(f"no task in a record with the keys {sorted(record)}; expected one of {', '.join(_TASK_KEYS)}")
         if answer is None and not self.for_inference:
@@ -87,6 +93,13 @@ class TaskReader:
             return ""
         kind = next((k for k in _CAPTION_KINDS if k in style), prompts.CAPTION)
         return prompts.fill(kind, self.rng, self.vary)
+
+    def _caption(self, record: dict[str, Any]) -> str | None:
+        """The text of a record; of several any one."""
+        text = record.get("text")
+        if text is None or isinstance(text, str):
+            return text
+        return str(text[self.rng.randint(len(text)) if self.vary and len(text) > 1 else 0])
 
     def _question(self, record: dict[str, Any], style: str) -> tuple[str, str | None]:
         question = _text(record, "question")
@@ -106,11 +119,9 @@ class TaskReader:
         values = record.get("answers", record.get("answer"))
         if values is None:
             return None
-        if not isinstance(values, list | tuple | np.ndarray):
+        if not _is_list(values):
             return str(values)
-        if len(values) == 0:
-            raise ValueError("answers is an empty list")
-        values = [str(v) for v in values]
+        values = [str(v) for v in values if str(v).strip()]
         if self.config.select_answer == "first":
             return min(values)
         counts = Counter(values)
@@ -122,8 +133,7 @@ class TaskReader:
         question, index = _text(record, "question"), record.get("answer_idx")
         unlabelled = "unlabelled_options" in record
         options = [str(o) for o in record["unlabelled_options" if unlabelled else "options"]]
-        if index is not None and not 0 <= index < len(options):
-            raise ValueError(f"answer_idx={index} is none of the {len(options)} options")
+        index = None if index is None else int(index)
         if unlabelled:
             return "\n".join([question, *options, ""]), None if index is None else options[index]
         names = [str(n) for n in record.get("option_names", string.ascii_uppercase)][: len(options)]
@@ -206,6 +216,94 @@ class TaskReader:
         return point_text.percent(points, record.get("point_scale"), size)
 
 
+_HUGE = 1e300  # JSON has whole numbers that no float holds
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple | np.ndarray)
+
+
+def _is_number(value: Any) -> bool:
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return bool(real and -_HUGE < value < _HUGE)  # not so: NaN and infinities
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | bool | np.bool_) or _is_number(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_answer(value: Any) -> bool:
+    if _is_list(value):
+        return all(map(_is_scalar, value)) and any(str(v).strip() for v in value)
+    return _is_scalar(value) and bool(str(value).strip())
+
+
+def _list_of(fits: Callable[[Any], bool], least: int = 0) -> Callable[[Any], bool]:
+    return lambda value: _is_list(value) and len(value) >= least and all(map(fits, value))
+
+
+def _is_pair(value: Any) -> bool:
+    return _is_list(value) and len(value) == 2 and all(map(_is_number, value))
+
+
+_is_points = _list_of(_is_pair)
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("style", "question", "explanation"), (lambda v: isinstance(v, str), "a string")),
+    **dict.fromkeys(("label", "count"), (_is_scalar, "a string or a number")),
+    "text": (lambda v: _is_text(v) or _list_of(_is_text, 1)(v), "a string that is not empty, or a non-empty list of them"),
+    **dict.fromkeys(("answer", "answers"), (_is_answer, "a string that is not empty, a number, or a non-empty list of them")),
+    **dict.fromkeys(("options", "unlabelled_options", "option_names"), (_list_of(_is_scalar, 1), "a non-empty list of strings")),
+    "answer_idx": (lambda v: _is_number(v) and v == int(v), "the number of an option, from 0"),
+    "answer_annotations": (
+        _list_of(lambda a: isinstance(a, dict) and "label" in a and _is_points(a.get("points"))),
+        "a list of {points: [[x, y], ...], label}",
+    ),
+    "points": (lambda v: _is_points(v) or _list_of(_is_points)(v), "a list of [x, y], with timestamps one of such lists"),
+    "image_points": (_list_of(_is_points), "a list of [x, y] for each image"),
+    "timestamps": (_list_of(_is_number), "a list of seconds"),
+    "tracks": (
+        _list_of(lambda t: isinstance(t, dict) and all(xy is None or _is_pair(xy) for xy in t.values())),
+        "a list of {object: [x, y]}, one for each of timestamps",
+    ),
+    "point_scale": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "weight": (lambda v: _is_number(v) and v >= 0, "a number, 0 or more"),
+    "message_weight": (lambda v: isinstance(v, dict), "an object"),
+}
+
+
+def check_task(record: dict[str, Any], where: str = "") -> None:
+    """Checks the values of a task's fields, as far as that takes no image.
+
+    Args:
+        record: nulls are fields that are not there.
+        where: stands before the field in errors (`message_list[3].`).
+
+    Raises:
+        ValueError: names the field and what was found.
+    """
+    given = {field: value for field, value in record.items() if value is not None}
+    for field, (fits, wanted) in _FIELDS.items():
+        if field in given and not fits(given[field]):
+            raise ValueError(f"{where}{field} must be {wanted}, got {reprlib.repr(given[field])}")
+    options = given.get("unlabelled_options", given.get("options"))
+    if options is not None and "answer_idx" in given and not 0 <= given["answer_idx"] < len(options):
+        raise ValueError(f"{where}answer_idx={given['answer_idx']} is none of the {len(options)} options")
+    for field in ("points", "tracks"):
+        if field in given and "timestamps" in given and len(given[field]) != len(given["timestamps"]):
+            raise ValueError(f"{where}{field} has {len(given[field])} entries, timestamps has {len(given['timestamps'])}")
+    if "tracks" in given and "timestamps" not in given:
+        raise ValueError(f"{where}tracks need timestamps")
+    if "messages" in given:
+        try:
+            conversation(given["messages"])
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+
+
 def conversation(messages: Sequence[str | dict[str, Any]]) -> list[str]:
     """Texts of messages that alternate user, assistant.
 
@@ -215,7 +313,7 @@ def conversation(messages: Sequence[str | dict[str, Any]]) -> list[str]:
     Raises:
         ValueError: no messages, a role out of turn, or content that is no text.
     """
-    if isinstance(messages, str) or len(messages) == 0:
+    if not _is_list(messages) or len(messages) == 0:
         raise ValueError(f"messages is a list of at least one message, got {messages!r}")
     texts = []
     for i, message in enumerate(messages):

@@ -43,7 +43,7 @@ class ExampleBuilder:
         return self.finish(self.example(record), rng)
 
     def example(self, record: Record) -> dict[str, Any]:
-        """What the preprocessor will be given, media still as references; raises `Rejected`."""
+        """What the preprocessor will be given, media still as references; raises `Rejected`, whatever the record holds."""
         return {**self.defaults, **normalise(record)}
 
     def finish(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class ExampleBuilder:
             if media.timestamps is not None:
                 return self.preprocessor.measure_video(example, media.timestamps, media.fps, rng)
             return self.preprocessor.measure(example, media.image_sizes, rng)
-        except (Rejected, ValueError):
+        except Exception:  # the call with the same record says what is wrong with it
             return 1, 0
 
     def decode(self, example: dict[str, Any]) -> None:

@@ -80,3 +80,61 @@ def test_defaults_fill_gaps(builder):
     example = ExampleBuilder(spy, LIMIT, {"sampler_overrides": {"max_frames": 3}, "style": "demo"})(record, rng())
     assert seen["sampler_overrides"] == {"max_frames": 3}
     assert example["metadata"] == {"k": 1}
+
+
+WILD = [
+    {"metadata": "train"},
+    {"id": "\ud800"},
+    {"messages": [{"role": ["user"], "content": "?"}, {"role": "assistant", "content": "x"}]},
+    {"messages": ["\ud800", "x"]},
+    {"messages": 5},
+    {"message_list": [{"messages": 5}]},
+    {"style": ["demo"], "question": "?", "answer": "x"},
+    {"label": "x", "points": 5, "style": "pointing"},
+    {"label": "x", "tracks": [[1]], "timestamps": [1], "style": "pointing"},
+    {"message_weight": 5, "message_list": [{"question": "?", "answer": "x", "message_weight": 5}]},
+    {"image": {"bytes": {}}},
+    {"video": 5},
+    {"conversations": {"from": "human"}},
+    {"image_url": {"url": ["a"]}, "question": "?", "answer": "x"},
+]
+
+
+@pytest.mark.parametrize("fields", WILD, ids=[str(ascii(fields))[:50] for fields in WILD])
+def test_no_row_stops_a_run(builder, fields):
+    record = Record("x.jsonl", 0, {} if {"messages", "message_list", "conversations"} & fields.keys() else {"messages": ["a", "b"]})
+    record.data |= fields
+    if "question" in fields or "label" in fields:
+        del record.data["messages"]
+    with pytest.raises(Rejected) as caught:
+        builder(record, rng())
+    assert str(caught.value).encode()
+    assert builder.measure(record, Media([], None, None), rng()) == (1, 0)
+
+
+def test_a_label_beside_a_question_is_not_read(builder, make, tmp_path):
+    make.picture(tmp_path / "0.png")
+    row = {"image": "0.png", "question": "What is this?", "answer": "Noise."}
+    plain, labelled = (builder(Record(str(tmp_path / "a.jsonl"), 0, data), rng()) for data in (row, row | {"label": "x"}))
+    np.testing.assert_array_equal(plain["input_ids"], labelled["input_ids"])
+
+
+def test_one_transcript_is_drawn_each_time(builder, make, tmp_path):
+    make.picture(tmp_path / "0.png")
+    texts = ["one", "two", "three"]
+    record = Record(str(tmp_path / "a.jsonl"), 0, {"image_url": "0.png", "caption": "A cat.", "transcripts": texts})
+    tokenizer = builder.preprocessor.tokenizer
+    drawn = set()
+    for i in range(30):
+        example = builder(record, rng(i))
+        answers = tokenizer.decode(example["labels"][example["loss_masks"] > 0], truncate_at_eos=False)
+        (found,) = [text for text in texts if text in answers]
+        drawn.add(found)
+        assert builder.measure(record, Media([(30, 40)], None, None), rng(i))[0] == len(example["input_ids"])
+    assert drawn == set(texts)
+
+
+def test_empty_votes_do_not_count(builder):
+    answers = ["", "", "Noise."]
+    example = builder(Record("a.jsonl", 0, {"question": "What is this?", "answers": answers}), rng())
+    assert builder.preprocessor.tokenizer.decode(example["labels"][example["loss_masks"] > 0]).strip() == "Noise."
