@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pipelines.data.builder import ExampleBuilder, example_rng
 from pipelines.data.config import PrepareConfig
 from pipelines.data.inspect import Inspector
 from pipelines.data.loader import TrainLoader
+from pipelines.data.prepare import STATE
 from pipelines.data.prepared import PreparedDataset, is_prepared
 from pipelines.data.sources import Rejected, open_records
 from pipelines.training.config import TrainConfig
@@ -49,12 +51,15 @@ def training_rows(path: Path, overrides: list[str] | None, count: int) -> tuple[
 
 
 def prepared_rows(path: Path, overrides: list[str] | None, count: int) -> tuple[Any, list[dict[str, Any]]]:
-    """The model and the first examples of a preparation: prepared ones if there are, else made from the records."""
+    """The model and the first examples of a preparation: prepared ones (and the model they are for) if there are, else made from the
+    records."""
     config = PrepareConfig.load(path, overrides)
+    prepared = bool(config.output) and is_prepared(config.output)
+    source = json.loads(Path(config.output, STATE).read_text())["settings"]["model"] if prepared else config.model
     tokenizer = Path(config.output, "tokenizer")
-    trained = [f"llm.tokenizer.identifier={tokenizer.resolve()}"] if config.tokenizer and tokenizer.is_dir() else []
-    model: Any = BaseModelConfig.load(config.model, trained)
-    if config.output and is_prepared(config.output):
+    trained = [f"llm.tokenizer.identifier={tokenizer.resolve()}"] if (prepared or config.tokenizer) and tokenizer.is_dir() else []
+    model: Any = BaseModelConfig.load(source, trained)
+    if prepared:
         dataset = PreparedDataset(config.output)
         return model, [dataset[i] for i in range(min(count, len(dataset)))]
     if not config.records:

@@ -9,7 +9,11 @@ from pipelines.data.prepare import prepare
 
 
 def main(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Turn records into a prepared dataset: Arrow shards, rejected rows, a report. Run it again to continue after a stop."""
+    """Turn records into a prepared dataset: Arrow shards, rejected rows, a report. Run it again to continue after a stop.
+
+    Settings that most people need: records=FILE, FOLDER or GLOB, output=FOLDER, model=CHECKPOINT, tokenizer=null (the model's own),
+    sequence_length, limit (only the first records), max_reject_rate. All of them are in CONFIG, with comments.
+    """
     settings = PrepareConfig.load(config, overrides)
     with connect():
         report = prepare(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -10,6 +11,7 @@ from typing import BinaryIO, NamedTuple
 from molmo_core.preprocessing.media import MediaError
 
 MP4, MATROSKA, AVI, FLV, REAL = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv", "rm"
+_DECORD_PREFIX = re.compile(r"^\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 
 
 class VideoHeader(NamedTuple):
@@ -50,8 +52,10 @@ def read_header(stream: BinaryIO, name: str) -> VideoHeader:
 
 
 def first_line(error: Exception) -> str:
-    """An error of a media library in one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+    """An error of a media library in one line, without the time and the source line that decord puts in front: the same file gives the
+    same text."""
+    text = _DECORD_PREFIX.sub("", str(error).strip())
+    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"
 
 
 def _check_complete(stream: BinaryIO, container: str, name: str) -> None:

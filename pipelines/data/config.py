@@ -6,11 +6,10 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 from molmo_core.config import BaseConfig, ConfigError
+from molmo_core.preprocessing.media import MAX_PIXELS as MAX_IMAGE_PIXELS
 
-MAX_IMAGE_PIXELS = 178_956_970
-"""Larger images are refused from their header (twice Pillow's warning threshold)."""
-
-Format = Literal["auto", "jsonl", "parquet", "huggingface", "webdataset", "prepared"]
+RecordFormat = Literal["auto", "jsonl", "json", "parquet", "huggingface", "webdataset"]
+Format = Literal[RecordFormat, "prepared"]
 
 
 @dataclasses.dataclass
@@ -30,7 +29,7 @@ class PrepareConfig(BaseConfig):
     """Folder of the shards; a second start continues there."""
     model: str = ""
     """Model configuration whose preprocessor and tokenizer are used."""
-    format: Format = "auto"
+    format: RecordFormat = "auto"
     tokenizer: TokenizerTraining | None = None
     """Train a tokenizer on the records first and use it instead of the model's."""
     sequence_length: int | None = None
@@ -42,12 +41,22 @@ class PrepareConfig(BaseConfig):
     max_reject_rate: float = 0.05
     """Stop when a larger share of the records is unusable."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Larger images are rejected from their header, before anything is decoded."""
+    """Larger images are rejected from their header, before anything is decoded. At most the default, which is Pillow's own limit."""
     actors: int | None = None
     """Decode and preprocess actors; None = one a CPU of the cluster."""
     seed: int = 0
 
     PATHS: ClassVar[tuple[str, ...]] = ("records", "model")
+
+    def __post_init__(self) -> None:
+        least = {"shard_rows": 1, "limit": 1, "actors": 1, "sequence_length": 2, "max_image_pixels": 1, "max_reject_rate": 0}
+        for name, value in ((name, getattr(self, name)) for name in least):
+            if value is not None and value < least[name]:
+                raise ConfigError(f"prepare: {name}={value}: at least {least[name]}")
+        if self.max_image_pixels > MAX_IMAGE_PIXELS:
+            raise ConfigError(
+                f"prepare: max_image_pixels={self.max_image_pixels:,}: at most {MAX_IMAGE_PIXELS:,}, Pillow opens no larger image"
+            )
 
     def require_paths(self) -> None:
         """Raises ConfigError unless records, output and model are given."""
@@ -64,11 +73,12 @@ class DatasetConfig(BaseConfig):
     format: Format = "auto"
     """`prepared`: a folder written by `jobs.prepare`; others: records."""
     sampling_size: float | None = None
-    """Size that counts in the mixture: None = number of examples, > 1 = a cap, <= 1 = a share of the examples."""
+    """Size that counts in the mixture: None = number of examples, > 1 = this many, however many there are, <= 1 = a share of them."""
     sampling_rate: float = 1.0
     """Factor on this dataset's rate inside its group."""
     message_weight: float | None = None
-    """Loss weight of every message, in place of the model's `loss_token_weighting`."""
+    """Loss weight of every message, in place of the model's `loss_token_weighting`; the `weight` of a record or an annotation multiplies it
+    (in a prepared dataset, where they are one number, it takes the place of both)."""
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of the preprocessor for this dataset, e.g. `{p_high_res: 0.3, max_frames: 64}` (streamed records only)."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from molmo_core.config import ConfigError
+from pipelines.data.shards import write_text
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -107,8 +108,10 @@ def _figure(pairs: list[tuple[str, str]]) -> str:
 
 
 def write(split: Split, path: Path, limit: int | None = None) -> int:
-    """Writes a split's records as JSON lines; returns their number."""
+    """Writes a split's records as JSON lines, unless they are there; returns their number."""
     rows = records(split)[:limit]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not path.is_file() or path.read_text() != text:
+        write_text(path, text)
     return len(rows)

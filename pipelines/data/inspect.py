@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from molmo_core.preprocessing.images import image_token_counts
 from molmo_core.preprocessing.packing import PACK_STRIDE, unpack
-from molmo_core.preprocessing.points import extract_points
+from molmo_core.preprocessing.points import Point, extract_points
 from molmo_core.preprocessing.tiling import ImageSettings, image_tiling
 from molmo_core.preprocessing.tokenizer import Tokenizer
 
@@ -61,19 +62,21 @@ class Inspector:
         return f'<section class="example"><h2>{name}</h2><ul>{items}</ul>{self.pictures(example)}{self.tokens(example)}</section>'
 
     def pictures(self, example: dict[str, Any]) -> str:
-        """Every crop with its pooled tokens; on the first the outlines of the others and the points of the answers."""
+        """Every crop with its pooled tokens; on whole images and frames the answers' points, on the first the outlines of the others."""
         if "images" not in example or self.settings is None:
             return ""
         crops = [self._pixels(patches) for patches in example["images"]]
         pooled = self._pooled(example, example["images"].shape[1])
         metadata = example.get("metadata") or {}
         times = metadata.get("timestamps") or metadata.get("frame_times")
+        points = self._points(example, times)
         shown = []
         for i, pixels in enumerate(crops):
             content = _content(example["image_masks"][i], self.settings.crop_grid) if "image_masks" in example else (0.0, 0.0, 1.0, 1.0)
             overlay = "".join(pooled[i])
             if i == 0:
-                overlay += self._outlines(example, content) + self._points(example, content)
+                overlay += self._outlines(example, content)
+            overlay += "".join(self._circle(point, content) for point in points.get(i, ()))
             caption = f"{times[i]:.2f} s" if times is not None and i < len(times) else f"crop {i}"
             height, width = pixels.shape[:2]
             shown.append(
@@ -187,12 +190,32 @@ class Inspector:
             shapes.append(f'<rect class="crop c{i % 6}" x="{x:.1f}" y="{y:.1f}" width="{far_x - x:.1f}" height="{far_y - y:.1f}"/>')
         return "".join(shapes)
 
-    def _points(self, example: dict[str, Any], content: tuple[float, float, float, float]) -> str:
-        """Points of the answers, on the whole image."""
-        text = self.tokenizer.decode(example["input_ids"], truncate_at_eos=False)
-        places = [self._place(point.x / 1000, point.y / 1000, content) for point in extract_points(text, 1000, 1000)]
+    def _points(self, example: dict[str, Any], times: Sequence[float] | None) -> dict[int, list[Point]]:
+        """Points of the answers (what has loss) by the crop that shows them whole: of their image, or the frame next to their time."""
+        weights = example.get("loss_masks")
+        answers = example["input_ids"] if weights is None else example["labels"][weights > 0]
+        found: dict[int, list[Point]] = {}
+        whole = self._whole_crops(example)
+        for point in extract_points(self.tokenizer.decode(answers, truncate_at_eos=False), 1000, 1000):
+            if times is not None:
+                crop = int(np.abs(np.asarray(times) - (point.block or 0.0)).argmin())
+            else:
+                crop = whole[min(max(int(point.block or 1), 1), len(whole)) - 1]
+            found.setdefault(crop, []).append(point)
+        return found
+
+    def _whole_crops(self, example: dict[str, Any]) -> list[int]:
+        """Number of the crop that shows each image whole."""
+        sizes = (example.get("metadata") or {}).get("image_sizes") or []
+        if self.settings is None or len(sizes) < 2:
+            return [0]
+        counts = [image_token_counts(height, width, self.settings)[1] for width, height in sizes]
+        return [0, *np.cumsum(counts)[:-1].tolist()] if sum(counts) == len(example["images"]) else [0]
+
+    def _circle(self, point: Point, content: tuple[float, float, float, float]) -> str:
+        x, y = self._place(point.x / 1000, point.y / 1000, content)
         radius = (self.settings.crop_size[1] if self.settings else 100) / 40
-        return "".join(f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>' for x, y in places)
+        return f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
 
     def _place(self, x: float, y: float, content: tuple[float, float, float, float]) -> tuple[float, float]:
         """Pixels in the whole-image crop of a place given in shares of the image."""

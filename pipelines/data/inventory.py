@@ -119,7 +119,7 @@ def take_inventory(records: Records, path: Path) -> dict[str, int]:
 
 def write_inventory(table: pa.Table, records: Records, path: Path) -> dict[str, int]:
     """Writes an inventory; returns rows, usable, and the number of rows with each reason."""
-    fingerprint = json.dumps([[s.path, len(s)] for s in records.sources])
+    fingerprint = json.dumps(records.stamp)
     temporary = path.with_name(f".{path.name}.tmp")
     pq.write_table(table.replace_schema_metadata({"records": fingerprint}), temporary)
     temporary.replace(path)
@@ -152,8 +152,7 @@ class Inventory:
         if not path.is_file():
             raise ConfigError(f"{path}: packing streamed records needs their inventory: run `python -m jobs.inventory CONFIG` first")
         table = pq.read_table(path)
-        expected = json.dumps([[s.path, len(s)] for s in records.sources])
-        if (table.schema.metadata or {}).get(b"records", b"").decode() != expected:
+        if (table.schema.metadata or {}).get(b"records", b"").decode() != json.dumps(records.stamp):
             raise ConfigError(f"{path}: an inventory of other records (or they changed): run `python -m jobs.inventory CONFIG` again")
         self.usable = np.flatnonzero(table.column("reason").is_null().to_numpy())
         sizes = table.column("sizes").combine_chunks()

@@ -64,8 +64,7 @@ class TrainLoader:
         rates = mixture.rates(groups, sizes)
         self.plan = Plan(list(sizes.values()), [rates[name] for name in sizes], seed, global_batch_size, data.shuffle)
         limits = (sequence_length, data.packing.max_crops) if data.packing else None
-        weights = [config.message_weight for config in configs.values()]
-        self.builder = PackBuilder(list(datasets.values()), weights, limits)
+        self.builder = PackBuilder(list(datasets.values()), limits)
         self.owned = np.array_split(np.arange(global_batch_size), world_size)[rank].tolist()
         self.collate: MMCollator = cast(Any, model).build_collator(
             sequence_length, "to_max" if data.pad_to_max else None, include_metadata=False
@@ -132,14 +131,22 @@ def open_dataset(
                 f"dataset {name!r}: {longer:,} examples are longer than sequence_length={sequence_length} "
                 f"(longest {prepared.tokens.max():,}); raise it, or prepare them with this sequence_length"
             )
+        if data.packing and (more := int((prepared.crops > data.packing.max_crops).sum())):
+            raise ConfigError(
+                f"dataset {name!r}: {more:,} examples have more crops or frames than packing.max_crops={data.packing.max_crops} "
+                f"(most {prepared.crops.max():,}); raise it, or prepare them with fewer"
+            )
         if config.overrides:
             raise ConfigError(f"dataset {name!r}: overrides apply to streamed records only; prepare it with such a model instead")
-        return Prepared(prepared)
+        return Prepared(prepared, config.message_weight)
     records = open_records(config.path, config.format)
     changed = cast(Any, with_overrides(model, config.overrides, name))
     preprocessor = changed.build_preprocessor(for_inference=False, is_training=True, max_seq_len=sequence_length)
     inventory = Inventory(records, inventory_path(config.path)) if data.packing else None
-    return Streamed(records, ExampleBuilder(preprocessor, MAX_IMAGE_PIXELS), seed, inventory)
+    # As in the published recipes: a weight of its own comes without the model's weighting; that of an annotation stays a factor.
+    weight = {"weight": config.message_weight, "root_subsegments": False, "root_length": False}
+    defaults = {} if config.message_weight is None else {"message_weight": weight}
+    return Streamed(records, ExampleBuilder(preprocessor, MAX_IMAGE_PIXELS, defaults), seed, inventory)
 
 
 def with_overrides(model: BaseModelConfig, overrides: dict[str, Any], name: str) -> BaseModelConfig:

@@ -9,10 +9,10 @@ from pipelines.data.config import DatasetConfig, GroupConfig
 
 
 def counted_size(config: DatasetConfig, size: int) -> float:
-    """The size that counts: all examples, a cap (`sampling_size` > 1), or a share of the examples (<= 1)."""
+    """The size that counts: all examples, a number given in their place (`sampling_size` > 1), or a share of the examples (<= 1)."""
     if config.sampling_size is None:
         return float(size)
-    return size * config.sampling_size if config.sampling_size <= 1 else min(float(size), config.sampling_size)
+    return size * config.sampling_size if config.sampling_size <= 1 else config.sampling_size
 
 
 def rates(groups: dict[str, GroupConfig], sizes: dict[str, int]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import numpy as np
 from molmo_core.preprocessing.packing import pack as join
 from pipelines.data import schema
 from pipelines.data.builder import example_rng
+from pipelines.data.fetching import Opened, fetched
 from pipelines.data.inventory import Inventory
 from pipelines.data.plan import Draw, Stream
 from pipelines.data.prepared import PreparedDataset
@@ -26,7 +28,11 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def example(self, draw: Draw) -> dict[str, Any]:
+    def open(self, draw: Draw) -> dict[str, Any]:
+        """What `finish` takes, media still as references; raises `Rejected`."""
+        ...
+
+    def finish(self, draw: Draw, opened: dict[str, Any]) -> dict[str, Any]:
         """The preprocessed example of a draw; raises `Rejected`."""
         ...
 
@@ -44,12 +50,17 @@ class Prepared:
     """A prepared dataset: the randomness of its examples was fixed when it was made."""
 
     data: PreparedDataset
+    weight: float | None = None
+    """Loss weight of every token with loss, in place of what it was prepared with."""
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def example(self, draw: Draw) -> dict[str, Any]:
+    def open(self, draw: Draw) -> dict[str, Any]:
         return self.data[draw.row]
+
+    def finish(self, draw: Draw, example: dict[str, Any]) -> dict[str, Any]:
+        return example if self.weight is None else {**example, "loss_masks": np.float32(self.weight) * (example["loss_masks"] > 0)}
 
     def measure(self, draw: Draw) -> tuple[int, int]:
         return int(self.data.tokens[draw.row]), int(self.data.crops[draw.row])
@@ -74,14 +85,17 @@ class Streamed:
     def __len__(self) -> int:
         return len(self.records) if self.inventory is None else len(self.inventory.usable)
 
-    def example(self, draw: Draw) -> dict[str, Any]:
-        return self.builder(self.records[self._row(draw)], self._rng(draw))
+    def open(self, draw: Draw) -> dict[str, Any]:
+        return self.builder.example(self.records[self._row(draw)])
+
+    def finish(self, draw: Draw, opened: dict[str, Any]) -> dict[str, Any]:
+        return self.builder.finish(opened, self._rng(draw))
 
     def measure(self, draw: Draw) -> tuple[int, int]:
         if self.inventory is None:
             raise ValueError("packing streamed records needs their inventory")
         row = self._row(draw)
-        return self.builder.measure(self.records[row], self.inventory.media(row), self._rng(draw))
+        return self.builder.measure(self.records.text(row), self.inventory.media(row), self._rng(draw))
 
     def where(self, draw: Draw) -> tuple[str, int]:
         return self.records.where(self._row(draw))
@@ -98,44 +112,64 @@ class PackBuilder:
 
     Args:
         datasets: in the plan's order.
-        weights: loss weight of each dataset's messages (None = as preprocessed).
         limits: tokens and crops of a pack, if examples are packed.
     """
 
-    def __init__(self, datasets: list[Any], weights: list[float | None], limits: tuple[int, int] | None = None):
-        self.datasets, self.weights, self.limits = datasets, weights, limits
+    def __init__(self, datasets: list[Any], limits: tuple[int, int] | None = None):
+        self.datasets, self.limits = datasets, limits
 
     def __call__(self, pack: list[Draw]) -> tuple[dict[str, Any], list[Reject]]:
         """The joined example and what had to be left out of it; a row without loss if nothing is left."""
+        return next(self.rows([pack]))
+
+    def rows(
+        self, packs: list[list[Draw]], pool: concurrent.futures.Executor | None = None
+    ) -> Iterator[tuple[dict[str, Any], list[Reject]]]:
+        """The same for some packs. With a pool of threads, remote images are fetched ahead."""
+        opened = (self._open(draw) for pack in packs for draw in pack)
+        ready = fetched(opened, pool) if pool else opened
+        for pack in packs:
+            yield self._row(pack, ready)
+
+    def _row(self, pack: list[Draw], ready: Iterator[Opened]) -> tuple[dict[str, Any], list[Reject]]:
         examples: list[dict[str, Any]] = []
         rejected: list[Reject] = []
-        for draw in pack:
+        for draw, opened in zip(pack, ready):
             try:
-                example = self.datasets[draw.dataset].example(draw)
+                if isinstance(opened, Rejected):
+                    raise opened
+                example = self.datasets[draw.dataset].finish(draw, opened)
                 self._check_fits(examples, example)
             except Rejected as reason:
                 rejected.append((*self.datasets[draw.dataset].where(draw), reason.reason, reason.detail))
                 continue
-            examples.append(weighted(example, self.weights[draw.dataset]))
+            examples.append(example)
         if not examples:
             return empty_example(), rejected
         return (join(examples) if self.limits else examples[0]), rejected
 
     def measure(self, draw: Draw) -> tuple[int, int]:
-        """Tokens and crops of a draw, without decoding."""
-        return self.datasets[draw.dataset].measure(draw)
+        """Tokens and crops of a draw, without decoding. One that fits into no pack counts as one token: it is rejected when it is made."""
+        tokens, crops = self.datasets[draw.dataset].measure(draw)
+        if self.limits is not None and (tokens > self.limits[0] or crops > self.limits[1]):
+            return 1, 0
+        return tokens, crops
+
+    def _open(self, draw: Draw) -> Opened:
+        try:
+            return self.datasets[draw.dataset].open(draw)
+        except Rejected as reason:
+            return reason
 
     def _check_fits(self, packed: list[dict[str, Any]], example: dict[str, Any]) -> None:
         if self.limits is None:
             return
         tokens, crops = (sum(values) for values in zip(*(schema.size(e) for e in (*packed, example))))
         if tokens > self.limits[0] or crops > self.limits[1]:
-            raise Rejected("record: larger than its inventory says", f"{tokens} tokens and {crops} crops in a pack of {self.limits}")
-
-
-def weighted(example: dict[str, Any], weight: float | None) -> dict[str, Any]:
-    """The example with every weighted token at `weight` (None = as it is)."""
-    return example if weight is None else {**example, "loss_masks": np.float32(weight) * (example["loss_masks"] > 0)}
+            raise Rejected(
+                "record: does not fit in its pack",
+                f"{tokens:,} tokens and {crops:,} crops or frames; a pack takes {self.limits[0]:,} and {self.limits[1]:,}",
+            )
 
 
 def empty_example() -> dict[str, Any]:

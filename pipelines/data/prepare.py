@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import logging
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,16 +29,20 @@ from pipelines.cluster import reading
 from pipelines.data import easy_vqa, schema
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import PrepareConfig
+from pipelines.data.fetching import THREADS
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.records import normalise
 from pipelines.data.report import write_report
-from pipelines.data.shards import read_summary, write_shard
+from pipelines.data.shards import read_summary, withdraw, write_shard, write_text
 from pipelines.data.sources import Records, Rejected, open_records
 from pipelines.data.tokenizer import train_tokenizer
 
 STATE, DATASET, INDEX, REPORT, REJECTED = "prepare.json", "dataset.json", "index.parquet", "report.json", "rejected.parquet"
+STOPPED = "stopped.txt"
+"""Left by a run that stopped because too many records were unusable."""
 RATE_FROM_ROWS = 100
-"""The share of rejected rows is judged over at least so many: one bad row of three is no reason to stop."""
+"""While a run goes on, the share of rejected rows is judged over at least so many: one bad row of the first three is no reason to stop."""
+LINE_EVERY_S = 30.0
 _TOKENIZER_RECORDS = 100_000
 
 
@@ -67,10 +74,14 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     preprocessor = model.build_preprocessor(for_inference=False, is_training=True, max_seq_len=config.sequence_length)
 
     tally = Tally(config.max_reject_rate)
+    _try_media_again(folder, shards)
     done = {k: summary for k in range(shards) if (summary := read_summary(folder, k))}
     for summary in done.values():
         tally.add(summary)
     todo = [k for k in range(shards) if k not in done]
+    if not todo and (folder / REPORT).is_file():
+        return json.loads((folder / REPORT).read_text())
+    before, shown = tally.rows_in, started
     try:
         with _progress() as progress:
             bar = progress.add_task("prepare", total=total, completed=tally.rows_in, rejected=tally.rows_rejected)
@@ -78,12 +89,19 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
                 done[summary["shard"]] = summary
                 tally.add(summary)
                 progress.update(bar, completed=tally.rows_in, rejected=tally.rows_rejected)
+                if not progress.console.is_terminal and time.perf_counter() - shown > LINE_EVERY_S:  # a log shows no bar until the end
+                    shown = time.perf_counter()
+                    print(f"prepare: {tally.rows_in:,} of {total:,} records, {tally.rows_rejected:,} rejected", file=sys.stderr, flush=True)
                 tally.check()
-        tally.check()
+        tally.check(at_end=True)
     except TooManyRejected as error:
         _write_rejected(folder, done)
-        raise TooManyRejected(f"{error}. All rejected rows so far: {folder / REJECTED}") from None
-    return finish(folder, config, done, total, time.perf_counter() - started)
+        write_text(folder / STOPPED, str(error))
+        raise TooManyRejected(
+            f"{error}. All rejected rows so far: {folder / REJECTED}. Start again when missing media are there (they are tried again), "
+            f"with a larger max_reject_rate, or in an empty folder if the records change"
+        ) from None
+    return finish(folder, config, done, total, tally.rows_in - before, time.perf_counter() - started)
 
 
 class Tally:
@@ -114,15 +132,22 @@ class Tally:
         """Rejected rows of all sources, most frequent reason first."""
         return dict(sum(self.rejected.values(), collections.Counter()).most_common())
 
-    def check(self) -> None:
-        """Raises TooManyRejected, naming the source."""
+    def check(self, at_end: bool = False) -> None:
+        """Raises TooManyRejected when a source is too bad, or all of them together are, or nothing is left at the end."""
         for source, reasons in self.rejected.items():
             if reasons.total() > self.max_reject_rate * max(self.seen[source], RATE_FROM_ROWS):
-                shown = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
-                raise TooManyRejected(
-                    f"{source}: {reasons.total():,} of {self.seen[source]:,} records rejected, more than max_reject_rate="
-                    f"{self.max_reject_rate:g} allows ({shown})"
-                )
+                raise TooManyRejected(self._told(source, reasons, self.seen[source]))
+        if self.rows_rejected > self.max_reject_rate * max(self.rows_in, RATE_FROM_ROWS) or (at_end and not self.rows_out):
+            worst = max(self.rejected, key=lambda source: self.rejected[source].total())
+            reasons = collections.Counter(self.by_reason())
+            raise TooManyRejected(
+                self._told(f"{worst} and {len(self.seen) - 1} other files" if len(self.seen) > 1 else worst, reasons, self.rows_in)
+            )
+
+    def _told(self, source: str, reasons: collections.Counter[str], seen: int) -> str:
+        shown = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
+        limit = f"max_reject_rate={self.max_reject_rate:g}"
+        return f"{source}: {reasons.total():,} of {seen:,} records rejected, more than {limit} allows ({shown})"
 
 
 class ShardWriter:
@@ -136,13 +161,14 @@ class ShardWriter:
         self.folder, self.seed, self.shard_rows, self.total = Path(folder), seed, shard_rows, total
         self.records = ray.get(records)
         self.builder = IsolatedBuilder(ray.get(builder))
+        self.pool = concurrent.futures.ThreadPoolExecutor(THREADS)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         summaries = []
         for shard in batch.column("shard").to_pylist():
             rows = range(shard * self.shard_rows, min(self.total, (shard + 1) * self.shard_rows))
-            summaries.append(write_shard(self.folder, shard, rows, self.records, self.builder, self.seed))
-        return pa.table({"summary": [json.dumps(s, ensure_ascii=False) for s in summaries]})
+            summaries.append(write_shard(self.folder, shard, rows, self.records, self.builder, self.seed, self.pool))
+        return pa.table({"summary": [json.dumps(s) for s in summaries]})
 
 
 def _run(config: PrepareConfig, folder: Path, records: Records, preprocessor: Any, todo: list[int], total: int) -> Iterator[dict[str, Any]]:
@@ -179,10 +205,14 @@ def _model(folder: Path, config: PrepareConfig, records: Records, total: int) ->
     if config.tokenizer is None:
         return BaseModelConfig.load(config.model)
     target = folder / "tokenizer"
-    if not (target / "tokenizer.json").is_file():
+    if not target.is_dir():
         model: Any = BaseModelConfig.load(config.model)
         texts = _texts(records, min(total, _TOKENIZER_RECORDS), Formatter(model.data_formatter), np.random.RandomState(config.seed))
-        train_tokenizer(texts, config.tokenizer.vocab_size, target)
+        temporary = folder / ".tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        train_tokenizer(texts, config.tokenizer.vocab_size, temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.replace(target)
     return BaseModelConfig.load(config.model, overrides=[f"llm.tokenizer.identifier={target}"])
 
 
@@ -196,33 +226,57 @@ def _texts(records: Records, total: int, formatter: Formatter, rng: np.random.Ra
             continue  # reported when its shard is made
 
 
+def _try_media_again(folder: Path, shards: int) -> None:
+    """After a stop because of too many rejected records: media that were missing then may be there now."""
+    if (folder / STOPPED).is_file():
+        for k in range(shards):
+            summary = read_summary(folder, k)
+            if summary and any(reason.startswith("media:") for _, _, reason, _ in summary["rejected"]):
+                withdraw(folder, k)
+        (folder / STOPPED).unlink()
+
+
 def _claim(folder: Path, config: PrepareConfig, records: Records) -> None:
     """Notes what is being made here; refuses a folder that holds something else."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "actors", "max_reject_rate")}
-    model = Path(config.model).read_text() if Path(config.model).is_file() else config.model
-    sources = [[s.path, len(s)] for s in records.sources]
-    text = json.dumps([schema.VERSION, settings, model, sources], sort_keys=True)
+    sources = records.stamp
+    text = json.dumps([schema.VERSION, settings, _model_text(config.model), sources], sort_keys=True)
     state = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "settings": settings, "sources": sources}
     path = folder / STATE
     if path.is_file():
         found = json.loads(path.read_text())
         if found["fingerprint"] != state["fingerprint"]:
             old, new = found["settings"], settings
-            changed = [k for k in new if old.get(k) != new[k]] or ["the model file or the records"]
+            changed = [k for k in new if old.get(k) != new[k]] or ["the records" if found["sources"] != sources else "the model"]
             raise ConfigError(f"{folder}: holds another preparation ({', '.join(changed)} changed); choose another output or delete it")
         return
-    path.write_text(json.dumps(state, indent=2) + "\n")
+    write_text(path, json.dumps(state, indent=2) + "\n")
+
+
+def _model_text(model: str) -> str:
+    """What a preparation takes of a model: its configuration, and the tokenizer of a model folder."""
+    path = Path(model)
+    files = (
+        [path] if path.is_file() else [path / name for name in ("config.yaml", "config.json", "tokenizer.json", "tokenizer/tokenizer.json")]
+    )
+    return model if not path.exists() else "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 def _write_rejected(folder: Path, done: dict[int, dict[str, Any]]) -> None:
     rows = [row for k in sorted(done) for row in done[k]["rejected"]]
     kinds = {"source": pa.string(), "row": pa.int64(), "reason": pa.string(), "detail": pa.string()}
     table = pa.table({name: pa.array([row[i] for row in rows], kind) for i, (name, kind) in enumerate(kinds.items())})
-    pq.write_table(table, folder / REJECTED)
+    _write_table(table, folder / REJECTED)
 
 
-def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]], total: int, seconds: float) -> dict[str, Any]:
-    """Checks the books, then writes index, rejected rows and report."""
+def _write_table(table: pa.Table, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+
+
+def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]], total: int, made: int, seconds: float) -> dict[str, Any]:
+    """Checks the books, then writes index, rejected rows and report. `made` records took `seconds`; others were made before a stop."""
     tally = Tally(config.max_reject_rate)
     ordered = [done[k] for k in sorted(done)]
     for summary in ordered:
@@ -234,14 +288,14 @@ def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]],
     tokens = [n for s in ordered for n in s["tokens"]]
     crops = [n for s in ordered for n in s["crops"]]
     index = {"shard": [s["shard"] for s in ordered for _ in s["tokens"]], "tokens": tokens, "crops": crops}
-    pq.write_table(pa.table({k: pa.array(v, pa.int64()) for k, v in index.items()}), folder / INDEX)
+    _write_table(pa.table({k: pa.array(v, pa.int64()) for k, v in index.items()}), folder / INDEX)
     report = {
         "rows_in": tally.rows_in,
         "rows_out": tally.rows_out,
         "rows_rejected": tally.rows_rejected,
         "rejected_by_reason": tally.by_reason(),
         "seconds": round(seconds, 2),
-        "rows_per_second": round(tally.rows_in / max(seconds, 1e-9), 1),
+        "rows_per_second": round(made / max(seconds, 1e-9), 1),
         "sequence_length": config.sequence_length or max(tokens, default=0),
         "truncated": sum(s["truncated"] for s in ordered),
         "tokens": sum(tokens),
@@ -250,9 +304,9 @@ def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]],
         "bytes": sum(s["bytes"] for s in ordered),
         "shards": len(ordered),
     }
-    (folder / DATASET).write_text(json.dumps({"version": schema.VERSION, "rows": tally.rows_out, "shards": len(ordered)}) + "\n")
-    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_report(folder, report, tokens, crops, rejected)
+    write_text(folder / DATASET, json.dumps({"version": schema.VERSION, "rows": tally.rows_out, "shards": len(ordered)}) + "\n")
+    write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 
 

@@ -191,4 +191,4 @@ def _take(view: tuple[np.ndarray, np.ndarray, np.ndarray | None], i: int) -> np.
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
+    return json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))

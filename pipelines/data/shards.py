@@ -7,20 +7,34 @@ atomically and the summary last; a shard without one is made again. Nothing in t
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.data import schema
 from pipelines.data.builder import example_rng
-from pipelines.data.sources import Records, Rejected
+from pipelines.data.fetching import Opened, fetched
+from pipelines.data.sources import Record, Records, Rejected
 
 _BATCH_BYTES = 64 << 20
+
+
+class Builder(Protocol):
+    """An `ExampleBuilder`, or one that isolates videos."""
+
+    def example(self, record: Record) -> dict[str, Any]:
+        """What `finish` takes; raises `Rejected`."""
+        ...
+
+    def finish(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+        """The preprocessed example; raises `Rejected`."""
+        ...
 
 
 def shard_path(folder: Path, shard: int, suffix: str) -> Path:
@@ -29,9 +43,9 @@ def shard_path(folder: Path, shard: int, suffix: str) -> Path:
 
 
 def write_shard(
-    folder: Path, shard: int, rows: range, records: Records, builder: Callable[..., dict[str, Any]], seed: int
+    folder: Path, shard: int, rows: range, records: Records, builder: Builder, seed: int, pool: concurrent.futures.Executor | None = None
 ) -> dict[str, Any]:
-    """Makes and commits one shard.
+    """Makes and commits one shard. With a pool of threads, remote images are fetched ahead.
 
     Returns:
         Its summary: rows_in, rows_out, rejected [[source, row, reason, detail], ...], truncated, tokens and crops of each example,
@@ -44,16 +58,25 @@ def write_shard(
     truncated = 0
     rows_in: collections.Counter[str] = collections.Counter()
 
+    def open_example(i: int) -> Opened:
+        try:
+            return builder.example(records[i])
+        except Rejected as reason:
+            return reason
+
     def tables() -> Iterator[pa.Table]:
         nonlocal truncated
         pending: list[dict[str, Any]] = []
         where: list[tuple[str, int]] = []
         pending_bytes = 0
-        for i in rows:
+        opened = map(open_example, rows)
+        for i, example in zip(rows, fetched(opened, pool) if pool else opened):
             source, row = records.where(i)
             rows_in[source] += 1
             try:
-                example = builder(records[i], example_rng(seed, 0, 0, i))
+                if isinstance(example, Rejected):
+                    raise example
+                example = builder.finish(example, example_rng(seed, 0, 0, i))
             except Rejected as reason:
                 rejected.append([source, row, reason.reason, reason.detail])
                 continue
@@ -82,11 +105,20 @@ def write_shard(
         "bytes": path.stat().st_size,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    final = shard_path(folder, shard, ".json")
-    temporary = final.with_name(f".{final.name}.tmp")
-    temporary.write_text(json.dumps(summary, ensure_ascii=False))
-    temporary.replace(final)
+    write_text(shard_path(folder, shard, ".json"), json.dumps(summary))
     return summary
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is whole whenever it is there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def withdraw(folder: Path, shard: int) -> None:
+    """Takes the commit of a shard back: the next start makes it again."""
+    shard_path(folder, shard, ".json").unlink(missing_ok=True)
 
 
 def read_summary(folder: Path, shard: int) -> dict[str, Any] | None:

@@ -10,14 +10,13 @@ import torch
 
 from molmo_core.checkpoint import load_model
 from pipelines.data.builder import ExampleBuilder
+from pipelines.data.config import MAX_IMAGE_PIXELS
 from pipelines.data.records import normalise
 from pipelines.data.sources import Records, Rejected
 from pipelines.evaluation.answering import Example, answer
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.questions import Question, media_of, metric_of, questions, score
 from pipelines.model_folder import model_folder
-
-MAX_PIXELS = 178_956_970
 
 
 class Worker:
@@ -30,7 +29,7 @@ class Worker:
         self._model = load_model(model_folder(model), getattr(torch, config.dtype), device)
         self._preprocess = self._model.config.build_preprocessor(for_inference=True, is_training=False)
         self._collate = self._model.config.build_collator(None, None, include_metadata=False)
-        self._builder = ExampleBuilder(self._preprocess, MAX_PIXELS)
+        self._builder = ExampleBuilder(self._preprocess, MAX_IMAGE_PIXELS)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """Answers the records numbered `id`; `result` is one JSON object a record (`questions`, or `rejected` and why)."""

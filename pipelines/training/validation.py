@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
 from pipelines.data.builder import ExampleBuilder
+from pipelines.data.config import MAX_IMAGE_PIXELS
 from pipelines.data.records import normalise
 from pipelines.data.sources import Rejected, open_records
 from pipelines.evaluation.config import EvaluateConfig
@@ -19,7 +20,6 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.parallel import all_sum, autocast, rank, world_size
 
 SCORING = EvaluateConfig(model="-", records="-", output="-")
-MAX_PIXELS = 178_956_970
 
 
 class Validator:
@@ -59,7 +59,7 @@ class Sampler:
         self.settings, self.precision, self.model = config.samples, config.precision, model
         preprocess = config.model.build_preprocessor(for_inference=True, is_training=False)  # type: ignore[attr-defined]
         self.collate = config.model.build_collator(None, None, include_metadata=False)  # type: ignore[attr-defined]
-        builder = ExampleBuilder(preprocess, MAX_PIXELS)
+        builder = ExampleBuilder(preprocess, MAX_IMAGE_PIXELS)
         records = open_records(self.settings.records)
         self.questions: list[Question] = []
         self.prompts: list[dict[str, Any]] = []

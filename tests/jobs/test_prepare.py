@@ -19,7 +19,7 @@ from PIL import Image
 from molmo_core.config import ConfigError
 from pipelines.cluster import connect
 from pipelines.data.config import PrepareConfig
-from pipelines.data.prepare import TooManyRejected, prepare
+from pipelines.data.prepare import Tally, TooManyRejected, prepare
 from pipelines.data.prepared import PreparedDataset
 
 RECIPE = "configs/data/records.yaml"
@@ -92,6 +92,46 @@ def test_a_bad_source_stops_the_run(cluster, tmp_path):
     assert pq.read_table(tmp_path / "out" / "rejected.parquet").num_rows > 10
     assert not (tmp_path / "out" / "report.json").exists()
     assert prepare(config(path, tmp_path / "out", shard_rows=10, max_reject_rate=0.5))["rows_rejected"] == 30, "a laxer limit continues"
+
+
+def test_bad_files_are_found_however_small_they_are():
+    tally = Tally(max_reject_rate=0.2)
+    for k in range(10):
+        name = f"part-{k}.jsonl"
+        tally.add({"rows_in": {name: 20}, "rows_out": 10, "rejected": [[name, row, "media: missing file", ""] for row in range(10)]})
+    with pytest.raises(TooManyRejected, match=r"part-0.jsonl and 9 other files: 100 of 200 records rejected"):
+        tally.check()
+    nothing = Tally(max_reject_rate=1)
+    nothing.add({"rows_in": {"x": 3}, "rows_out": 0, "rejected": [["x", row, "record: no text", ""] for row in range(3)]})
+    nothing.check()
+    with pytest.raises(TooManyRejected, match="x: 3 of 3"):
+        nothing.check(at_end=True)
+
+
+@pytest.mark.slow
+def test_media_that_were_missing_are_tried_again(cluster, tmp_path):
+    path = records(tmp_path, good=10, bad=130)
+    with pytest.raises(TooManyRejected, match="they are tried again"):
+        prepare(config(path, tmp_path / "out", shard_rows=20, max_reject_rate=0.2))
+    for row in map(json.loads, path.read_text().splitlines()):
+        Image.new("RGB", (30, 20)).save(tmp_path / row["image"])
+    assert prepare(config(path, tmp_path / "out", shard_rows=20, max_reject_rate=0.2))["rows_out"] == 140
+
+
+@pytest.mark.slow
+def test_changed_records_are_noticed(cluster, tmp_path):
+    path = records(tmp_path, good=5)
+    report = prepare(config(path, tmp_path / "out"))
+    assert prepare(config(path, tmp_path / "out")) == report, "nothing to do: the report stays"
+    path.write_text(path.read_text().replace("Noise", "Voice"))
+    with pytest.raises(ConfigError, match=r"holds another preparation \(the records changed\)"):
+        prepare(config(path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("wrong", ["shard_rows=0", "limit=-1", "max_image_pixels=1000000000", "format=prepared"])
+def test_settings_out_of_range_are_named(wrong):
+    with pytest.raises(ConfigError, match=wrong.split("=")[0]):
+        PrepareConfig.load(RECIPE, [wrong])
 
 
 @pytest.mark.slow

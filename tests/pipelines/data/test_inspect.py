@@ -87,6 +87,23 @@ def test_point_is_where_the_answer_says(made):
         assert (x / width, y / height) == pytest.approx((0.25, 0.75), abs=0.01)
 
 
+def test_points_lie_on_their_own_image_or_frame(golden):
+    """Each point is on the whole crop of its image, or on the frame of its time; what a question says is not drawn."""
+    model = BaseModelConfig.load(golden / "molmo-qwen2-siglip-bidir" / "config.yaml", ["data_formatter.pointing_format=html-v2"])
+    preprocessor = model.build_preprocessor(for_inference=False, max_seq_len=2048)
+    inspector = Inspector(model.build_tokenizer(), preprocessor.settings, lambda *arrays: attention_mask(model, *arrays))
+    images = [np.random.RandomState(i).randint(0, 256, (200, 300 + i, 3), np.uint8) for i in range(2)]
+    record = {"style": "demo", "question": "What is at (20, 30)?", "answer": '<points coords="1 1 250 750;2 2 500 500">cats</points>'}
+    row = preprocessor({"images": images, **record}, rng=np.random.RandomState(0))
+    points = inspector._points(row, None)
+    whole = inspector._whole_crops(row)
+    assert len(whole) == 2
+    assert whole[1] > 1
+    assert {crop: [(p.x, p.y) for p in found] for crop, found in points.items()} == {0: [(250, 750)], whole[1]: [(500, 500)]}
+    frames = inspector._points({**row, "labels": row["labels"]}, [0.0, 1.1, 2.0])  # the same answer read as times
+    assert {crop: len(found) for crop, found in frames.items()} == {1: 1, 2: 1}
+
+
 def test_pixels_come_back(made):
     _, inspector, rows = made
     crop = inspector._pixels(rows[0]["images"][0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import threading
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from molmo_core.config import ConfigError
+from molmo_core.models.base import BaseModelConfig
 from molmo_core.preprocessing.collator import MMCollator
 from pipelines.data.config import DataConfig, PrepareConfig
 from pipelines.data.loader import TrainLoader, prefetched
@@ -46,8 +48,17 @@ class Numbers:
         return Record(self.name, i, {"n": i})
 
 
-def make_example(record, rng):
+class Maker:
     """Some tokens, and crops for two of three; every seventh record is unusable."""
+
+    def example(self, record):
+        return record
+
+    def finish(self, record, rng):
+        return make_example(record, rng)
+
+
+def make_example(record, rng):
     n = record.data["n"]
     if n % 7 == 6:
         raise Rejected("record: a seventh", "test")
@@ -71,8 +82,8 @@ def folders(tmp_path_factory):
     for n, size in (("a", 50), ("b", 30)):
         folder = tmp_path_factory.mktemp(n)
         shards = range(-(-size // 8))
-        done = {k: write_shard(folder, k, range(k * 8, min(size, k * 8 + 8)), Numbers(size), make_example, 0) for k in shards}
-        report = finish(folder, PrepareConfig(output=str(folder)), done, size, 1.0)
+        done = {k: write_shard(folder, k, range(k * 8, min(size, k * 8 + 8)), Numbers(size), Maker(), 0) for k in shards}
+        report = finish(folder, PrepareConfig(output=str(folder)), done, size, size, 1.0)
         assert report["rows_rejected"] == size // 7
         made.append(folder)
     return made
@@ -154,8 +165,19 @@ def test_packs_keep_to_both_budgets(folders):
 
 
 def test_message_weight_replaces_the_weights(folders):
-    example = PackBuilder([Prepared(PreparedDataset(folders[0]))], [0.2])([Draw(0, 1, 0)])[0]
+    example = PackBuilder([Prepared(PreparedDataset(folders[0]), 0.2)])([Draw(0, 1, 0)])[0]
     assert set(np.unique(example["loss_masks"])) <= {np.float32(0), np.float32(0.2)}
+
+
+def test_message_weight_of_records_multiplies_theirs(golden, tmp_path):
+    model = BaseModelConfig.load(golden / "molmo-qwen2-siglip-bidir" / "config.yaml")
+    qa = {"style": "demo", "question": "What is it?", "answer": "A cat."}
+    tree = {"message_list": [qa, {**qa, "weight": 0.5}, qa]}
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (qa, tree)))
+    config = DataConfig.from_dict({"datasets": {"x": {"path": str(tmp_path / "x.jsonl"), "message_weight": 0.2}}})
+    rows = TrainLoader(config, model, 2, LENGTH, 0, 0, 1).examples()
+    found = {float(weight) for row in rows for weight in np.unique(row["loss_masks"])}
+    assert found == {0.0, float(np.float32(0.1)), float(np.float32(0.2))}, "not divided by the root of three annotations"
 
 
 def test_mistakes_are_named(folders, tmp_path):
@@ -163,6 +185,8 @@ def test_mistakes_are_named(folders, tmp_path):
         loader(data(folders), 0, 9)
     with pytest.raises(ConfigError, match=r"examples are longer than sequence_length=16.*prepare them with"):
         TrainLoader(data(folders), Model(), 6, 16, 0, 0, 1)
+    with pytest.raises(ConfigError, match=r"examples have more crops or frames than packing.max_crops=1 \(most 3\)"):
+        loader(data(folders, packing={"max_crops": 1}))
     with pytest.raises(ConfigError, match="no such file or folder"):
         loader(DataConfig.from_dict({"datasets": {"x": {"path": str(tmp_path / "nothing")}}}))
     (tmp_path / "prepare.json").write_text("{}")

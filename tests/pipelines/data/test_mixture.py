@@ -28,8 +28,8 @@ def test_caps_shares_and_factors():
         "small": {"sampling_size": 100},
     }
     found = rates(groups(all={"datasets": config}), {"cap": 10_000, "share": 400, "times": 100, "small": 16})
-    roots = {"cap": 10, "share": 10, "times": 15, "small": 4}
-    assert found == pytest.approx({k: v / 39 for k, v in roots.items()})
+    roots = {"cap": 10, "share": 10, "times": 15, "small": 10}
+    assert found == pytest.approx({k: v / 45 for k, v in roots.items()})
     assert math.isclose(sum(found.values()), 1)
 
 

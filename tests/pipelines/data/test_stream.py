@@ -119,13 +119,14 @@ def test_the_plan_is_not_read_ahead_without_end(cluster, model, good_records, tm
             return super().next()
 
     class Slow(PackBuilder):
-        def __call__(self, pack):
-            time.sleep(0.03)
-            return super().__call__(pack)
+        def rows(self, packs, pool=None):
+            for row in super().rows(packs, pool):
+                time.sleep(0.03)
+                yield row
 
     made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "actors": 1}), model)
     streams = {s: Counted(made.plan, s) for s in made.owned}
-    slow = Slow(made.builder.datasets, made.builder.weights)
+    slow = Slow(made.builder.datasets)
     batches = stream_batches(streams, slow, made.collate, ranks=1, actors=1, max_reject_rate=0)
     for _ in range(40):
         next(batches)
