@@ -26,7 +26,7 @@ class ExampleBuilder:
     Args:
         preprocessor: of the model.
         max_image_pixels: larger images are rejected from their header.
-        defaults: fields given to every record that lacks them (e.g. `sampler_overrides` of a dataset).
+        defaults: fields given to every record that lacks them (e.g. the `message_weight` of a dataset).
     """
 
     def __init__(self, preprocessor: Any, max_image_pixels: int, defaults: dict[str, Any] | None = None):

@@ -24,7 +24,7 @@ MAX_ANNOTATIONS = 1000
 """A record with more annotations is rejected: it is a mistake in whatever wrote it."""
 
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "system": "system"}
-_COMMON_FIELDS = ("style", "weight", "sampler_overrides")
+_COMMON_FIELDS = ("style", "weight", "message_weight")
 _TASK_FIELDS = (
     *_COMMON_FIELDS, "question", "answer", "answers", "answer_annotations", "options", "unlabelled_options", "option_names", "answer_idx",
     "points", "point_scale", "image_points", "timestamps", "tracks", "label", "text", "count", "message_list", "explanation",

@@ -12,7 +12,7 @@ from molmo_core.preprocessing.points import extract_points, percent
 from pipelines.data.sources import Rejected
 from pipelines.evaluation.config import EvaluateConfig, Metric
 
-_MEDIA = ("image", "images", "video", "clip_start", "clip_end", "subtitle", "sampler_overrides")
+_MEDIA = ("image", "images", "video", "clip_start", "clip_end", "subtitle")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,8 +77,8 @@ def test_defaults_fill_gaps(builder):
         return {"input_ids": np.arange(2), "loss_masks": np.ones(2, np.float32)}
 
     record = Record("x.jsonl", 0, {"messages": ["a", "b"], "metadata": {"k": 1}})
-    example = ExampleBuilder(spy, LIMIT, {"sampler_overrides": {"max_frames": 3}, "style": "demo"})(record, rng())
-    assert seen["sampler_overrides"] == {"max_frames": 3}
+    example = ExampleBuilder(spy, LIMIT, {"message_weight": {"weight": 0.2}, "style": "demo"})(record, rng())
+    assert seen["message_weight"] == {"weight": 0.2}
     assert example["metadata"] == {"k": 1}
 
 
