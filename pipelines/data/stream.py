@@ -37,7 +37,7 @@ _CALL_PACKS = 32
 _BLOCK_BYTES = 64 << 20
 _LARGE_BYTES = 1 << 20
 _LARGE_ARRAYS = 8
-# Then a new pipeline, with new actors, goes on: Ray Data remembers some kB of each block for as long as it runs.
+# Then a new pipeline, with new actors, goes on: what a decoder, an actor or Ray Data itself leaks ends with them.
 _PIPELINE_BLOCKS = 50_000
 _BLOCK = pa.schema({"pickled": pa.binary(), **{f"large{i}": pa.large_binary() for i in range(_LARGE_ARRAYS)}})
 _PLAN = pa.schema({"packs": pa.list_(pa.string()), "states": pa.list_(pa.string())})
