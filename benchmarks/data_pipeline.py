@@ -354,8 +354,9 @@ def memory_by_name() -> dict[str, int]:
     for process in processes():
         with contextlib.suppress(psutil.Error):  # it has just ended
             command = process.cmdline()
-            name = "this process" if process.pid == os.getpid() else command[0] if command[0].startswith("ray::") else " ".join(command)
-            total[re.sub(r"[.]submit$|.*/(?=[^/ ]+ |[^/ ]+$)| .*", "", name)] += process.memory_full_info().pss
+            name = command[0] if command[0].startswith("ray::") else " ".join(command)
+            name = re.sub(r"[.]submit$|.*/(?=[^/ ]+ |[^/ ]+$)| .*", "", name) if process.pid != os.getpid() else "this process"
+            total[name] += process.memory_full_info().pss
     return total
 
 
