@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 # Quiet, and no second set of threads in every process. A variable that the user has set wins.
@@ -47,6 +48,7 @@ LOCAL_ENV = {
 # With 2 GiB, 14 actors that decode did not stream 14,000 JPEGs in 70 s; with 16 GiB they came at 544 a second.
 OBJECT_STORE_LIMIT = max(2, os.cpu_count() or 1) << 30
 CONNECT_TIMEOUT_S = 10
+EXIT_TIMEOUT_S = 10
 
 
 @contextlib.contextmanager
@@ -86,7 +88,9 @@ def connect(
         yield
     finally:
         gc.collect()  # what holds objects of this cluster goes before it
+        started = [] if address else _workers()
         ray.shutdown()
+        _end(started)
 
 
 @contextlib.contextmanager
@@ -97,6 +101,20 @@ def reading(results: Iterable[Any]) -> Iterator[Iterator[Any]]:
         yield iterator
     finally:
         iterator.close()  # type: ignore[attr-defined]  # a generator
+
+
+def _workers() -> list[psutil.Process]:
+    """The processes under the raylet that this process started."""
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    return [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+
+
+def _end(workers: list[psutil.Process]) -> None:
+    """Ends workers that outlive their cluster: Ray's exit handlers can lock themselves up (seen once in some hundred clusters)."""
+    _, alive = psutil.wait_procs(workers, timeout=EXIT_TIMEOUT_S)
+    for worker in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
 
 
 def _check_answers(address: str) -> None:

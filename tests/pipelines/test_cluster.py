@@ -1,7 +1,10 @@
 """Starting a cluster, joining one, using a connection that is there."""
 
 import os
+import signal
+import subprocess
 
+import psutil
 import pytest
 import ray
 
@@ -28,4 +31,13 @@ def test_a_cluster_of_its_own_is_used_by_inner_jobs_and_shut_down(monkeypatch):
             assert ray.cluster_resources()["CPU"] == 2
         seen = ray.get(ray.remote(lambda: (os.environ.get("SEEN_BY_WORKERS"), os.getcwd())).remote())
         assert seen == ("yes", os.getcwd())
+        worker = ray.get(ray.remote(lambda: os.getpid()).remote())
+        assert worker in [process.pid for process in cluster._workers()]
     assert not ray.is_initialized()
+
+
+def test_workers_that_outlive_their_cluster_are_ended(monkeypatch):
+    monkeypatch.setattr(cluster, "EXIT_TIMEOUT_S", 0.5)
+    with subprocess.Popen(["sleep", "600"]) as worker:
+        cluster._end([psutil.Process(worker.pid)])
+        assert worker.wait(timeout=30) == -signal.SIGKILL
