@@ -110,7 +110,7 @@ def _workers() -> list[psutil.Process]:
 
 
 def _end(workers: list[psutil.Process]) -> None:
-    """Ends workers that outlive their cluster: Ray's exit handlers can lock themselves up (seen once in some hundred clusters)."""
+    """Ends workers that outlive their cluster: Ray's exit handlers can lock themselves up (seen once)."""
     _, alive = psutil.wait_procs(workers, timeout=EXIT_TIMEOUT_S)
     for worker in alive:
         with contextlib.suppress(psutil.NoSuchProcess):

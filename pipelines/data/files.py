@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 import re
 import urllib.request
@@ -44,7 +45,7 @@ def version(path: str) -> tuple[int | None, int | str | None]:
     return info.get("size"), next((str(info[field]) for field in _VERSION_FIELDS if info.get(field)), None)
 
 
-class RecordFile:
+class RecordFile(abc.ABC):
     """Base of the sources: keeps open handles (names that begin with `_open`) out of pickles.
 
     Attributes:
@@ -63,9 +64,9 @@ class RecordFile:
         """Number of record `i` in its file, from 0 (JSON lines: blank lines count)."""
         return i
 
+    @abc.abstractmethod
     def read(self, i: int) -> dict[str, Any]:
         """Record `i`; raises `Rejected` if it cannot be read."""
-        raise NotImplementedError
 
     def text(self, i: int) -> dict[str, Any]:
         """Record `i`, where that saves time without the bytes of its media."""

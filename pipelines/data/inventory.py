@@ -27,6 +27,7 @@ from pipelines.data.config import MAX_IMAGE_PIXELS
 from pipelines.data.media import fetch
 from pipelines.data.prepare import quiet
 from pipelines.data.records import normalise
+from pipelines.data.shards import write_table
 from pipelines.data.sources import Records, Rejected
 
 CHUNK = 256
@@ -120,9 +121,7 @@ def take_inventory(records: Records, path: Path) -> dict[str, int]:
 def write_inventory(table: pa.Table, records: Records, path: Path) -> dict[str, int]:
     """Writes an inventory; returns rows, usable, and the number of rows with each reason."""
     fingerprint = json.dumps(records.stamp)
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table.replace_schema_metadata({"records": fingerprint}), temporary)
-    temporary.replace(path)
+    write_table(table.replace_schema_metadata({"records": fingerprint}), path)
     reasons = [r for r in table.column("reason").to_pylist() if r is not None]
     counts = {kind: sum(r.startswith(kind) for r in reasons) for kind in sorted({":".join(r.split(":")[:2]) for r in reasons})}
     return {"rows": table.num_rows, "usable": table.num_rows - len(reasons), **counts}

@@ -2,7 +2,7 @@
 
 Ray restarts an actor that dies and gives it the same work again, so one file that always kills the decoder would be tried for
 ever. Here the decode actor hands each video to a helper process and survives it. Pixels come back through memory that both map: a
-Ray actor as the helper would send them through the object store, which takes a twentieth of what it takes to decode them.
+Ray actor as the helper would send them through the object store, which took a tenth of a clip's CPU time (16 frames of 640 x 360).
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
 from rich.console import Console
@@ -33,7 +32,7 @@ from pipelines.data.fetching import THREADS
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.records import normalise
 from pipelines.data.report import write_report
-from pipelines.data.shards import read_summary, withdraw, write_shard, write_text
+from pipelines.data.shards import read_summary, withdraw, write_shard, write_table, write_text
 from pipelines.data.sources import Records, Rejected, open_records
 from pipelines.data.tokenizer import train_tokenizer
 
@@ -266,13 +265,7 @@ def _write_rejected(folder: Path, done: dict[int, dict[str, Any]]) -> None:
     rows = [row for k in sorted(done) for row in done[k]["rejected"]]
     kinds = {"source": pa.string(), "row": pa.int64(), "reason": pa.string(), "detail": pa.string()}
     table = pa.table({name: pa.array([row[i] for row in rows], kind) for i, (name, kind) in enumerate(kinds.items())})
-    _write_table(table, folder / REJECTED)
-
-
-def _write_table(table: pa.Table, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
+    write_table(table, folder / REJECTED)
 
 
 def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]], total: int, made: int, seconds: float) -> dict[str, Any]:
@@ -288,7 +281,7 @@ def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]],
     tokens = [n for s in ordered for n in s["tokens"]]
     crops = [n for s in ordered for n in s["crops"]]
     index = {"shard": [s["shard"] for s in ordered for _ in s["tokens"]], "tokens": tokens, "crops": crops}
-    _write_table(pa.table({k: pa.array(v, pa.int64()) for k, v in index.items()}), folder / INDEX)
+    write_table(pa.table({k: pa.array(v, pa.int64()) for k, v in index.items()}), folder / INDEX)
     report = {
         "rows_in": tally.rows_in,
         "rows_out": tally.rows_out,

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.data import schema
 from pipelines.data.builder import example_rng
@@ -113,6 +114,13 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file that is whole whenever it is there."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Writes a Parquet file that is whole whenever it is there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, temporary)
     temporary.replace(path)
 
 
