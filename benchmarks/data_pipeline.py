@@ -52,11 +52,11 @@ import psutil  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from molmo_core.models.base import BaseModelConfig  # noqa: E402
+from pipelines.data.batches.loader import TrainLoader  # noqa: E402
 from pipelines.data.builder import ExampleBuilder, example_rng  # noqa: E402
 from pipelines.data.config import DataConfig  # noqa: E402
-from pipelines.data.loader import TrainLoader  # noqa: E402
+from pipelines.data.preparation.train_tokenizer import train_tokenizer  # noqa: E402
 from pipelines.data.sources import Records, open_records  # noqa: E402
-from pipelines.data.tokenizer import train_tokenizer  # noqa: E402
 
 BATCH, LENGTH = 8, 4096
 IMAGES, VIDEOS = 200, 8

@@ -24,9 +24,9 @@ from jobs.register import RegisterConfig, register
 from molmo_core.config import ConfigError, nearest
 from pipelines import cluster, tracking
 from pipelines.data.config import PrepareConfig
-from pipelines.data.media import fetch
-from pipelines.data.prepare import prepare
-from pipelines.data.records import normalise
+from pipelines.data.preparation.prepare import prepare
+from pipelines.data.records.media import fetch
+from pipelines.data.records.normalise import normalise
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.evaluate import PICTURE, evaluate, record

@@ -14,13 +14,14 @@ from jobs.command import ConfigPath, Overrides, job
 from molmo_core.config import ConfigError, read_yaml
 from molmo_core.models.base import BaseModelConfig
 from molmo_core.nn.image_tokens import sequence_layout
+from pipelines.data.batches.loader import TrainLoader
+from pipelines.data.batches.prepared import PreparedDataset, is_prepared
 from pipelines.data.builder import ExampleBuilder, example_rng
 from pipelines.data.config import PrepareConfig
-from pipelines.data.inspect import Inspector
-from pipelines.data.loader import TrainLoader
-from pipelines.data.prepare import STATE
-from pipelines.data.prepared import PreparedDataset, is_prepared
-from pipelines.data.sources import Rejected, open_records
+from pipelines.data.inspection import Inspector
+from pipelines.data.preparation.prepare import STATE
+from pipelines.data.rejects import Rejected
+from pipelines.data.sources import open_records
 from pipelines.training.config import TrainConfig
 
 

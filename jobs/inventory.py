@@ -7,9 +7,9 @@ from pathlib import Path
 from jobs.command import ConfigPath, Overrides, job
 from molmo_core.config import ConfigError, read_yaml
 from pipelines.cluster import connect
+from pipelines.data.batches.prepared import is_prepared
 from pipelines.data.config import DataConfig
-from pipelines.data.inventory import inventory_path, take_inventory
-from pipelines.data.prepared import is_prepared
+from pipelines.data.preparation.inventory import inventory_path, take_inventory
 from pipelines.data.sources import open_records
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jobs.command import ConfigPath, Overrides, job
 from pipelines.cluster import connect
 from pipelines.data.config import PrepareConfig
-from pipelines.data.prepare import prepare
+from pipelines.data.preparation.prepare import prepare
 
 
 def main(config: ConfigPath, overrides: Overrides = None) -> None:

@@ -151,3 +151,10 @@ def default_object_store_memory() -> int:
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared if shared.is_dir() else "/tmp").free
     return max(128 << 20, min(free // 4, OBJECT_STORE_LIMIT))
+
+
+def quiet() -> None:
+    """Ray Data's own progress reports off: the jobs show theirs."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that they are off

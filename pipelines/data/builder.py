@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from molmo_core.preprocessing.media import MediaError, TooManyPixels, load_image
-from pipelines.data.media import fetch
-from pipelines.data.records import normalise
-from pipelines.data.sources import Record, Rejected
+from molmo_core.preprocessing.media import MediaError, load_image
+from pipelines.data.records.media import fetch
+from pipelines.data.records.normalise import normalise
+from pipelines.data.rejects import Rejected, unusable
+from pipelines.data.sources import Record
 
 if TYPE_CHECKING:
-    from pipelines.data.inventory import Media
+    from pipelines.data.records.media import Media
 
 
 def example_rng(seed: int, dataset: int, epoch: int, index: int) -> np.random.RandomState:
@@ -87,8 +88,3 @@ class ExampleBuilder:
             return load_image(data, max_pixels=self.max_image_pixels)  # checks the limit before decoding
         except MediaError as error:
             raise unusable("image", error, f"{field}: ") from None
-
-
-def unusable(kind: str, error: MediaError, where: str = "") -> Rejected:
-    """The rejection of an image or a video that cannot be decoded."""
-    return Rejected(f"{kind}: {'too many pixels' if isinstance(error, TooManyPixels) else 'undecodable'}", f"{where}{error}")

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.data.builder import ExampleBuilder
-from pipelines.data.sources import Record, Rejected
+from pipelines.data.rejects import Rejected
+from pipelines.data.sources import Record
 
 TIMEOUT_S = 600.0
 VIDEOS_PER_PROCESS = 500

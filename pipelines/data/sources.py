@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import copy
-import dataclasses
 import glob
 import json
 import os
@@ -22,9 +21,11 @@ import fsspec
 import numpy as np
 
 from molmo_core.config import ConfigError
-from pipelines.data.files import Rejected, local_path
-from pipelines.data.record_files import JsonArray, JsonLines, WebDataset
-from pipelines.data.record_tables import HuggingFace, Parquet
+from pipelines.data.records.files import JsonArray, JsonLines, WebDataset
+from pipelines.data.records.record import Record
+from pipelines.data.records.record_file import local_path
+from pipelines.data.records.tables import HuggingFace, Parquet
+from pipelines.data.rejects import Rejected
 
 __all__ = ["Record", "Records", "Rejected", "Source", "open_records"]
 
@@ -32,15 +33,6 @@ _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet":
 _HINT = (
     "supported: .jsonl, .json (an array), .parquet, .tar (WebDataset), a Hugging Face dataset saved to disk, or a folder or glob of these"
 )
-
-
-@dataclasses.dataclass
-class Record:
-    """One row as it stands in its file."""
-
-    source: str
-    row: int
-    data: dict[str, Any]
 
 
 class Source(Protocol):

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from molmo_core.preprocessing.media import load_image
 from molmo_core.preprocessing.points import extract_points
-from pipelines.data.media import fetch
-from pipelines.data.records import normalise
+from pipelines.data.records.media import fetch
+from pipelines.data.records.normalise import normalise
 from pipelines.data.sources import Records
 
 COLUMNS, SIDE, MARGIN, TEXT_LINES, LINE = 4, 224, 16, 5, 17

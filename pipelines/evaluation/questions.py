@@ -9,7 +9,7 @@ from typing import Any
 
 from molmo_core import metrics
 from molmo_core.preprocessing.points import extract_points, percent
-from pipelines.data.sources import Rejected
+from pipelines.data.rejects import Rejected
 from pipelines.evaluation.config import EvaluateConfig, Metric
 
 _MEDIA = ("image", "images", "video", "clip_start", "clip_end", "subtitle")

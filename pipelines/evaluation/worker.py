@@ -11,8 +11,9 @@ import torch
 from molmo_core.checkpoint import load_model
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import MAX_IMAGE_PIXELS
-from pipelines.data.records import normalise
-from pipelines.data.sources import Records, Rejected
+from pipelines.data.records.normalise import normalise
+from pipelines.data.rejects import Rejected
+from pipelines.data.sources import Records
 from pipelines.evaluation.answering import Example, answer
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.questions import Question, media_of, metric_of, questions, score

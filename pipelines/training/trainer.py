@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from molmo_core.config import ConfigError
 from pipelines import tracking
-from pipelines.data.loader import TrainLoader
+from pipelines.data.batches.loader import TrainLoader
 from pipelines.data.sources import open_records
 from pipelines.evaluation.picture import draw_answers
 from pipelines.training.checkpointing import MODEL_FOLDER

@@ -12,8 +12,9 @@ from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import MAX_IMAGE_PIXELS
-from pipelines.data.records import normalise
-from pipelines.data.sources import Rejected, open_records
+from pipelines.data.records.normalise import normalise
+from pipelines.data.rejects import Rejected
+from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.questions import Question, media_of, questions, score
 from pipelines.training.config import TrainConfig

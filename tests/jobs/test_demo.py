@@ -12,7 +12,7 @@ from PIL import Image
 from jobs import demo
 from molmo_core.config import ConfigError
 from pipelines import tracking
-from pipelines.data import easy_vqa
+from pipelines.data.preparation import easy_vqa
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = [

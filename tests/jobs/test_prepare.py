@@ -18,9 +18,10 @@ from PIL import Image
 
 from molmo_core.config import ConfigError
 from pipelines.cluster import connect
+from pipelines.data.batches.prepared import PreparedDataset
 from pipelines.data.config import PrepareConfig
-from pipelines.data.prepare import Tally, TooManyRejected, prepare
-from pipelines.data.prepared import PreparedDataset
+from pipelines.data.preparation.prepare import prepare
+from pipelines.data.rejects import Tally, TooManyRejected
 
 RECIPE = "configs/data/records.yaml"
 

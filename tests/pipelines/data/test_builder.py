@@ -5,9 +5,10 @@ import pytest
 
 from molmo_core.models.base import BaseModelConfig
 from pipelines.data.builder import ExampleBuilder, example_rng
-from pipelines.data.inventory import Media
-from pipelines.data.sources import Record, Rejected, open_records
-from pipelines.data.tokenizer import train_tokenizer
+from pipelines.data.preparation.train_tokenizer import train_tokenizer
+from pipelines.data.records.media import Media
+from pipelines.data.rejects import Rejected
+from pipelines.data.sources import Record, open_records
 
 LIMIT = 10_000_000
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from molmo_core.models.base import BaseModelConfig
-from pipelines.data.prepared import PreparedDataset
+from pipelines.data.batches.prepared import PreparedDataset
 
 
 def corpus(make, folder) -> tuple[list, dict[int, str]]:

@@ -11,8 +11,8 @@ import pytest
 
 from molmo_core.models.base import BaseModelConfig
 from pipelines.data.builder import ExampleBuilder, example_rng
+from pipelines.data.preparation.train_tokenizer import train_tokenizer
 from pipelines.data.sources import open_records
-from pipelines.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/data.md").read_text()

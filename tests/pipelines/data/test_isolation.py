@@ -13,7 +13,8 @@ import pytest
 
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.isolation import IsolatedBuilder
-from pipelines.data.sources import Record, Rejected
+from pipelines.data.rejects import Rejected
+from pipelines.data.sources import Record
 
 
 class Preprocessor:

@@ -21,8 +21,9 @@ import pytest
 import webdataset
 
 from molmo_core.config import ConfigError
-from pipelines.data.inventory import inventory_path
-from pipelines.data.sources import Rejected, open_records
+from pipelines.data.preparation.inventory import inventory_path
+from pipelines.data.rejects import Rejected
+from pipelines.data.sources import open_records
 
 ROWS = [{"messages": [f"q{i}", f"a{i}"], "id": i, "image": f"{i}.png"} for i in range(25)]
 

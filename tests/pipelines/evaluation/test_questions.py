@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.data.sources import Rejected
+from pipelines.data.rejects import Rejected
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.evaluate import summarise
 from pipelines.evaluation.picture import choose
