@@ -26,7 +26,7 @@ from pipelines import cluster, tracking
 from pipelines.data.config import PrepareConfig
 from pipelines.data.preparation.prepare import prepare
 from pipelines.data.records.media import fetch
-from pipelines.data.records.normalise import normalise
+from pipelines.data.records.reading import read_record
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.evaluate import PICTURE, evaluate, record
@@ -149,7 +149,7 @@ def questions_to_ask(path: str) -> Iterator[tuple[Question, str]]:
     records = open_records(path)
     for k, kind in enumerate(ASKED):
         for i in range(k * len(records) // len(ASKED), len(records)):
-            example = normalise(records[i])
+            example = read_record(records[i])
             found = next((question for question in questions(example) if question.type == kind), None)
             if found:
                 yield found, str(fetch(media_of(example)["image"]))

@@ -1,4 +1,4 @@
-"""One record → one preprocessed example: normalise, fetch, decode, preprocess. Plain Python; actors and bare loops share it."""
+"""One record → one preprocessed example: read, fetch, decode, preprocess. Plain Python; actors and bare loops share it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from molmo_core.preprocessing.media import MediaError, load_image
 from pipelines.data.records.media import fetch
-from pipelines.data.records.normalise import normalise
+from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected, unusable
 from pipelines.data.sources import Record
 
@@ -41,13 +41,13 @@ class ExampleBuilder:
         Raises:
             Rejected: whatever is wrong with the record or its media.
         """
-        return self.finish(self.example(record), rng)
+        return self.build(self.example(record), rng)
 
     def example(self, record: Record) -> dict[str, Any]:
         """What the preprocessor will be given, media still as references; raises `Rejected`, whatever the record holds."""
-        return {**self.defaults, **normalise(record)}
+        return {**self.defaults, **read_record(record)}
 
-    def finish(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+    def build(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
         """Decodes and preprocesses an `example`; raises `Rejected`."""
         metadata = example.pop("metadata")
         self.decode(example)

@@ -55,20 +55,20 @@ class IsolatedBuilder:
 
     def __call__(self, record: Record, rng: np.random.RandomState) -> dict[str, Any]:
         """The preprocessed example; raises `Rejected`, also for a video that crashes its decoder or takes too long."""
-        return self.finish(self.example(record), rng)
+        return self.build(self.example(record), rng)
 
     def example(self, record: Record) -> dict[str, Any]:
         """As the builder's."""
         return self.builder.example(record)
 
-    def finish(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+    def build(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
         """As the builder's, but for videos."""
         if "video" not in example:
-            return self.builder.finish(example, rng)
+            return self.builder.build(example, rng)
         for _ in range(_ATTEMPTS):
             helper = self._process()
             try:
-                result = helper.finish(example, rng, self.timeout_s, self.lend)
+                result = helper.build(example, rng, self.timeout_s, self.lend)
             except TimeoutError:
                 self.close()
                 raise Rejected("video: takes too long to decode", f"{_name(example)}: more than {self.timeout_s:g} s") from None
@@ -102,7 +102,7 @@ class IsolatedBuilder:
 
 
 class _Helper:
-    """A process that finishes examples, one at a time, and the memory in which it leaves their arrays."""
+    """A process that builds examples, one at a time, and the memory in which it leaves their arrays."""
 
     def __init__(self, builder: ExampleBuilder):
         context = multiprocessing.get_context("spawn")  # decoders and Ray do not survive a fork
@@ -121,7 +121,7 @@ class _Helper:
         if not ready:  # no video's fault
             raise RuntimeError(f"the process that decodes videos does not start ({self.end()}); its messages are in this process's log")
 
-    def finish(self, example: dict[str, Any], rng: np.random.RandomState, timeout_s: float, lend: bool) -> dict[str, Any] | Rejected:
+    def build(self, example: dict[str, Any], rng: np.random.RandomState, timeout_s: float, lend: bool) -> dict[str, Any] | Rejected:
         """What the builder makes of an example; its arrays are copies, or lent.
 
         Raises:
@@ -162,7 +162,7 @@ def _serve(connection: multiprocessing.connection.Connection, file: Any, builder
             example, rng, start = connection.recv()
             result: dict[str, Any] | Rejected
             try:
-                result = builder.finish(example, rng)
+                result = builder.build(example, rng)
             except Rejected as reason:
                 result = reason
             buffers: list[pickle.PickleBuffer] = []

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from molmo_core.preprocessing.media import load_image
 from molmo_core.preprocessing.points import extract_points
 from pipelines.data.records.media import fetch
-from pipelines.data.records.normalise import normalise
+from pipelines.data.records.reading import read_record
 from pipelines.data.sources import Records
 
 COLUMNS, SIDE, MARGIN, TEXT_LINES, LINE = 4, 224, 16, 5, 17
@@ -44,7 +44,7 @@ def choose(results: Sequence[dict[str, Any]], samples: int) -> list[tuple[dict[s
 
 
 def _image(records: Records, i: int) -> Image.Image | None:
-    example = normalise(records[i])
+    example = read_record(records[i])
     reference = example.get("image") or next(iter(example.get("images", ())), None)
     return None if reference is None else Image.fromarray(load_image(fetch(reference)))
 

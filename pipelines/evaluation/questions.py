@@ -28,12 +28,12 @@ class Question:
 
 
 def media_of(example: dict[str, Any]) -> dict[str, Any]:
-    """The media of a normalised record."""
+    """The media of a record as it was read."""
     return {key: example[key] for key in _MEDIA if key in example}
 
 
 def questions(example: dict[str, Any]) -> list[Question]:
-    """The questions of a normalised record.
+    """The questions of a record as it was read.
 
     Raises:
         Rejected: a question without an answer.

@@ -11,7 +11,7 @@ import torch
 from molmo_core.checkpoint import load_model
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import MAX_IMAGE_PIXELS
-from pipelines.data.records.normalise import normalise
+from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import Records
 from pipelines.evaluation.answering import Example, answer
@@ -61,7 +61,7 @@ class Worker:
 
     def _prompts(self, i: int) -> tuple[list[Question], list[Example]]:
         """The questions of a record, and the model inputs of each."""
-        example = normalise(self._records[i])
+        example = read_record(self._records[i])
         asked = questions(example)
         self._builder.decode(example)
         media = media_of(example)

@@ -12,7 +12,7 @@ from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import MAX_IMAGE_PIXELS
-from pipelines.data.records.normalise import normalise
+from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
@@ -66,7 +66,7 @@ class Sampler:
         self.prompts: list[dict[str, Any]] = []
         try:
             for i in range(min(self.settings.count, len(records))):
-                example = normalise(records[i])
+                example = read_record(records[i])
                 question = _of_type(questions(example), i)
                 builder.decode(example)
                 self.questions.append(question)

@@ -90,7 +90,7 @@ class Streamed:
         return self.builder.example(self.records[self._row(draw)])
 
     def finish(self, draw: Draw, opened: dict[str, Any]) -> dict[str, Any]:
-        return self.builder.finish(opened, self._rng(draw))
+        return self.builder.build(opened, self._rng(draw))
 
     def measure(self, draw: Draw) -> tuple[int, int]:
         if self.inventory is None:

@@ -24,7 +24,7 @@ from molmo_core.preprocessing.video_readers import open_video
 from pipelines.cluster import quiet, reading
 from pipelines.data.config import MAX_IMAGE_PIXELS
 from pipelines.data.records.media import Media, fetch
-from pipelines.data.records.normalise import normalise
+from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected, unusable
 from pipelines.data.sources import Records
 from pipelines.files import write_table
@@ -75,7 +75,7 @@ def measure_records(records: Records, rows: list[int], pool: concurrent.futures.
     examples: dict[int, dict[str, Any]] = {}
     for row in rows:  # one file handle a source: read in this thread
         try:
-            examples[row] = normalise(records[row])
+            examples[row] = read_record(records[row])
         except Rejected as error:
             found[row] = {"reason": str(error)}
     found |= zip(examples, pool.map(measure_media, examples.values()))

@@ -32,7 +32,7 @@ from pipelines.data.preparation.report import write_report
 from pipelines.data.preparation.shards import read_summary, withdraw, write_shard
 from pipelines.data.preparation.train_tokenizer import train_tokenizer
 from pipelines.data.records.fetching import THREADS
-from pipelines.data.records.normalise import normalise
+from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected, Tally, TooManyRejected
 from pipelines.data.sources import Records, open_records
 from pipelines.files import write_table, write_text
@@ -168,7 +168,7 @@ def _texts(records: Records, total: int, formatter: Formatter, rng: np.random.Ra
     """The texts of the records as the model will read and write them, roles included."""
     for i in range(total):
         try:
-            for annotation in formatter(normalise(records[i]), rng, image_sizes=[(1000, 1000)]):
+            for annotation in formatter(read_record(records[i]), rng, image_sizes=[(1000, 1000)]):
                 yield from annotation.messages
         except (Rejected, ValueError):
             continue  # reported when its shard is made

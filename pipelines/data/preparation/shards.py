@@ -31,10 +31,10 @@ class Builder(Protocol):
     """An `ExampleBuilder`, or one that isolates videos."""
 
     def example(self, record: Record) -> dict[str, Any]:
-        """What `finish` takes; raises `Rejected`."""
+        """What `build` takes; raises `Rejected`."""
         ...
 
-    def finish(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+    def build(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
         """The preprocessed example; raises `Rejected`."""
         ...
 
@@ -78,7 +78,7 @@ def write_shard(
             try:
                 if isinstance(example, Rejected):
                     raise example
-                example = builder.finish(example, example_rng(seed, 0, 0, i))
+                example = builder.build(example, example_rng(seed, 0, 0, i))
             except Rejected as reason:
                 rejected.append([source, row, reason.reason, reason.detail])
                 continue

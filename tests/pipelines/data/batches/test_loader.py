@@ -55,7 +55,7 @@ class Maker:
     def example(self, record):
         return record
 
-    def finish(self, record, rng):
+    def build(self, record, rng):
         return make_example(record, rng)
 
 

@@ -53,7 +53,7 @@ class _Inline:
         return words.replace("<image>", "").replace("<video>", "").strip() if found.total() else words
 
 
-def normalise(record: Record) -> dict[str, Any]:
+def read_record(record: Record) -> dict[str, Any]:
     """The example of a record, media still as references (absolute paths, URLs or bytes).
 
     Returns:
@@ -66,7 +66,7 @@ def normalise(record: Record) -> dict[str, Any]:
         return _example({k: v for k, v in record.data.items() if v is not None}, record.source)
     except Rejected:
         raise
-    except Exception as error:  # a case not thought of; counted and reported with its type, as in `ExampleBuilder.finish`
+    except Exception as error:  # a case not thought of; counted and reported with its type, as in `ExampleBuilder.build`
         raise Rejected("record: cannot be read", f"{type(error).__name__}: {error}") from error
 
 

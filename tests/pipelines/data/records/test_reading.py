@@ -7,13 +7,13 @@ import base64
 import pytest
 
 from pipelines.data.records.media import fetch
-from pipelines.data.records.normalise import normalise
+from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import Record
 
 
 def example(data, source="/data/set/records.jsonl"):
-    return normalise(Record(source, 3, data))
+    return read_record(Record(source, 3, data))
 
 
 USER = {"role": "user", "content": "What?"}
