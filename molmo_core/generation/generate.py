@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from molmo_core.generation.beam_search import BeamSearch
-from molmo_core.generation.kv_cache import KVCache
 from molmo_core.generation.sampling import SamplingConfig, next_token
+from molmo_core.nn.kv_cache import KVCache
 from molmo_core.outputs import OLMoGenerateOutput
 
 PAD_TOKEN_ID = -1

@@ -16,8 +16,9 @@ from molmo_core.config import ConfigError
 from molmo_core.models.image_inputs import FeatureTarget, add_features
 from molmo_core.models.molmo import Encoded, Molmo, MolmoConfig
 from molmo_core.models.video_olmo import share_low_embedding
-from molmo_core.nn.attention import GrowingCache
+from molmo_core.nn.attention import Cached
 from molmo_core.nn.image_tokens import BidirectionalAttention
+from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import BlockInputs, TransformerOutput
 from molmo_core.nn.token_selection import Selection, TokenScorerConfig, TokenScoring, TokenSelectionConfig, select_tokens
 from molmo_core.preprocessing.configs import DataFormatter, HePreprocessorConfig
@@ -75,7 +76,7 @@ class _FirstPass(NamedTuple):
     """What the first pass over [B, S_low] leaves behind."""
 
     blocks: TransformerOutput
-    cache: GrowingCache | None = None
+    cache: KVCache | None = None
     """Keys and values of all layers, if the second pass may go on from them."""
     ends: torch.Tensor | None = None
     """int64 [B], where the low-resolution image ends; -1 in rows without one."""
@@ -122,7 +123,7 @@ class HeMolmo(TokenScoring, Molmo):
             token = x[:, :1] if self.config.token_scorer.bp_low_res_embed else x[:, :1].detach()
             positions = token.new_zeros(token.shape[:2], dtype=torch.int64)
             response = None if not self.training else torch.zeros_like(positions, dtype=torch.bool)
-            shared = BlockInputs(None, response)
+            shared = BlockInputs(self.attention(None), response)
             first = self._first_blocks(self.transformer.prepare(token), positions, shared, self.may_reuse_first_pass(batch))
             scorer = [p for name, p in self.named_parameters() if name.startswith(self.SCORER_LAYERS)]
             x = x + 0 * torch.stack([t.sum() for t in (*first.blocks.hidden_states, *scorer)]).sum()
@@ -133,7 +134,7 @@ class HeMolmo(TokenScoring, Molmo):
         batch: dict[str, Any],
         valid: torch.Tensor,
         response: torch.Tensor | None,
-        cache: Any | None,
+        cache: KVCache | None,
         output_hidden_states: bool,
         output_attentions: bool,
     ) -> Encoded:
@@ -166,14 +167,15 @@ class HeMolmo(TokenScoring, Molmo):
         selection = select_tokens(config.token_selector, scores, high_present, slots, self.training, scaled)
 
         x, positions, scale = self._place(x, positions, batch, high, selection)
-        blocks = self._second_pass(first, x, batch, valid, response, positions, scale, cache, output_hidden_states, output_attentions)
+        weights: dict[int, torch.Tensor] | None = {} if output_attentions else None
+        blocks = self._second_pass(first, x, batch, valid, response, positions, scale, cache, output_hidden_states, weights)
         metrics = dict(selection.metrics)
         if selection.loss is not None:
             metrics["selection_loss"] = selection.loss.detach()
         internal = {"selected": selection.indices, "high_res_importance": scores.detach()}
         if low_scores is not None:
             internal["low_res_importance"] = low_scores.detach()
-        return Encoded(blocks, selection.loss, metrics, internal)
+        return Encoded(blocks, weights, selection.loss, metrics, internal)
 
     def _first_pass(
         self,
@@ -194,7 +196,7 @@ class HeMolmo(TokenScoring, Molmo):
         if scorer.unconditioned:
             image = self.config.image_tokens.contains(view["input_ids"])
             x, valid = x * image[..., None], valid & image
-        shared = BlockInputs(self.attention_mask(view, valid, 0, response), response, valid=valid)
+        shared = BlockInputs(self.attention(self.attention_mask(view, valid, 0, response)), response, valid=valid)
         x = self.transformer.prepare(x if scorer.bp_low_res_embed else x.detach())
         keep = self.may_reuse_first_pass(batch) and not output_attentions
         return self._first_blocks(x, positions, shared, keep)._replace(ends=ends)
@@ -202,8 +204,9 @@ class HeMolmo(TokenScoring, Molmo):
     def _first_blocks(self, x: torch.Tensor, positions: torch.Tensor, shared: BlockInputs, keep: bool) -> _FirstPass:
         """The blocks of the first pass; all of them, with their keys and values, if the second pass will go on from there."""
         if keep:
-            cache = GrowingCache()
-            return _FirstPass(self.transformer.run_blocks(x, positions, shared, cache, output_hidden_states=True), cache)
+            cache = KVCache()
+            shared = shared._replace(attention=Cached(cache, shared.attention))
+            return _FirstPass(self.transformer.run_blocks(x, positions, shared, output_hidden_states=True), cache)
         scorer, layers = self.config.token_scorer, self.config.low_res_layers
         start, stop = scorer.bp_low_res_start, min(max(scorer.bp_low_res_end, scorer.bp_low_res_start), layers)
         hidden_states: list[torch.Tensor] = []
@@ -259,28 +262,28 @@ class HeMolmo(TokenScoring, Molmo):
         response: torch.Tensor | None,
         positions: torch.Tensor,
         scale: torch.Tensor | None,
-        cache: Any | None,
+        cache: KVCache | None,
         output_hidden_states: bool,
-        output_attentions: bool,
+        weights: dict[int, torch.Tensor] | None,
     ) -> TransformerOutput:
         """The language model over the whole sequence, or over what follows the tokens that the first pass has done with."""
         done = 0
         if first.cache is not None and first.ends is not None:
             done = int(torch.where(first.ends >= 0, first.ends + 1, first.blocks.hidden.shape[1]).min())
-            cache = GrowingCache() if cache is None else cache
+            cache = KVCache() if cache is None else cache
             for layer, (k, v) in enumerate(first.cache):
                 cache.update(layer, k[:, :, :done], v[:, :, :done])
         view, _, response = _cut(batch, valid, response, done, x.shape[1])
-        mask = self.attention_mask(view, valid, done, response)
-        shared = BlockInputs(mask, response, None if scale is None else scale[:, done:], output_attentions, valid[:, done:])
+        attention = self.attention(self.attention_mask(view, valid, done, response), cache, weights)
+        shared = BlockInputs(attention, response, None if scale is None else scale[:, done:], valid[:, done:])
         x = self.transformer.prepare(x[:, done:])
-        blocks = self.transformer.run_blocks(x, positions[:, done:], shared, cache, output_hidden_states)
+        blocks = self.transformer.run_blocks(x, positions[:, done:], shared, output_hidden_states)
         if not done:
             return blocks
         states = [torch.cat((a[:, :done], b), 1) for a, b in zip(first.blocks.hidden_states, blocks.hidden_states)]
         return blocks._replace(hidden=torch.cat((first.blocks.hidden[:, :done], blocks.hidden), 1), hidden_states=states)
 
-    def _checked(self, batch: dict[str, Any], cache: Any | None) -> dict[str, Any]:
+    def _checked(self, batch: dict[str, Any], cache: KVCache | None) -> dict[str, Any]:
         """The batch with int64 indices.
 
         Raises:

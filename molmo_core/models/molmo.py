@@ -12,10 +12,11 @@ from molmo_core.config import ConfigError
 from molmo_core.models.base import BaseModelConfig, ModelBase
 from molmo_core.models.image_inputs import FeatureTarget, add_features, as_batch, pooled_idx_of_tokens, tokens_of_input_idx
 from molmo_core.models.token_inputs import check_shapes, default_positions, last_positions, response_tokens, valid_tokens
-from molmo_core.nn.attention import Mask, as_cache
+from molmo_core.nn.attention import Attention, Cached, Mask, Whole
 from molmo_core.nn.configs import LlmConfig, MolmoVisionBackboneConfig
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.image_tokens import BidirectionalAttention, ImageTokenIds, sequence_layout
+from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import BlockInputs, Transformer, TransformerOutput
 from molmo_core.nn.loss import LossSums, chunked_loss_sums, loss_sums, loss_weights
 from molmo_core.outputs import OLMoOutput
@@ -110,6 +111,8 @@ class Encoded(NamedTuple):
     """What `Molmo.encode` gives."""
 
     blocks: TransformerOutput
+    attentions: dict[int, torch.Tensor] | None = None
+    """Attention weights by layer, if asked for."""
     loss: torch.Tensor | None = None
     """Scalar added to the loss."""
     metrics: dict[str, torch.Tensor] = {}  # noqa: RUF012 - never changed in place
@@ -176,8 +179,8 @@ class Molmo(ModelBase):
             position_ids: int64 [B, S], rotary positions (default: real tokens counted from 0).
             subsegment_ids: int64 [B, S], message trees and packs. Not together with a cache.
             response_mask: bool [B, S], tokens of answers (default `loss_masks > 0`): for response dropout and `image_to_question`.
-            past_key_values: cache of a former call (see `molmo_core.nn.attention.KeyValueCache`), or a list of (k, v) per layer.
-            use_cache: return the cache with this call's keys and values. A list given is copied, another cache is updated.
+            past_key_values: cache of a former call (`molmo_core.nn.kv_cache.KVCache`), or a list of (k, v) per layer.
+            use_cache: return the cache with this call's keys and values. A list given is copied, a cache is updated.
             last_logits_only: logits [B, 1, E] of the last real token of each row.
             append_last_valid_logits: int64 [B]: logits [B, 1, E] of these positions instead.
             return_logits: False: `logits` is empty [B, 0, E] and the loss is computed in chunks, without holding all logits.
@@ -207,7 +210,7 @@ class Molmo(ModelBase):
         if unknown:
             raise TypeError(f"{type(self).__name__}.forward got unknown input(s) {', '.join(unknown)}")
         check_shapes(batch)
-        cache = as_cache(past_key_values) if use_cache or past_key_values is not None else None
+        cache = KVCache.of(past_key_values) if use_cache or past_key_values is not None else None
         past = 0 if cache is None else cache.length
         valid = valid_tokens(batch["input_ids"], batch["attention_mask"], past)
         encoded = self.encode(batch, valid, response_tokens(batch), cache, output_hidden_states, output_attentions)
@@ -224,7 +227,7 @@ class Molmo(ModelBase):
         batch: dict[str, Any],
         valid: torch.Tensor,
         response: torch.Tensor | None,
-        cache: Any | None,
+        cache: KVCache | None,
         output_hidden_states: bool,
         output_attentions: bool,
     ) -> Encoded:
@@ -240,9 +243,10 @@ class Molmo(ModelBase):
         x = self.embed_tokens(ids.masked_fill(~valid[:, past:], 0).clamp(min=0))
         x = self.add_images(x, batch, first_call=past == 0)
         positions = default_positions(valid, past) if batch["position_ids"] is None else batch["position_ids"].clamp(min=0)
-        mask = self.attention_mask(batch, valid, past, response)
-        shared = BlockInputs(mask, response, None, output_attentions, valid[:, past:])
-        return Encoded(self.transformer.run_blocks(self.transformer.prepare(x), positions, shared, cache, output_hidden_states))
+        weights: dict[int, torch.Tensor] | None = {} if output_attentions else None
+        attention = self.attention(self.attention_mask(batch, valid, past, response), cache, weights)
+        shared = BlockInputs(attention, response, None, valid[:, past:])
+        return Encoded(self.transformer.run_blocks(self.transformer.prepare(x), positions, shared, output_hidden_states), weights)
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, S, d] of token ids int64 [B, S], without padding ids."""
@@ -278,6 +282,11 @@ class Molmo(ModelBase):
         elif first_call and (self.training or isinstance(self, FSDPModule)):
             x = x + self.vision_backbone.blank_features(x.shape[0]).to(x.dtype) * 0
         return x
+
+    def attention(self, mask: Mask, cache: KVCache | None = None, weights: dict[int, torch.Tensor] | None = None) -> Attention:
+        """What the blocks are handed (see `Whole` for `weights`)."""
+        whole = Whole(mask, self.config.llm.attention_dropout if self.training else 0.0, weights)
+        return whole if cache is None else Cached(cache, whole)
 
     def attention_mask(self, batch: dict[str, Any], valid: torch.Tensor, past: int, response: torch.Tensor | None) -> Mask:
         """The mask of the blocks, from the inputs of `forward`."""
@@ -327,7 +336,7 @@ class Molmo(ModelBase):
             logits=logits,
             loss=loss,
             hidden_states=tuple(blocks.hidden_states) or None,
-            attentions=tuple(blocks.attentions) or None,
+            attentions=tuple((encoded.attentions or {}).values()) or None,
             metrics=metrics or None,
             internal=encoded.internal,
         )

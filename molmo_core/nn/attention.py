@@ -1,19 +1,20 @@
 """Who may see whom, and attention itself.
 
 There is one rule, `SequenceLayout.may_attend`, a function of token-level arrays. The dense mask, the FlexAttention block mask
-and the mask of cached decoding are all derived from it.
+and the mask of cached decoding are all derived from it. The blocks know none of this: they are handed an `Attention`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from molmo_core.nn.kv_cache import KVCache
 
 PACK_STRIDE = 100_000
 """`subsegment_ids // PACK_STRIDE` is the number of the packed example."""
@@ -109,40 +110,6 @@ class SequenceLayout:
         return self.dense_mask(batch, keys, queries, device)
 
 
-class KeyValueCache(Protocol):
-    """Keys and values of the tokens already seen. Anything with these two members serves (for example a preallocated one)."""
-
-    @property
-    def length(self) -> int:
-        """Tokens already held, the padding of the prompt included."""
-
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds k, v [B, H_kv, Q, head_dim] (k already rotated) of one layer; returns all keys and values [B, H_kv, K, head_dim]."""
-
-
-class GrowingCache(list[tuple[torch.Tensor, torch.Tensor]]):
-    """The plain cache: a list of (k, v), one pair a layer, that grows by concatenation."""
-
-    @property
-    def length(self) -> int:
-        return self[0][0].shape[2] if self else 0
-
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer == len(self):
-            self.append((k, v))
-        else:
-            past_k, past_v = self[layer]
-            self[layer] = (torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2))
-        return self[layer]
-
-
-def as_cache(past: KeyValueCache | Sequence[tuple[torch.Tensor, torch.Tensor]] | None) -> Any:
-    """A cache to update: pairs are wrapped without touching the caller's list, other caches are used as they are."""
-    if past is None or isinstance(past, list | tuple):
-        return GrowingCache(past or ())
-    return past
-
-
 @functools.cache
 def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention)
@@ -191,3 +158,51 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, mask: Mask) -> torch.Ten
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1)
+
+
+class Attention(Protocol):
+    """What the blocks of a forward pass are handed: attention of the tokens of this call, in whatever way.
+
+    It knows the mask and where the keys and values of earlier tokens are (in a cache, in pages, on other devices); a block knows only
+    its own projections. Called once by every block, layer after layer.
+    """
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention of one layer.
+
+        Args:
+            layer: index of the block.
+            q: [B, H, S, head_dim], rotated.
+            k, v: [B, H_kv, S, head_dim] of the same tokens, k rotated; H is a multiple of H_kv.
+
+        Returns:
+            [B, H, S, head_dim].
+        """
+
+
+@dataclasses.dataclass
+class Whole:
+    """Attention among the tokens of this call."""
+
+    mask: Mask = None
+    dropout: float = 0.0
+    """Probability of dropping an attention weight."""
+    weights: dict[int, torch.Tensor] | None = None
+    """A dictionary, if wanted, that receives the weights float32 [B, H, S, K] by layer (slow)."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.weights is not None:
+            self.weights[layer] = attention_weights(q, k, self.mask)
+        return attend(q, k, v, self.mask, self.dropout)
+
+
+@dataclasses.dataclass
+class Cached:
+    """Attention to the tokens of a cache and of this call, whose keys and values the cache keeps; the mask covers both."""
+
+    cache: KVCache
+    whole: Attention
+    """Attention to the keys and values that the cache gives: as many of them as its mask has columns."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.whole(layer, q, *self.cache.update(layer, k, v))

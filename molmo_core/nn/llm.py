@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from molmo_core.nn.attention import Mask, attend, attention_weights
+from molmo_core.nn.attention import Attention, Cached
 from molmo_core.nn.configs import LlmConfig
 from molmo_core.nn.mlp import fused_swiglu
 from molmo_core.nn.moe import MixtureOfExperts, RouterLosses
@@ -38,21 +37,19 @@ class TokenEmbedding(nn.Module):
 class BlockInputs(NamedTuple):
     """What every block of a forward pass shares, besides the hidden state."""
 
-    mask: Mask = None
+    attention: Attention
     response_mask: torch.Tensor | None = None
     """bool [B, S]: tokens of answers, for `response_residual_dropout`."""
     value_scale: torch.Tensor | None = None
     """float [B, S]: factors of the attention values of the tokens (HeMolmo)."""
-    need_weights: bool = False
     valid: torch.Tensor | None = None
     """bool [B, S]: real tokens, the ones that router losses count (None: all)."""
 
 
 class BlockOutput(NamedTuple):
-    """Hidden state [B, S, d]; attention weights [B, H, Q, K] if asked for; router losses of a mixture of experts."""
+    """Hidden state [B, S, d]; router losses of a mixture of experts."""
 
     hidden: torch.Tensor
-    weights: torch.Tensor | None
     router: RouterLosses | None
 
 
@@ -92,26 +89,33 @@ class Block(nn.Module):
                 ends_branch = name in ("attn_out.weight", "ff_out.weight", "ffn.experts.mlp.w2")
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layers) if ends_branch else std)
 
-    def forward(self, x: torch.Tensor, rotary: Rotary, inputs: BlockInputs, update_cache: Any | None = None) -> BlockOutput:
+    def forward(self, x: torch.Tensor, rotary: Rotary, inputs: BlockInputs, layer: int) -> BlockOutput:
         """One block.
 
         Args:
             x: [B, S, d].
             rotary: this layer's tables.
             inputs: what the blocks share.
-            update_cache: `(k, v) -> (all k, all v)` of this layer, when decoding with a cache.
+            layer: index of this block.
+
+        Raises:
+            ValueError: activation checkpointing and a cache: recomputation would add to the cache again.
         """
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._run, x, rotary, inputs, None, use_reentrant=False)
-        return self._run(x, rotary, inputs, update_cache)
+            if isinstance(inputs.attention, Cached):
+                raise ValueError(
+                    "a key/value cache cannot be used in training with activation checkpointing; use torch.no_grad() or eval()"
+                )
+            return checkpoint(self._run, x, rotary, inputs, layer, use_reentrant=False)
+        return self._run(x, rotary, inputs, layer)
 
-    def _run(self, x: torch.Tensor, rotary: Rotary, inputs: BlockInputs, update_cache: Any | None) -> BlockOutput:
+    def _run(self, x: torch.Tensor, rotary: Rotary, inputs: BlockInputs, layer: int) -> BlockOutput:
         after = self.config.norm_after
-        branch, weights = self._attention(x if after else self.attn_norm(x), rotary, inputs, update_cache)
+        branch = self._attention(x if after else self.attn_norm(x), rotary, inputs, layer)
         x = x + self._dropout(self.attn_norm(branch) if after else branch, inputs.response_mask)
         branch, router = self._feed_forward(x if after else self.ff_norm(x), inputs)
         x = x + self._dropout(self.ff_norm(branch) if after else branch, inputs.response_mask)
-        return BlockOutput(x, weights, router)
+        return BlockOutput(x, router)
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.att_proj(x).split(self.widths, dim=-1)
@@ -119,9 +123,7 @@ class Block(nn.Module):
     def _feed_forward(self, x: torch.Tensor, inputs: BlockInputs) -> tuple[torch.Tensor, RouterLosses | None]:
         return self.ff_out(fused_swiglu(self.ff_proj(x))), None
 
-    def _attention(
-        self, x: torch.Tensor, rotary: Rotary, inputs: BlockInputs, update_cache: Any | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attention(self, x: torch.Tensor, rotary: Rotary, inputs: BlockInputs, layer: int) -> torch.Tensor:
         config = self.config
         q, k, v = self._project(x)
         if config.clip_qkv is not None:
@@ -135,11 +137,7 @@ class Block(nn.Module):
         q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         if inputs.value_scale is not None:
             v = v * inputs.value_scale[:, None, :, None].to(v.dtype)
-        if update_cache is not None:
-            k, v = update_cache(k, v)
-        dropout = config.attention_dropout if self.training else 0.0
-        out = attend(q, k, v, inputs.mask, dropout).transpose(1, 2).flatten(-2)
-        return self.attn_out(out), attention_weights(q, k, inputs.mask) if inputs.need_weights else None
+        return self.attn_out(inputs.attention(layer, q, k, v).transpose(1, 2).flatten(-2))
 
     def _dropout(self, x: torch.Tensor, response_mask: torch.Tensor | None) -> torch.Tensor:
         """Residual dropout, with its own probability on the tokens of answers if configured."""
@@ -190,7 +188,6 @@ class TransformerOutput(NamedTuple):
 
     hidden: torch.Tensor
     hidden_states: list[torch.Tensor]
-    attentions: list[torch.Tensor]
     router: list[RouterLosses]
 
 
@@ -221,7 +218,6 @@ class Transformer(nn.Module):
         x: torch.Tensor,
         position_ids: torch.Tensor,
         inputs: BlockInputs,
-        cache: Any | None = None,
         output_hidden_states: bool = False,
         layers: range | None = None,
     ) -> TransformerOutput:
@@ -230,20 +226,16 @@ class Transformer(nn.Module):
         Args:
             x: embeddings (see `prepare`).
             position_ids: int64 [B, S], rotary positions.
-            inputs: mask and what else the blocks share.
-            cache: a `KeyValueCache` that receives this call's keys and values.
+            inputs: attention and what else the blocks share.
             output_hidden_states: collect the output of every block.
             layers: the blocks to run (default all).
         """
         tables = rotary_tables(self.config, position_ids)
-        out = TransformerOutput(x, [], [], [])
+        out = TransformerOutput(x, [], [])
         for layer in range(self.config.n_layers) if layers is None else layers:
-            update = None if cache is None else functools.partial(cache.update, layer)
-            x, weights, router = self.blocks[layer](x, tables[layer], inputs, update)
+            x, router = self.blocks[layer](x, tables[layer], inputs, layer)
             if output_hidden_states:
                 out.hidden_states.append(x)
-            if weights is not None:
-                out.attentions.append(weights)
             if router is not None:
                 out.router.append(router)
         return out._replace(hidden=x)

@@ -7,6 +7,7 @@ from tiny_molmo import PATCH, VOCABULARY, collate, example, tiny_config, tiny_mo
 
 from molmo_core.models.image_inputs import pooled_idx_of_tokens, tokens_of_input_idx
 from molmo_core.models.molmo import Molmo, MolmoConfig
+from molmo_core.nn.attention import Whole
 from molmo_core.nn.connector import patchify
 from molmo_core.nn.llm import BlockInputs
 from molmo_core.preprocessing.tiling import Tiling
@@ -99,6 +100,21 @@ def test_cached_equals_uncached(mode):
             response = np.arange(n + 4) >= n
             whole = model(**inputs | {"input_ids": np.concatenate((e["input_ids"], new[i].numpy())), "response_mask": response})
             torch.testing.assert_close(torch.cat(steps, dim=1)[i], whole.logits[0, n - 1 :], atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_of_pairs_is_continued_and_left_as_it_is(model):
+    ids = torch.randint(0, VOCABULARY, (2, 9))
+    with torch.no_grad():
+        expected = model(ids).logits
+        pairs = [(k.clone(), v.clone()) for k, v in model(ids[:, :6], use_cache=True).past_key_values]
+        assert [k.shape for k, _ in pairs] == [(2, 2, 6, 8)] * 2
+        for _ in range(2):
+            out = model(ids[:, 6:], past_key_values=pairs, use_cache=True)
+            torch.testing.assert_close(out.logits, expected[:, 6:])
+            assert [k.shape[2] for k, _ in out.past_key_values] == [9, 9]
+        assert model(ids[:, 6:], past_key_values=pairs).past_key_values is None
+        attentions = model(ids[:, 6:], past_key_values=pairs, output_attentions=True).attentions
+        assert [a.shape for a in attentions] == [(2, 4, 3, 9)] * 2
 
 
 def test_finished_mask_is_used_as_it_is(model):
@@ -232,7 +248,7 @@ def test_positions_instead_of_patches(model, flat):
         idx = torch.tensor(e["pooled_patches_idx"][None, kept])
         features, _ = model.vision_backbone(torch.tensor(e["images"])[None], None, idx)[0]
         x[0, tokens[kept]] += features[0]
-        blocks = model.transformer.run_blocks(x, torch.arange(x.shape[1])[None], BlockInputs())
+        blocks = model.transformer.run_blocks(x, torch.arange(x.shape[1])[None], BlockInputs(Whole()))
         expected = model.transformer.logits(blocks.hidden)
     torch.testing.assert_close(by_position, expected, atol=1e-5, rtol=1e-5)
     assert 4 < len(kept) < len(tokens)

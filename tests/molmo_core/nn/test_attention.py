@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
-from molmo_core.nn.attention import GrowingCache, SequenceLayout, as_cache, attend, attention_weights
+from molmo_core.nn.attention import Cached, SequenceLayout, Whole, attend, attention_weights
 from molmo_core.nn.image_tokens import ImageTokenIds, sequence_layout
+from molmo_core.nn.kv_cache import KVCache
 
 MOLMO, MOLMO2 = ImageTokenIds.molmo(100), ImageTokenIds.molmo2(100)
 MODES = (None, "image_tokens", "within_image", "image_to_question")
@@ -151,15 +152,19 @@ def test_grouped_keys(queries, kind):
     torch.testing.assert_close(attend(q, k, v, mask), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_cache_given_as_list_is_not_changed():
-    pairs = [(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))]
-    cache = as_cache(pairs)
-    keys, _ = cache.update(0, torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
-    assert cache.length == keys.shape[2] == 4
-    assert pairs[0][0].shape[2] == 3
-    assert as_cache(None) == GrowingCache()
-    other = object()
-    assert as_cache(other) is other
+@pytest.mark.parametrize("cached", [False, True])
+def test_weights_are_those_of_the_output(cached):
+    """Asked for, the weights of every layer come by its number, over the cache and the call."""
+    q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    past = 4 if cached else 0
+    weights: dict[int, torch.Tensor] = {}
+    attention = Whole(SequenceLayout().dense_mask(1, 6, 6 - past), weights=weights)
+    if cached:
+        attention = Cached(KVCache.of([(k[:, :, :past], v[:, :, :past])] * 2), attention)
+    outputs = [attention(layer, q[:, :, past:], k[:, :, past:], v[:, :, past:]) for layer in range(2)]
+    for layer, out in enumerate(outputs):
+        torch.testing.assert_close(weights[layer] @ v.repeat_interleave(2, dim=1), out)
+        torch.testing.assert_close(out, attend(q, k, v)[:, :, past:])
 
 
 def test_segments_cannot_be_continued():

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molmo_core.nn.attention import GrowingCache, SequenceLayout
+from molmo_core.nn.attention import Cached, SequenceLayout, Whole
 from molmo_core.nn.configs import LlmConfig
+from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import BlockInputs, TokenEmbedding, Transformer
 
 BASE = LlmConfig(
@@ -35,7 +36,8 @@ def make(style: str = "qwen2", **changes) -> Transformer:
 def run(model: Transformer, ids: torch.Tensor, positions=None, mask=None, cache=None, **inputs) -> torch.Tensor:
     positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions
     x = model.prepare(model.wte(ids))
-    return model.logits(model.run_blocks(x, positions, BlockInputs(mask=mask, **inputs), cache).hidden)
+    attention = Whole(mask) if cache is None else Cached(cache, Whole(mask))
+    return model.logits(model.run_blocks(x, positions, BlockInputs(attention, **inputs)).hidden)
 
 
 def test_embedding_is_one_table_in_two_parts():
@@ -58,7 +60,7 @@ def test_cached_equals_uncached(style, cuts):
     ids = torch.randint(0, 58, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = run(model, ids)
-        cache, parts = GrowingCache(), []
+        cache, parts = KVCache(), []
         for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), 12]):
             mask = SequenceLayout().mask(2, b, b - a, torch.device("cpu"), "sdpa")
             parts.append(run(model, ids[:, a:b], torch.arange(a, b).expand(2, -1), mask, cache))
@@ -92,6 +94,53 @@ def test_recomputation_gives_the_same_gradients(style):
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
+
+
+def test_recomputation_refuses_a_cache():
+    """It would be filled twice."""
+    model = make().train()
+    for block in model.blocks:
+        block.checkpointing = True
+    with pytest.raises(ValueError, match="activation checkpointing"):
+        run(model, torch.ones(1, 4, dtype=torch.int64), cache=KVCache())
+    with torch.no_grad():
+        run(model, torch.ones(1, 4, dtype=torch.int64), cache=(cache := KVCache()))
+    assert cache.length == 4
+
+
+def test_blocks_share_a_compiled_graph():
+    """Neither the number of a layer nor the attention object is part of what a graph is compiled for."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    model = make(n_layers=6)
+    ids = torch.randint(0, 50, (2, 16))
+    layout = SequenceLayout(valid=torch.arange(16) < torch.tensor([[16], [9]]))
+    expected = [run(model, ids), run(model, ids, mask=layout.dense_mask(2, 16))]
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    counters.clear()
+    found = [run(model, ids), run(model, ids, mask=layout.dense_mask(2, 16))]
+    found.append(run(model, ids, mask=SequenceLayout(valid=torch.ones(2, 16, dtype=torch.bool)).dense_mask(2, 16)))
+    torch._dynamo.reset()
+    assert counters["stats"]["unique_graphs"] == 2  # without and with a mask
+    torch.testing.assert_close(found[:2], expected)
+
+
+def test_attention_from_outside():
+    """The blocks take any callable: here one that sees every layer once, in order, and only the token itself."""
+    model, seen = make(n_layers=3), []
+
+    def itself(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen.append((layer, q.shape, k.shape, v.shape))
+        return v.repeat_interleave(2, dim=1)
+
+    ids = torch.randint(0, 50, (2, 5))
+    with torch.no_grad():
+        x = model.run_blocks(model.wte(ids), torch.arange(5).expand(2, -1), BlockInputs(itself)).hidden
+        expected = run(model, ids, mask=torch.eye(5, dtype=torch.bool)[None, None])
+    torch.testing.assert_close(model.logits(x), expected)
+    assert seen == [(layer, (2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)) for layer in range(3)]
 
 
 def test_llama_blocks_equal_fused_ones():

@@ -2,7 +2,7 @@
 
 import torch
 
-from molmo_core.generation.kv_cache import KVCache
+from molmo_core.nn.kv_cache import KVCache
 
 
 def test_updates_append_and_grow():
@@ -32,3 +32,32 @@ def test_reorder_repeats_drops_and_adds_rows():
     all_keys, all_values = cache.update(0, torch.zeros(4, 1, 1, 1), torch.zeros(4, 1, 1, 1))
     assert all_keys[:, 0, 0, 0].tolist() == [2, 2, 0, 1]
     assert all_values[:, 0, 0, 0].tolist() == [20, 20, 0, 10]
+
+
+def pairs(layers: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.full((1, 2, 3, 4), float(layer)), torch.full((1, 2, 3, 4), 10.0 + layer)) for layer in range(layers)]
+
+
+def test_pairs_are_copied_and_come_back():
+    given = pairs()
+    cache = KVCache.of(given)
+    assert len(cache) == 2
+    assert cache.length == 3
+    for new, old in zip(cache, given, strict=True):
+        assert torch.equal(new[0], old[0])
+        assert torch.equal(new[1], old[1])
+    cache.update(0, torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    cache[0][0].zero_()
+    assert torch.equal(given[0][0], pairs()[0][0])
+    assert KVCache.of(cache) is cache
+    assert KVCache.of(None).length == len(KVCache.of(None)) == 0
+
+
+def test_truncated_positions_are_written_again():
+    cache = KVCache.of(pairs())
+    cache.truncate(2)
+    cache.truncate(5)
+    assert cache.length == 2
+    keys, values = cache.update(1, torch.full((1, 2, 2, 4), 7.0), torch.full((1, 2, 2, 4), 8.0))
+    assert keys[0, 0, :, 0].tolist() == [1, 1, 7, 7]
+    assert values[0, 1, :, 3].tolist() == [11, 11, 8, 8]
