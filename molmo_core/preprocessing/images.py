@@ -12,19 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from molmo_core.preprocessing.image_tokens import image_token_counts, image_tokens
-from molmo_core.preprocessing.media import MediaError, image_size, load_image
 from molmo_core.preprocessing.resize import Resized, resize
 from molmo_core.preprocessing.tiling import Grid, ImageSettings, Tiling, image_tiling, pooled_patches, raster_grid, token_grids
 
 __all__ = [
     "ImageFeatures",
     "ImageSettings",
-    "MediaError",
-    "image_size",
     "image_token_counts",
     "image_tokens",
     "join_images",
-    "load_image",
     "preprocess_image",
 ]
 

@@ -6,25 +6,26 @@ Decoding decisions, so that nothing is a surprise:
 - 16-bit samples keep their high byte; CMYK, palettes, grey and bilevel are converted by Pillow.
 - Of an animation the first frame is used.
 - A truncated file is an error, never a grey half.
+- Damaged metadata (EXIF, texts, profiles) cost nothing but themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-import struct
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngImageFile
+
+from molmo_core.preprocessing.image_files import PNG, bare, orientation, png_parts
 
 MAX_PIXELS = 178_956_970
 """Default limit of an image's size, checked before it is decoded. Pillow opens none that is larger."""
 
-_ORIENTATION = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,7 +36,8 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 
-ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | Image.Image
+FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview
+ImageSource = FileSource | np.ndarray | Image.Image
 
 
 class MediaError(ValueError):
@@ -63,10 +65,20 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
+    name = _name(source)
     if isinstance(source, Image.Image):
-        return _decode(source, _name(source), max_pixels)
-    with _open(source) as image:
-        return _decode(image, _name(source), max_pixels)
+        return _decode(source, name, max_pixels)
+    with _open(source, name) as (image, turned):
+        try:
+            return _decode(image, name, max_pixels, turned)
+        except TooManyPixels:
+            raise
+        except MediaError:
+            stripped = bare(_read(source)) if turned is None else None
+            if stripped is None:
+                raise
+    with _opened(io.BytesIO(stripped[0]), name) as image:
+        return _decode(image, name, max_pixels, stripped[1])
 
 
 def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -78,18 +90,17 @@ def image_size(source: ImageSource, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     """
     if isinstance(source, np.ndarray):
         return source.shape[0], source.shape[1]
-    image = source if isinstance(source, Image.Image) else _open(source)
-    try:
-        _check_pixels(image.width, image.height, max_pixels, _name(source))
-        orientation = _orientation(image)
-    except MediaError:
-        raise
-    except Exception as error:  # see _decode
-        raise MediaError(f"{_name(source)}: unreadable metadata: {type(error).__name__}: {error}") from error
-    finally:
-        if image is not source:
-            image.close()
-    return (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
+    name = _name(source)
+    if isinstance(source, Image.Image):
+        return _size(source, name, max_pixels, None)
+    with _open(source, name, pixels=False) as (image, turned):
+        return _size(image, name, max_pixels, turned)
+
+
+def _size(image: Image.Image, name: str, max_pixels: int, turned: int | None) -> tuple[int, int]:
+    _check_pixels(image.width, image.height, max_pixels, name)
+    sideways = (_orientation(image) if turned is None else turned) in (5, 6, 7, 8)
+    return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def _name(source: Any) -> str:
@@ -100,19 +111,53 @@ def _name(source: Any) -> str:
     return f"image of {len(source):,} bytes"
 
 
-def _open(source: str | os.PathLike[str] | bytes | bytearray | memoryview) -> Image.Image:
-    name = _name(source)
+@contextlib.contextmanager
+def _open(source: FileSource, name: str, pixels: bool = True) -> Iterator[tuple[Image.Image, int | None]]:
+    """An image that is not decoded yet, and its orientation; None = what its metadata say. What Pillow cannot open is tried without
+    metadata; of a PNG it never gets any, because a text named `interlace` or `bbox` changes how it reads the pixels.
+
+    Args:
+        pixels: they will be decoded.
+    """
+    stream = _stream(source, name)
+    with stream:
+        if stream.read(len(PNG)) == PNG:
+            data, turned = png_parts(stream, pixels)
+            with _opened(io.BytesIO(data), name) as image:
+                yield image, turned
+            return
+        stream.seek(0)
+        try:
+            image = _opened(stream, name)
+        except MediaError:
+            stripped = bare(_read(source))
+            if stripped is None:
+                raise
+            with _opened(io.BytesIO(stripped[0]), name) as image:
+                yield image, stripped[1]
+            return
+        with image:
+            yield image, None
+
+
+def _stream(source: FileSource, name: str) -> BinaryIO:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if not path.is_file():
             raise MediaError(f"{name}: {'a folder, not an image file' if path.is_dir() else 'no such file'}")
         empty = path.stat().st_size == 0
-        stream: Any = path
     else:
         empty = len(source) == 0
-        stream = io.BytesIO(source)
     if empty:
         raise MediaError(f"{name}: empty file")
+    return path.open("rb") if isinstance(source, str | os.PathLike) else io.BytesIO(source)
+
+
+def _read(source: FileSource) -> bytes:
+    return Path(source).read_bytes() if isinstance(source, str | os.PathLike) else bytes(source)
+
+
+def _opened(stream: BinaryIO, name: str) -> Image.Image:
     try:
         return Image.open(stream)
     except UnidentifiedImageError:
@@ -128,19 +173,20 @@ def _check_pixels(width: int, height: int, max_pixels: int, name: str) -> None:
         raise TooManyPixels(f"{name}: {width} x {height} pixels, more than the limit of {max_pixels:,}")
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
+def _decode(image: Image.Image, name: str, max_pixels: int, turned: int | None = None) -> np.ndarray:
+    """The pixels, turned as `turned` (an orientation) says; None = as its metadata say."""
     _check_pixels(image.width, image.height, max_pixels, name)
     if image.width * image.height == 0:
         raise MediaError(f"{name}: no pixels ({image.width} x {image.height})")
     try:
-        orientation = _orientation(image)
         image.load()
+        turned = _orientation(image) if turned is None else turned
         if image.mode == "F":
             raise MediaError(f"{name}: floating-point samples; convert the image to 8 or 16 bits")
         if image.mode.startswith("I"):
-            return _from_array(_oriented(np.asarray(image), orientation), max_pixels, name)
+            return _from_array(_oriented(np.asarray(image), turned), max_pixels, name)
         rgb = image if image.mode == "RGB" else image.convert("RGB")
-        rgb = rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+        rgb = rgb.transpose(_TRANSPOSE[turned]) if turned in _TRANSPOSE else rgb
         return np.array(rgb)
     except MediaError:
         raise
@@ -156,42 +202,11 @@ def _oriented(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation that is still to be applied; nothing is decoded for it."""
+    """The orientation that is still to be applied."""
     if image.format == "TIFF":
         return 1  # Pillow applies it itself and gives the size after it
-    if not isinstance(image, PngImageFile):
-        return image.getexif().get(_ORIENTATION, 1)
-    # The PNG class' own method decodes the whole image first, because metadata may stand behind the pixels.
-    if "exif" not in image.info:
-        image.info.update(_late_metadata(image))
-    return Image.Image.getexif(image).get(_ORIENTATION, 1)
-
-
-def _late_metadata(image: PngImageFile) -> dict[Any, Any]:
-    """The metadata behind the pixels of a PNG that is not decoded yet, as Pillow reads it (with its limits of size)."""
-    stream = image.fp
-    if stream is None:
-        return {}
-    position = stream.tell()
-    signature, header, late, pixels = b"", b"", b"", False
-    try:
-        stream.seek(0)
-        signature = stream.read(8)
-        while len(start := stream.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", start)
-            if kind == b"IHDR" or (pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")):
-                data = stream.read(length)
-                chunk = start + data + struct.pack(">I", zlib.crc32(kind + data))
-                header, late = (chunk, late) if kind == b"IHDR" else (header, late + chunk)
-                length = 0
-            pixels |= kind == b"IDAT"
-            stream.seek(length + 4, os.SEEK_CUR)
-    finally:
-        stream.seek(position)
-    if not late:
-        return {}
-    with Image.open(io.BytesIO(signature + header + late + b"\0\0\0\0IDAT"), formats=["PNG"]) as alone:
-        return alone.info
+    texts = [image.info.get(key) for key in ("exif", "xmp")]
+    return orientation(*(text if isinstance(text, bytes) else b"" for text in texts))
 
 
 def _from_array(array: np.ndarray, max_pixels: int, name: str = "array") -> np.ndarray:

@@ -16,9 +16,9 @@ from molmo_core.preprocessing.images import (
     image_token_counts,
     image_tokens,
     join_images,
-    load_image,
     preprocess_image,
 )
+from molmo_core.preprocessing.media import load_image
 from molmo_core.preprocessing.messages import Annotation, MediaTokens, assemble_sequence
 from molmo_core.preprocessing.tiling import VisionEncoder
 from molmo_core.preprocessing.tokenizer import Tokenizer

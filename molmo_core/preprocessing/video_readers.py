@@ -1,9 +1,10 @@
-"""Opening videos: one small interface, two decoders.
+"""Opening videos: one small interface, two decoders; what one of them cannot open or decode, the other tries.
 
 decord is the default. In the containers of `DECORD_CONTAINERS` it gives the same frames at the same times as decoding from
 the start does; in others (MPEG program and transport streams, ASF, Ogg) it seeks to wrong frames, reports broken times or
 fails, it has no AV1 decoder, and frames turned by 90 degrees come out only if their rows happen to be aligned. Those go to
-PyAV, which is slower to open because it reads the packet index of the whole file.
+PyAV, which is slower to open because it reads the packet index of the whole file. Some narrow frames (16, 24, 48 or 72 pixels wide) decord
+opens and then fails to copy: PyAV decodes them.
 
 A reader belongs to one process: open it after a fork, and close it (decord keeps about 6 MB of a reader that lingers).
 """
@@ -60,7 +61,7 @@ def open_video(source: VideoSource, backend: VideoBackend = "auto", max_pixels: 
 
     Args:
         source: a path, or the bytes of a file.
-        backend: `auto` is decord where it is exact and installed, else PyAV.
+        backend: `auto` is decord where it is exact and installed, and PyAV for everything else and for what decord fails at.
         max_pixels: a video with larger frames is refused.
 
     Raises:
@@ -76,13 +77,53 @@ def open_video(source: VideoSource, backend: VideoBackend = "auto", max_pixels: 
     if backend == "decord" and not exact:
         what = f"{'rotated ' if header.turned else ''}{header.codec} in {header.container}"
         raise MediaError(f"{name}: decord does not read {what} reliably; use the pyav backend, or convert it to upright MP4")
-    if backend == "decord" or (backend == "auto" and exact and _has_decord()):
-        try:
-            return DecordReader(source, name)
-        except MediaError:
-            if backend == "decord":
-                raise
+    if backend == "decord":
+        return DecordReader(source, name)
+    if backend == "auto" and exact and _has_decord():
+        return EitherReader(source, name)
     return PyAVReader(source, name)
+
+
+class EitherReader:
+    """decord, and PyAV from the first failure on (see `VideoReader`)."""
+
+    def __init__(self, source: VideoSource, name: str):
+        self.name = name
+        self._source = source
+        self._failure: MediaError | None = None
+        try:
+            self.reader: VideoReader = DecordReader(source, name)
+        except MediaError as failure:
+            self._take_pyav(failure)
+        self.timestamps, self.fps = self.reader.timestamps, self.reader.fps
+
+    def get_batch(self, indices: Sequence[int]) -> np.ndarray:
+        if self._failure is None:
+            try:
+                return self.reader.get_batch(indices)
+            except MediaError as failure:
+                self.reader.close()
+                self._take_pyav(failure)
+                if len(self.reader.timestamps) != len(self.timestamps):
+                    counts = f"decord counts {len(self.timestamps)} frames, PyAV {len(self.reader.timestamps)}"
+                    raise MediaError(f"{failure}; {counts}") from failure
+        try:
+            return self.reader.get_batch(indices)
+        except MediaError as error:
+            raise self._both(error) from error
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def _take_pyav(self, failure: MediaError) -> None:
+        self._failure = failure
+        try:
+            self.reader = PyAVReader(self._source, self.name)
+        except MediaError as error:
+            raise self._both(error) from error
+
+    def _both(self, error: MediaError) -> MediaError:
+        return MediaError(f"{self._failure}; {str(error).removeprefix(f'{self.name}: ')}")
 
 
 class DecordReader:
@@ -105,7 +146,7 @@ class DecordReader:
         try:
             return self._reader.get_batch(list(map(int, indices))).asnumpy()
         except Exception as error:  # as above
-            raise MediaError(f"{self.name}: decord cannot decode frames {list(indices)[:8]}: {first_line(error)}") from error
+            raise MediaError(f"{self.name}: decord cannot decode it: {first_line(error)}") from error
 
     def close(self) -> None:
         self._reader = None
@@ -165,9 +206,9 @@ class PyAVReader:
                 self._restart()
             frame = self._decode_to(target)
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise MediaError(f"{self.name}: PyAV cannot decode frame {index}: {first_line(error)}") from error
+            raise MediaError(f"{self.name}: PyAV cannot decode it at {self.timestamps[index]:.3f} s: {first_line(error)}") from error
         if frame is None:
-            raise MediaError(f"{self.name}: frame {index} (at {self.timestamps[index]:.3f} s) is damaged: the decoder does not give it")
+            raise MediaError(f"{self.name}: damaged at {self.timestamps[index]:.3f} s: PyAV gives no frame")
         return frame
 
     def _restart(self) -> None:

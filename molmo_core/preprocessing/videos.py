@@ -24,7 +24,6 @@ from molmo_core.preprocessing.video_readers import VideoBackend, VideoReader, Vi
 __all__ = [
     "FrameSettings",
     "Frames",
-    "MediaError",
     "VideoFeatures",
     "VideoReader",
     "frame_pooling",

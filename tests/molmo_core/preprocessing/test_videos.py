@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from molmo_core.preprocessing.configs import Molmo2PreprocessorConfig, VideoPreprocessorConfig
-from molmo_core.preprocessing.images import ImageSettings, MediaError
-from molmo_core.preprocessing.video_readers import DecordReader, PyAVReader, VideoReader, open_video
+from molmo_core.preprocessing.images import ImageSettings
+from molmo_core.preprocessing.media import MediaError
+from molmo_core.preprocessing.video_readers import DecordReader, EitherReader, PyAVReader, VideoReader, open_video
 from molmo_core.preprocessing.videos import FrameSettings, frame_pooling, load_frames, preprocess_video, sample_video
 
 BACKENDS = ["decord", "pyav"]
@@ -112,7 +113,7 @@ def test_rotation(tmp_path: Path, quarter: int) -> None:
     reader = open_video(bytes(data))
     turned = reader.get_batch([5])[0]
     assert np.abs(np.rot90(turned, quarter).astype(int) - upright).max() < 40
-    assert isinstance(reader, DecordReader if quarter == 2 else PyAVReader)
+    assert isinstance(reader, EitherReader if quarter == 2 else PyAVReader)
     if quarter != 2:
         with pytest.raises(MediaError, match="rotated"):
             open_video(bytes(data), "decord")
@@ -125,7 +126,59 @@ def test_what_decord_gets_wrong_goes_to_pyav(tmp_path: Path) -> None:
     reader = open_video(stream)
     assert isinstance(reader, PyAVReader)
     assert_frames(reader, np.arange(40) / 10)
-    assert isinstance(open_video(clip(tmp_path / "plain.mp4")), DecordReader)
+    plain = open_video(clip(tmp_path / "plain.mp4"))
+    assert isinstance(plain, EitherReader)
+    assert_frames(plain, np.arange(40) / 10)
+    assert isinstance(plain.reader, DecordReader), "nothing is decoded twice"
+
+
+@pytest.mark.parametrize("width", [2, 4, 8, 10, 16, 24, 40, 46, 48, 64, 66, 72, 80, 96, 144, 146])
+def test_frames_of_any_size(tmp_path: Path, width: int) -> None:
+    """decord opens clips that are 16, 24, 48 or 72 pixels wide and then cannot copy their frames."""
+    for height in (2, 40, 72, 130):
+        path = tmp_path / f"{height}.mp4"
+        pattern = np.full((height, width, 3), 90, np.uint8)
+        pattern[: height // 2, : width // 2] = [200, 40, 40]
+        with av.open(path, "w") as output:
+            stream = output.add_stream("libx264", rate=10, options={"crf": "4"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for shade in range(3):
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(pattern + np.uint8(20 * shade), format="rgb24")))
+            output.mux(stream.encode())
+        right = open_video(path, "pyav").get_batch([0, 1, 2])
+        reader = open_video(path)
+        frames = np.concatenate([reader.get_batch([0]), reader.get_batch([1, 2])])
+        assert frames.shape == (3, height, width, 3)
+        assert np.abs(frames.astype(int) - right).max() <= 8
+        np.testing.assert_allclose(reader.timestamps, [0, 0.1, 0.2], atol=1e-3)
+        features = preprocess_video(path.read_bytes(), SIGLIP, FrameSettings("uniform", 3))
+        assert len(features.images) == 3
+
+
+def test_what_neither_reader_decodes_is_explained_by_both(tmp_path: Path) -> None:
+    data = bytearray(clip(tmp_path / "whole.mp4", frames=30).read_bytes())
+    start = data.index(b"mdat") + 4
+    stop = data.index(b"moov") - 4
+    data[start:stop] = np.random.default_rng(0).bytes(stop - start)
+    with pytest.raises(MediaError) as failure:
+        load_frames(bytes(data), FrameSettings("uniform", 4))
+    message = str(failure.value)
+    assert message.count(f"video of {len(data):,} bytes") == 1
+    assert message.index("decord cannot") < message.index("; ") < message.index("PyAV")
+    assert "frames [" not in message
+
+
+def test_a_reader_that_fails_in_the_middle_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = open_video(clip(tmp_path / "plain.mp4"))
+    assert number_of(reader.get_batch([3])[0]) == 3
+
+    def fail(self: DecordReader, indices: list[int]) -> np.ndarray:
+        raise MediaError("plain.mp4: decord cannot decode it")
+
+    monkeypatch.setattr(DecordReader, "get_batch", fail)
+    assert [number_of(f) for f in reader.get_batch([7, 30])] == [7, 30]
+    assert_frames(reader, np.arange(40) / 10)
+    reader.close()
 
 
 def test_frames_before_the_start_are_refused_by_decord(tmp_path: Path) -> None:
