@@ -1,7 +1,7 @@
 """From a record to the conversations that are tokenised: style prefixes and the roles of the chat around the task's messages.
 
-The records themselves are described in `tasks`. `style` names the data set or task, `weight` multiplies the loss, `message_weight`
-overrides the weighting rules, `message_list` makes a message tree.
+The records themselves are described in `tasks`. `style` names the data set or task, `weight` multiplies the loss (of a
+record, an annotation, or an assistant's message), `message_weight` overrides the weighting rules, `message_list` makes a message tree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 
 from molmo_core.preprocessing.configs import DataFormatter
 from molmo_core.preprocessing.messages import Annotation, MessageWeight
-from molmo_core.preprocessing.tasks import POINT_STYLES, TaskReader
+from molmo_core.preprocessing.task_fields import POINT_STYLES
+from molmo_core.preprocessing.tasks import TaskReader
 from molmo_core.preprocessing.tokenizer import IMAGE_PROMPT
 
 DEMO_STYLES = frozenset({
@@ -86,7 +87,7 @@ class Formatter:
             messages = messages[:1]
         if self.config.image_last and reader.image_sizes:
             messages[0] += IMAGE_PROMPT
-        return Annotation(self._with_roles(messages), _weight(record, example if own else {}))
+        return Annotation(self._with_roles(messages), _weight(record, example if own else {}), _turn_weights(record))
 
     def _with_roles(self, messages: list[str]) -> list[str]:
         """Adds the roles of the message format; every message but the first is set off by a space or a turn token."""
@@ -131,6 +132,14 @@ class Formatter:
         if length is not None:
             return f"{style} {length}:"
         return f"{style} :" if kind == "style_and_length" else f"{style}:"
+
+
+def _turn_weights(record: dict[str, Any]) -> list[float] | None:
+    """`weight` of each message, if any has one."""
+    turns = record.get("messages", ())
+    if not any(isinstance(turn, dict) and turn.get("weight") is not None for turn in turns):
+        return None
+    return [1.0 if isinstance(turn, str) or turn.get("weight") is None else float(turn["weight"]) for turn in turns]
 
 
 def _weight(record: dict[str, Any], example: dict[str, Any]) -> MessageWeight:

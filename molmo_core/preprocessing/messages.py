@@ -37,6 +37,8 @@ class Annotation:
 
     messages: Sequence[str]
     weight: MessageWeight = MessageWeight()
+    turn_weights: Sequence[float] | None = None
+    """For each message a factor of its loss; only the answers' are used. None = 1 each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class MediaTokens:
 
 @dataclasses.dataclass
 class _Tokens:
-    """Token ids and loss weights (0 or 1) of one annotation; `slots` are the offsets of media placeholders."""
+    """Token ids and loss weights of one annotation (0, or the turn's); `slots` are the offsets of media placeholders."""
 
     ids: list[int]
     weights: list[float]
@@ -67,7 +69,8 @@ class _Tokens:
 
     @property
     def first_loss(self) -> int:
-        return self.weights.index(1.0)
+        """The first token that is trained on; without one, the end."""
+        return next((i for i, weight in enumerate(self.weights) if weight > 0), len(self.ids) - 1)
 
 
 def assemble_sequence(
@@ -106,7 +109,7 @@ def assemble_sequence(
     tree = len(annotations) > 1
     if tree and for_inference:
         raise ValueError(f"an example for inference holds one conversation, got a message tree of {len(annotations)}: ask them one by one")
-    texts = [_tokenize(tokenizer, a.messages, for_inference) for a in annotations]
+    texts = [_tokenize(tokenizer, a.messages, for_inference, a.turn_weights) for a in annotations]
     if not texts[0].slots:
         texts[0].slots = [0] * len(media)
     elif tree:
@@ -137,7 +140,7 @@ def assemble_sequence(
     return sequence
 
 
-def _tokenize(tokenizer: Tokenizer, messages: Sequence[str], for_inference: bool) -> _Tokens:
+def _tokenize(tokenizer: Tokenizer, messages: Sequence[str], for_inference: bool, turn_weights: Sequence[float] | None = None) -> _Tokens:
     """Tokens of one conversation; every assistant message but one to be continued ends with the end-of-text token."""
     result = _Tokens([], [], [])
     last = len(messages) - 1
@@ -145,6 +148,7 @@ def _tokenize(tokenizer: Tokenizer, messages: Sequence[str], for_inference: bool
         raise ValueError(f"a training conversation ends with an answer, got {len(messages)} message(s); the last is {messages[-1]!r}")
     for i, message in enumerate(messages):
         answer = i % 2 == 1
+        weight = float(answer) if turn_weights is None else answer * float(turn_weights[i])
         parts = _PLACEHOLDER.split(message) if "<|" in message else [message]
         if answer and len(parts) > 1:
             raise ValueError(f"an answer may not hold a media placeholder: {message!r}")
@@ -154,10 +158,10 @@ def _tokenize(tokenizer: Tokenizer, messages: Sequence[str], for_inference: bool
                 continue
             ids = tokenizer.encode(part)
             result.ids += ids
-            result.weights += [float(answer)] * len(ids)
+            result.weights += [weight] * len(ids)
         if answer and not (for_inference and i == last):
             result.ids.append(tokenizer.eos_token_id)
-            result.weights.append(1.0)
+            result.weights.append(weight)
     return result
 
 
@@ -192,7 +196,7 @@ def _factors(weights: Sequence[MessageWeight], texts: Sequence[_Tokens], weighti
         if by_segments:
             factor *= len(texts) ** -0.5
         if by_length:  # the end token counts only where it is an input token too
-            answer_tokens = sum(text.weights) - (k < len(texts) - 1)
+            answer_tokens = sum(w > 0 for w in text.weights) - (k < len(texts) - 1)
             factor *= 2.0 * max(answer_tokens, 1.0) ** -0.5
         result.append(factor)
     return result
@@ -245,7 +249,7 @@ def _inference_sequence(
 
 
 def _with_media(tokenizer: Tokenizer, text: _Tokens, media: Sequence[MediaTokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Begin token, media and one annotation: ids, positions, weights (0 or 1)."""
+    """Begin token, media and one annotation: ids, positions, weights (0, or the turn's)."""
     tokens, loss = np.asarray(text.ids, np.int64), np.asarray(text.weights, np.float32)
     ids, weights = [np.array([tokenizer.bos_token_id])], [np.zeros(1, np.float32)]
     positions, at, done = [np.zeros(1, np.int64)], 1, 0

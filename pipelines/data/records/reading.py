@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from molmo_core.preprocessing.tasks import check_task
+from molmo_core.preprocessing.task_fields import check_task
 from pipelines.data.records.fields import check_unicode, text
 from pipelines.data.records.pixmo import pixmo
 from pipelines.data.records.record import Record

@@ -172,3 +172,32 @@ def test_a_truncated_sequence_is_the_beginning_of_the_whole(tokenizer, conversat
 def test_errors(tokenizer, conversations, options, message):
     with pytest.raises(ValueError, match=message):
         assemble_sequence(tokenizer, [Annotation(c) for c in conversations], **options)
+
+
+@given(pairs=st.lists(st.tuples(WORDS, WORDS, st.sampled_from([0.0, 0.5, 1.0, 2.0])), min_size=1, max_size=4), tree=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_turn_weights_multiply_the_loss_of_their_answers(tokenizer, pairs, tree):
+    """The tokens stay; each answer, its end token included, has its turn's weight."""
+    messages = [text for question, answer, _ in pairs for text in (question, answer)]
+    factors = [weight for *_, weight in pairs]
+    annotations = [Annotation(messages, MessageWeight(0.5)), Annotation(["x", "y"])][: 1 + tree]
+    plain = assemble_sequence(tokenizer, annotations, MEDIA)
+    annotations[0] = Annotation(messages, MessageWeight(0.5), [w for _, _, weight in pairs for w in (7.0, weight)])
+    weighted = assemble_sequence(tokenizer, annotations, MEDIA)
+    for name in plain.keys() - {"loss_masks"}:
+        np.testing.assert_array_equal(plain[name], weighted[name])
+    expected = plain["loss_masks"].copy()
+    lengths = [len(tokenizer.encode(answer)) + 1 for _, answer, _ in pairs]  # with the end token
+    first = np.flatnonzero(expected)[: sum(lengths)]
+    expected[first] *= np.repeat(np.float32(factors), lengths)
+    np.testing.assert_array_equal(weighted["loss_masks"], expected)
+
+
+def test_an_untrained_answer_may_stand_before_the_limit(tokenizer):
+    """What must lie within the limit is the first answer that is trained on."""
+    conversation = ["a", " b", " c", " d"]
+    trained = assemble_sequence(tokenizer, [Annotation(conversation, turn_weights=[0, 0, 0, 1])], max_seq_len=50)
+    start = int(np.flatnonzero(trained["loss_masks"])[0])
+    with pytest.raises(ValueError, match="the first answer would begin after"):
+        assemble_sequence(tokenizer, [Annotation(conversation, turn_weights=[0, 0, 0, 1])], max_seq_len=start)
+    assert assemble_sequence(tokenizer, [Annotation(conversation)], max_seq_len=start)["loss_masks"].any()
