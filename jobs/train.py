@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from jobs.command import ConfigPath, Overrides, job
 from pipelines import cluster, tracking
+from pipelines.data.batches.prepared import streams
 from pipelines.training.config import TrainConfig
 from pipelines.training.trainer import train
 
@@ -15,7 +18,7 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     Ctrl-C or SIGTERM saves one first.
     """
     settings = TrainConfig.load(config, overrides)
-    with cluster.connect(num_cpus=cpus_needed(settings)):
+    with cluster.connect(num_cpus=cpus_needed(settings, cluster.cores())):
         result = train(settings)
     print(f"{'trained' if result.finished else 'stopped at'} {result.step} of {result.steps} steps in {result.seconds:.0f} s")
     if result.checkpoint:
@@ -23,9 +26,12 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     print(f"MLflow   {tracking.tracking_uri()} run {result.run_id}")
 
 
-def cpus_needed(settings: TrainConfig) -> int:
-    """CPUs of a cluster that is started for this run: its workers and one for what works beside them."""
-    return int(settings.num_workers * settings.cpus_per_worker) + 1
+def cpus_needed(settings: TrainConfig, cores: int) -> int:
+    """CPUs of a cluster that is started for this run: its workers and one for what works beside them, or, for actors that decode
+    streamed records, all cores of the machine if these are more."""
+    data = [settings.data, *([settings.validation.data] if settings.validation else [])]
+    least = math.ceil(settings.num_workers * settings.cpus_per_worker) + 1
+    return max(least, cores) if any(map(streams, data)) else least
 
 
 app = job(main)

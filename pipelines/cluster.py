@@ -35,6 +35,7 @@ WORKER_ENV = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
 }
+_CGROUP = Path("/sys/fs/cgroup")
 LOCAL_ENV = {
     # Ray Train looks at its workers every 2 s by default, which delays every checkpoint and the end of a run by as much.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -45,8 +46,6 @@ LOCAL_ENV = {
     "RAY_prestart_worker_first_driver": "0",
 }
 
-# With 2 GiB, 14 actors that decode did not stream 14,000 JPEGs in 70 s; with 16 GiB they came at 544 a second.
-OBJECT_STORE_LIMIT = max(2, os.cpu_count() or 1) << 30
 CONNECT_TIMEOUT_S = 10
 EXIT_TIMEOUT_S = 10
 
@@ -62,8 +61,8 @@ def connect(
     """Connects to Ray for the length of a `with` block; only what it started itself is shut down at the end.
 
     Args:
-        num_cpus: CPUs that a cluster started here offers (None = the machine's cores). More than there are is allowed: light
-            actors then share a core. Ignored when joining, like the next two.
+        num_cpus: CPUs that a cluster started here offers (None = those that Ray finds: the machine's, or what its container may
+            use). More than there are is allowed: light actors then share a core. Ignored when joining, like the next two.
         num_gpus: GPUs it offers (None = those that Ray finds).
         object_store_memory: bytes of its object store (None = see `default_object_store_memory`).
         env: environment variables for all workers, in either case.
@@ -136,7 +135,7 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_memory: int 
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
-        num_cpus=num_cpus or os.cpu_count(),
+        num_cpus=num_cpus,
         num_gpus=num_gpus,
         object_store_memory=object_store_memory or default_object_store_memory(),
         include_dashboard=False,
@@ -145,12 +144,25 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_memory: int 
     )
 
 
+def cores() -> int:
+    """Cores that this process may use: those of the machine, or fewer if it is in a container with a limit (of control groups)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = "max", "1"
+    if (both := _CGROUP / "cpu.max").is_file():
+        quota, period = both.read_text().split()
+    elif (old := _CGROUP / "cpu" / "cpu.cfs_quota_us").is_file():
+        quota, period = old.read_text().strip(), old.with_name("cpu.cfs_period_us").read_text()
+    return max(1, min(count, int(quota) // int(period))) if quota.isdigit() else count
+
+
 def default_object_store_memory() -> int:
     """Bytes: a quarter of the free shared memory (or of the disk behind /tmp, where Ray goes without it), at most
-    OBJECT_STORE_LIMIT: the larger of 2 GiB and 1 GiB a core."""
+    the larger of 2 GiB and 1 GiB a core."""
+    # With 2 GiB, 14 actors that decode did not stream 14,000 JPEGs in 70 s; with 16 GiB they came at 544 a second.
+    limit = max(2, cores()) << 30
     shared = Path("/dev/shm")
     free = shutil.disk_usage(shared if shared.is_dir() else "/tmp").free
-    return max(128 << 20, min(free // 4, OBJECT_STORE_LIMIT))
+    return max(128 << 20, min(free // 4, limit))
 
 
 def quiet() -> None:

@@ -114,9 +114,9 @@ class DataConfig(BaseConfig):
     pad_to_max: bool = False
     """Pad every batch to the sequence length (static shapes for compiled models) instead of its longest row."""
     max_reject_rate: float = 0.01
-    """Streamed records: stop when a larger share of the examples is unusable."""
+    """Streamed records: stop when a larger share of the examples of a source (a file), or of all, is unusable."""
     actors: int | None = None
-    """Streamed records: decode and preprocess actors of one rank; None = two."""
+    """Streamed records: decode and preprocess actors of one rank; None = its share of the cluster's CPUs beyond one a rank."""
     prefetch: int = 2
     """Batches that are ready before they are asked for."""
 

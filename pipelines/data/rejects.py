@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from molmo_core.config import ConfigError
@@ -30,69 +31,55 @@ def unusable(kind: str, error: MediaError, where: str = "") -> Rejected:
 
 
 class TooManyRejected(ConfigError):
-    """More records of a source were unusable than the configuration allows."""
+    """More examples of a source were unusable than the configuration allows."""
 
 
-class Tally:
-    """Rows in, out and rejected, by source and reason."""
+class Rejects:
+    """The examples that were tried and those that could not be used, by source: the one rule of when these are too many.
 
-    def __init__(self, max_reject_rate: float):
-        self.max_reject_rate = max_reject_rate
+    Preparation, streaming and evaluation count here. A share is one of the examples of a source (a file of records), or of all
+    sources together, never of packs, batches or shards.
+
+    Args:
+        limit: largest share that may be unusable.
+        setting: name of that limit in the configuration, for the message.
+    """
+
+    def __init__(self, limit: float, setting: str = "max_reject_rate"):
+        self.limit, self.setting = limit, setting
         self.seen: collections.Counter[str] = collections.Counter()
-        self.rejected: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-        self.rows_out = 0
+        self.reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self._last: dict[str, str] = {}
 
-    def add(self, summary: dict[str, Any]) -> None:
-        """Counts the summary of a shard."""
-        self.seen.update(summary["rows_in"])
-        self.rows_out += summary["rows_out"]
-        for source, _, reason, _ in summary["rejected"]:
-            self.rejected[source][reason] += 1
-
-    @property
-    def rows_in(self) -> int:
-        return self.seen.total()
+    def add(self, seen: Mapping[str, int], rejected: Iterable[Sequence[Any]] = ()) -> None:
+        """Counts examples that were tried, by source, and those among them that are unusable: (source, row, reason, detail) of each."""
+        self.seen.update(seen)
+        for source, row, reason, detail in rejected:
+            self.reasons[source][reason] += 1
+            self._last[source] = f"row {row}: {reason}" + (f": {detail}" if detail else "")
 
     @property
-    def rows_rejected(self) -> int:
-        return sum(c.total() for c in self.rejected.values())
+    def total(self) -> int:
+        """Unusable examples of all sources."""
+        return sum(reasons.total() for reasons in self.reasons.values())
 
     def by_reason(self) -> dict[str, int]:
-        """Rejected rows of all sources, most frequent reason first."""
-        return dict(sum(self.rejected.values(), collections.Counter()).most_common())
+        """Unusable examples of all sources, most frequent reason first."""
+        return dict(sum(self.reasons.values(), collections.Counter()).most_common())
 
     def check(self, at_end: bool = False) -> None:
         """Raises TooManyRejected when a source is too bad, or all of them together are, or nothing is left at the end."""
-        for source, reasons in self.rejected.items():
-            if reasons.total() > self.max_reject_rate * max(self.seen[source], RATE_FROM_ROWS):
-                raise TooManyRejected(self._told(source, reasons, self.seen[source]))
-        if self.rows_rejected > self.max_reject_rate * max(self.rows_in, RATE_FROM_ROWS) or (at_end and not self.rows_out):
-            worst = max(self.rejected, key=lambda source: self.rejected[source].total())
-            reasons = collections.Counter(self.by_reason())
-            raise TooManyRejected(
-                self._told(f"{worst} and {len(self.seen) - 1} other files" if len(self.seen) > 1 else worst, reasons, self.rows_in)
-            )
+        for source, reasons in self.reasons.items():
+            if reasons.total() > self.limit * max(self.seen[source], RATE_FROM_ROWS):
+                raise TooManyRejected(self._told(source, source, reasons, self.seen[source]))
+        total, seen = self.total, self.seen.total()
+        nothing_left = at_end and 0 < total == seen
+        if total > self.limit * max(seen, RATE_FROM_ROWS) or nothing_left:
+            worst = max(self.reasons, key=lambda source: self.reasons[source].total())
+            name = f"{worst} and {len(self.seen) - 1} other files" if len(self.seen) > 1 else worst
+            raise TooManyRejected(self._told(name, worst, collections.Counter(self.by_reason()), seen))
 
-    def _told(self, source: str, reasons: collections.Counter[str], seen: int) -> str:
-        shown = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
-        limit = f"max_reject_rate={self.max_reject_rate:g}"
-        return f"{source}: {reasons.total():,} of {seen:,} records rejected, more than {limit} allows ({shown})"
-
-
-class RejectRate:
-    """Counts unusable examples while training."""
-
-    def __init__(self, limit: float):
-        self.limit, self.packs = limit, 0
-        self.rejected: collections.Counter[str] = collections.Counter()
-
-    def add(self, rejected: list[list[Any]]) -> None:
-        """Takes the rejects of each pack; raises ConfigError when there are too many."""
-        self.packs += len(rejected)
-        for source, row, reason, detail in (r for rejects in rejected for r in rejects):
-            self.rejected[source] += 1
-            if self.rejected[source] > self.limit * max(self.packs, RATE_FROM_ROWS):
-                raise ConfigError(
-                    f"{source}: {self.rejected[source]} unusable records in {self.packs} packs, more than data.max_reject_rate="
-                    f"{self.limit:g} allows; the last was row {row} ({reason}: {detail})"
-                )
+    def _told(self, name: str, worst: str, reasons: collections.Counter[str], seen: int) -> str:
+        over = f"more than {self.setting}={self.limit:g} allows" if reasons.total() > self.limit * seen else "nothing is left"
+        shown = ", ".join(f"{n:,} x {reason}" for reason, n in reasons.most_common(5))
+        return f"{name}: {reasons.total():,} of {seen:,} records rejected, {over} ({shown}; the last one of {worst} is {self._last[worst]})"

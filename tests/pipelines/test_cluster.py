@@ -19,7 +19,35 @@ def test_an_address_where_nothing_answers_is_said_at_once(monkeypatch):
 
 
 def test_object_store_is_bounded():
-    assert 128 << 20 <= cluster.default_object_store_memory() <= cluster.OBJECT_STORE_LIMIT
+    assert 128 << 20 <= cluster.default_object_store_memory() <= max(2, cluster.cores()) << 30
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 16),
+        ({"cpu.max": "max 100000\n"}, 16),
+        ({"cpu.max": "450000 100000\n"}, 4),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "6400000 100000\n"}, 16),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 16),
+        ({"cpu/cpu.cfs_quota_us": "800000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)
+def test_cores_are_those_that_a_container_may_use(files, expected, monkeypatch, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cluster, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    assert cluster.cores() == expected
+
+
+def test_ray_itself_finds_the_cores_unless_told(monkeypatch):
+    given = {}
+    monkeypatch.setattr(ray, "init", lambda **arguments: given.update(arguments))
+    cluster._start(None, None, None, {})
+    assert given["num_cpus"] is None, "Ray knows of a container's limits"
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from molmo_core.preprocessing.packing import Packer
 from pipelines.data.batches import mixture
 from pipelines.data.batches.packs import PackBuilder, Prepared, States, Streamed, steps
 from pipelines.data.batches.plan import Draw, Plan, Stream
-from pipelines.data.batches.prepared import PreparedDataset, is_prepared
+from pipelines.data.batches.prepared import PreparedDataset, reads_prepared
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import MAX_IMAGE_PIXELS, DataConfig, DatasetConfig
 from pipelines.data.preparation.inventory import Inventory, inventory_path
@@ -71,11 +71,6 @@ class TrainLoader:
         )
         self._states = {s: stream.state() for s, stream in self._streams().items()}
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps that draw as many examples as all datasets have together (without packing)."""
-        return max(1, sum(self.plan.sizes) // self.plan.num_streams)
-
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches from the current state on; `data.prefetch` of them are made ahead in a thread."""
         streams = self._streams()
@@ -86,14 +81,14 @@ class TrainLoader:
 
             batches = stream_batches(streams, self.builder, self.collate, self.world_size, self.data.actors, self.data.max_reject_rate)
         else:
-            batches = ((self.collate.arrays([self.builder(pack)[0] for pack in packs]), states) for packs, states in steps(streams))
+            batches = ((self.collate.arrays([self.builder(pack).example for pack in packs]), states) for packs, states in steps(streams))
         for batch, states in prefetched(batches, self.data.prefetch):
             self._states = states
             yield tensors(batch)
 
     def examples(self) -> list[dict[str, Any]]:
         """This rank's rows of the first global batch, not collated, made in this process (for looking at them)."""
-        return [self.builder(stream.next())[0] for stream in self._streams().values()]
+        return [self.builder(stream.next()).example for stream in self._streams().values()]
 
     def state_dict(self) -> States:
         """State of the rank's own streams after the batch last yielded."""
@@ -124,7 +119,7 @@ def open_dataset(
     Raises:
         ConfigError: unreadable, or examples that are longer than `sequence_length`.
     """
-    if config.format == "prepared" or (config.format == "auto" and is_prepared(config.path)):
+    if reads_prepared(config):
         prepared = PreparedDataset(config.path)
         if longer := int((prepared.tokens > sequence_length).sum()):
             raise ConfigError(

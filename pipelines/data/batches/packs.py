@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +23,16 @@ from pipelines.data.sources import Records
 States = dict[int, list[int]]
 Reject = tuple[str, int, str, str]
 """(source, row, reason, detail)"""
+
+
+class Row(NamedTuple):
+    """One row of a batch, and what became of the examples of its pack."""
+
+    example: dict[str, Any]
+    """They joined; one token without loss if none could be used."""
+    tried: dict[str, int]
+    """How many there were of each source."""
+    rejected: list[Reject]
 
 
 class Dataset(Protocol):
@@ -119,35 +130,36 @@ class PackBuilder:
     def __init__(self, datasets: list[Any], limits: tuple[int, int] | None = None):
         self.datasets, self.limits = datasets, limits
 
-    def __call__(self, pack: list[Draw]) -> tuple[dict[str, Any], list[Reject]]:
-        """The joined example and what had to be left out of it; a row without loss if nothing is left."""
+    def __call__(self, pack: list[Draw]) -> Row:
+        """The row of a pack."""
         return next(self.rows([pack]))
 
-    def rows(
-        self, packs: list[list[Draw]], pool: concurrent.futures.Executor | None = None
-    ) -> Iterator[tuple[dict[str, Any], list[Reject]]]:
-        """The same for some packs. With a pool of threads, remote images are fetched ahead."""
+    def rows(self, packs: list[list[Draw]], pool: concurrent.futures.Executor | None = None) -> Iterator[Row]:
+        """The rows of some packs. With a pool of threads, remote images are fetched ahead."""
         opened = (self._open(draw) for pack in packs for draw in pack)
         ready = fetched(opened, pool) if pool else opened
         for pack in packs:
             yield self._row(pack, ready)
 
-    def _row(self, pack: list[Draw], ready: Iterator[Opened]) -> tuple[dict[str, Any], list[Reject]]:
+    def _row(self, pack: list[Draw], ready: Iterator[Opened]) -> Row:
         examples: list[dict[str, Any]] = []
+        tried: collections.Counter[str] = collections.Counter()
         rejected: list[Reject] = []
         for draw, opened in zip(pack, ready):
+            source, row = self.datasets[draw.dataset].where(draw)
+            tried[source] += 1
             try:
                 if isinstance(opened, Rejected):
                     raise opened
                 example = self.datasets[draw.dataset].finish(draw, opened)
                 self._check_fits(examples, example)
             except Rejected as reason:
-                rejected.append((*self.datasets[draw.dataset].where(draw), reason.reason, reason.detail))
+                rejected.append((source, row, reason.reason, reason.detail))
                 continue
             examples.append(example)
         if not examples:
-            return empty_example(), rejected
-        return (join(examples) if self.limits else examples[0]), rejected
+            return Row(empty_example(), tried, rejected)
+        return Row(join(examples) if self.limits else examples[0], tried, rejected)
 
     def measure(self, draw: Draw) -> tuple[int, int]:
         """Tokens and crops of a draw, without decoding. One that fits into no pack counts as one token: it is rejected when it is made."""

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from molmo_core.config import ConfigError
 from pipelines.data import schema
+from pipelines.data.config import DataConfig, DatasetConfig
 from pipelines.data.preparation.shards import shard_path
 
 DATASET, INDEX = "dataset.json", "index.parquet"
@@ -20,6 +21,16 @@ DATASET, INDEX = "dataset.json", "index.parquet"
 def is_prepared(path: str) -> bool:
     """Whether `path` is a folder that `jobs.prepare` writes (complete or not)."""
     return "://" not in path and any((Path(path) / name).is_file() for name in (DATASET, "prepare.json"))
+
+
+def streams(data: DataConfig) -> bool:
+    """Whether any dataset of a run is records, which actors decode while it trains."""
+    return not all(reads_prepared(config) for group in data.all_groups().values() for config in group.datasets.values())
+
+
+def reads_prepared(config: DatasetConfig) -> bool:
+    """Whether a dataset of a run is a prepared one."""
+    return config.format == "prepared" or (config.format == "auto" and is_prepared(config.path))
 
 
 class PreparedDataset:

@@ -8,6 +8,7 @@ collated there, too: what the object store holds is what the rank trains on, whi
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import json
 import pickle
@@ -29,7 +30,7 @@ from pipelines.data.batches.packs import PackBuilder, Reject, States, Streamed, 
 from pipelines.data.batches.plan import Draw, Stream
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.records.fetching import THREADS
-from pipelines.data.rejects import RejectRate
+from pipelines.data.rejects import Rejects
 
 # Ray Data's cost is one of calls and blocks: large ones, but small beside its share of the object store.
 _CALL_PACKS = 32
@@ -41,8 +42,9 @@ _PIPELINE_BLOCKS = 50_000
 _BLOCK = pa.schema({"pickled": pa.binary(), **{f"large{i}": pa.large_binary() for i in range(_LARGE_ARRAYS)}})
 _PLAN = pa.schema({"packs": pa.list_(pa.string()), "states": pa.list_(pa.string())})
 
-Made = tuple[dict[str, Any], list[list[Reject]], str | None]
-"""(some rows of a step's batch as numpy arrays, what had to be left out of each, the states after the step if they end it)"""
+Made = tuple[dict[str, Any], dict[str, int], list[Reject], str | None]
+"""(some rows of a step's batch as numpy arrays, how many examples of each source were tried, which of them were rejected, the states
+after the step if they end it)"""
 
 
 class PlanSource(Datasource):
@@ -86,17 +88,20 @@ class BatchActor:
             packs = [[Draw(*draw) for draw in json.loads(pack)] for pack in row["packs"]]
             made: list[Made] = []
             examples: list[dict[str, Any]] = []
-            rejects: list[list[Reject]] = []
+            tried: collections.Counter[str] = collections.Counter()
+            rejects: list[Reject] = []
             size = 0
-            for number, ((example, rejected), states) in enumerate(zip(self.builder.rows(packs, self.pool), row["states"]), 1):
+            for number, ((example, of, rejected), states) in enumerate(zip(self.builder.rows(packs, self.pool), row["states"]), 1):
                 examples.append(example)
-                rejects.append(rejected)
+                tried.update(of)
+                rejects += rejected
                 size += sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray))
                 ends = states is not None  # better here than in the middle of a step, whose parts the rank has to join
                 full = size >= (_BLOCK_BYTES // 2 if ends else _BLOCK_BYTES) or number == len(row["packs"])
                 if ends or full:
-                    made.append((self.collate.arrays(examples, self.arena.empty), rejects, states))
+                    made.append((self.collate.arrays(examples, self.arena.empty), dict(tried), rejects, states))
                     examples, rejects = [], []
+                    tried.clear()
                     self._release()  # the batch is a copy
                 if full:
                     yield _block(made)
@@ -137,11 +142,14 @@ def _unpack(block: pa.Table) -> Iterator[Made]:
             yield from pickle.loads(pickle_, buffers=large)
 
 
-def actor_share(ranks: int, actors: int | None) -> tuple[int, float]:
-    """(actors of one rank, CPUs of each): what the cluster has beyond one CPU a rank; on a small machine they share the ranks' cores."""
-    free = max(0.0, ray.cluster_resources().get("CPU", 1) - ranks)
+def actor_share(cpus: float, ranks: int, actors: int | None = None) -> tuple[int, float]:
+    """(actors of one rank, CPUs that each reserves): one for every CPU that a cluster of so many has beyond one a rank.
+
+    They reserve half of that, so that the pipeline of a validation finds room beside that of the training.
+    """
+    free = max(0.0, cpus - ranks)
     count = actors or max(1, int(free) // ranks)
-    return count, max(0.01, min(1.0, round(free / (ranks * count), 2)))
+    return count, min(0.5, int(50 * free / (ranks * count)) / 100)
 
 
 def stream_batches(
@@ -155,13 +163,14 @@ def stream_batches(
         ConfigError: more than `max_reject_rate` of a source's examples are unusable.
     """
     quiet()
-    rejects = RejectRate(max_reject_rate)
+    rejects = Rejects(max_reject_rate, "data.max_reject_rate")
     reference = ray.put(builder)
     while True:
         parts: list[dict[str, Any]] = []
-        with reading(_blocks(streams, reference, collate, *actor_share(ranks, actors))) as blocks:
-            for number, (part, rejected, states) in ((n, made) for n, block in enumerate(blocks, 1) for made in _unpack(block)):
-                rejects.add(rejected)
+        with reading(_blocks(streams, reference, collate, *actor_share(ray.cluster_resources().get("CPU", 1), ranks, actors))) as blocks:
+            for number, (part, tried, rejected, states) in ((n, made) for n, block in enumerate(blocks, 1) for made in _unpack(block)):
+                rejects.add(tried, rejected)
+                rejects.check()
                 parts.append(part)
                 if states is not None:
                     after = {int(stream): state for stream, state in json.loads(states).items()}

@@ -33,7 +33,7 @@ from pipelines.data.preparation.shards import read_summary, withdraw, write_shar
 from pipelines.data.preparation.train_tokenizer import train_tokenizer
 from pipelines.data.records.fetching import THREADS
 from pipelines.data.records.reading import read_record
-from pipelines.data.rejects import Rejected, Tally, TooManyRejected
+from pipelines.data.rejects import Rejected, Rejects, TooManyRejected
 from pipelines.data.sources import Records, open_records
 from pipelines.files import write_table, write_text
 
@@ -67,27 +67,28 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, sequence_length=config.sequence_length or model.llm.max_sequence_length)
     preprocessor = model.build_preprocessor(for_inference=False, is_training=True, max_seq_len=config.sequence_length)
 
-    tally = Tally(config.max_reject_rate)
+    rejects = Rejects(config.max_reject_rate)
     _try_media_again(folder, shards)
     done = {k: summary for k in range(shards) if (summary := read_summary(folder, k))}
     for summary in done.values():
-        tally.add(summary)
+        rejects.add(summary["rows_in"], summary["rejected"])
     todo = [k for k in range(shards) if k not in done]
     if not todo and (folder / REPORT).is_file():
         return json.loads((folder / REPORT).read_text())
-    before, shown = tally.rows_in, started
+    before, shown = rejects.seen.total(), started
     try:
         with _progress() as progress:
-            bar = progress.add_task("prepare", total=total, completed=tally.rows_in, rejected=tally.rows_rejected)
+            bar = progress.add_task("prepare", total=total, completed=before, rejected=rejects.total)
             for summary in _run(config, folder, records, preprocessor, todo, total):
                 done[summary["shard"]] = summary
-                tally.add(summary)
-                progress.update(bar, completed=tally.rows_in, rejected=tally.rows_rejected)
+                rejects.add(summary["rows_in"], summary["rejected"])
+                seen = rejects.seen.total()
+                progress.update(bar, completed=seen, rejected=rejects.total)
                 if not progress.console.is_terminal and time.perf_counter() - shown > LINE_EVERY_S:  # a log shows no bar until the end
                     shown = time.perf_counter()
-                    print(f"prepare: {tally.rows_in:,} of {total:,} records, {tally.rows_rejected:,} rejected", file=sys.stderr, flush=True)
-                tally.check()
-        tally.check(at_end=True)
+                    print(f"prepare: {seen:,} of {total:,} records, {rejects.total:,} rejected", file=sys.stderr, flush=True)
+                rejects.check()
+        rejects.check(at_end=True)
     except TooManyRejected as error:
         _write_rejected(folder, done)
         write_text(folder / STOPPED, str(error))
@@ -95,7 +96,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             f"{error}. All rejected rows so far: {folder / REJECTED}. Start again when missing media are there (they are tried again), "
             f"with a larger max_reject_rate, or in an empty folder if the records change"
         ) from None
-    return finish(folder, config, done, total, tally.rows_in - before, time.perf_counter() - started)
+    return finish(folder, config, done, total, rejects.seen.total() - before, time.perf_counter() - started)
 
 
 class ShardWriter:
@@ -219,12 +220,13 @@ def _write_rejected(folder: Path, done: dict[int, dict[str, Any]]) -> None:
 
 def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]], total: int, made: int, seconds: float) -> dict[str, Any]:
     """Checks the books, then writes index, rejected rows and report. `made` records took `seconds`; others were made before a stop."""
-    tally = Tally(config.max_reject_rate)
+    rejects = Rejects(config.max_reject_rate)
     ordered = [done[k] for k in sorted(done)]
     for summary in ordered:
-        tally.add(summary)
-    if tally.rows_in != total or tally.rows_in != tally.rows_out + tally.rows_rejected:
-        raise RuntimeError(f"{folder}: {total} records, but {tally.rows_in} in = {tally.rows_out} out + {tally.rows_rejected} rejected")
+        rejects.add(summary["rows_in"], summary["rejected"])
+    rows_in, rows_out = rejects.seen.total(), sum(s["rows_out"] for s in ordered)
+    if rows_in != total or rows_in != rows_out + rejects.total:
+        raise RuntimeError(f"{folder}: {total} records, but {rows_in} in = {rows_out} out + {rejects.total} rejected")
     _write_rejected(folder, done)
     rejected = [row for s in ordered for row in s["rejected"]]
     tokens = [n for s in ordered for n in s["tokens"]]
@@ -232,10 +234,10 @@ def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]],
     index = {"shard": [s["shard"] for s in ordered for _ in s["tokens"]], "tokens": tokens, "crops": crops}
     write_table(pa.table({k: pa.array(v, pa.int64()) for k, v in index.items()}), folder / INDEX)
     report = {
-        "rows_in": tally.rows_in,
-        "rows_out": tally.rows_out,
-        "rows_rejected": tally.rows_rejected,
-        "rejected_by_reason": tally.by_reason(),
+        "rows_in": rows_in,
+        "rows_out": rows_out,
+        "rows_rejected": rejects.total,
+        "rejected_by_reason": rejects.by_reason(),
         "seconds": round(seconds, 2),
         "rows_per_second": round(made / max(seconds, 1e-9), 1),
         "sequence_length": config.sequence_length or max(tokens, default=0),
@@ -247,7 +249,7 @@ def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]],
         "shards": len(ordered),
     }
     write_report(folder, report, tokens, crops, rejected)
-    write_text(folder / DATASET, json.dumps({"version": schema.VERSION, "rows": tally.rows_out, "shards": len(ordered)}) + "\n")
+    write_text(folder / DATASET, json.dumps({"version": schema.VERSION, "rows": rows_out, "shards": len(ordered)}) + "\n")
     write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 

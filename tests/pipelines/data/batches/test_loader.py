@@ -166,7 +166,7 @@ def test_packs_keep_to_both_budgets(folders):
 
 
 def test_message_weight_replaces_the_weights(folders):
-    example = PackBuilder([Prepared(PreparedDataset(folders[0]), 0.2)])([Draw(0, 1, 0)])[0]
+    example = PackBuilder([Prepared(PreparedDataset(folders[0]), 0.2)])([Draw(0, 1, 0)]).example
     assert set(np.unique(example["loss_masks"])) <= {np.float32(0), np.float32(0.2)}
 
 
