@@ -1,7 +1,8 @@
-"""Files that are whole whenever they are there: written beside their place, then moved into it."""
+"""Files that are whole whenever they are there: written beside their place, then moved into it; and places that do not last."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,3 +21,9 @@ def write_table(table: pa.Table, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     pq.write_table(table, temporary)
     temporary.replace(path)
+
+
+def is_temporary(path: Path | str) -> bool:
+    """Whether a local path is inside the copy of its working directory that Ray unpacks for a submitted job, and deletes afterwards."""
+    parts = Path(path).absolute().parts
+    return any(part == "working_dir_files" and inner.startswith("_ray_pkg_") for part, inner in itertools.pairwise(parts))

@@ -10,20 +10,28 @@ import fcntl
 import logging
 import os
 import re
+import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from mlflow.utils import validation
+from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.time import get_current_time_millis
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
 from molmo_core.config import ConfigError
+from pipelines.files import is_temporary
+from pipelines.names import file_name, fitting, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,46 +42,152 @@ EVALUATION = "evaluation/"
 """Metrics of evaluations begin with this; they are shares of 1."""
 # How MLflow's pages tell model training from agents and prompts.
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
-# What MLflow's databases hold of a parameter's value, and its log_batch of parameters at once.
-MAX_VALUE, MAX_PARAMS = 6000, 100
+CONNECT_TIMEOUT_S = 10
+MAX_KEY = validation.MAX_ENTITY_KEY_LENGTH
+MAX_NAME, MAX_RUN_NAME = 256, 250
+"""Characters of a model's or an experiment's name and of a run's in MLflow's databases (sqlite itself would take more)."""
 
 
 class TrackingError(ConfigError):
     """The tracking database or registry does not hold what was asked for, or cannot be reached."""
 
 
+def key(name: str) -> str:
+    """Any text as MLflow takes it for a metric; two texts never become one.
+
+    What MLflow takes stays as it is. Otherwise the parts between slashes that it refuses are replaced: `evaluation/vqa@v2` is
+    logged as `evaluation/vqa_v2-shad94c285d`.
+    """
+    return shortened("/".join(fitting(part, _is_key, MAX_KEY) for part in name.split("/")), MAX_KEY)
+
+
+def _is_key(name: str) -> bool:
+    return _accepts(validation._validate_metric_name, name) and _accepts(validation._validate_param_name, name)
+
+
+def _level(name: str) -> str:
+    """One level of a dotted parameter: dots between levels are ours."""
+    return fitting(name, lambda text: "." not in text and _is_key(text), MAX_KEY)
+
+
+def _accepts(validate: Callable[[str], Any], name: str) -> bool:
+    try:
+        validate(name)
+    except MlflowException:
+        return False
+    return True
+
+
+def check_names(model: str, alias: str | None = None) -> None:
+    """Whether the registry takes a model's name and an alias; to be called before anything is written.
+
+    Raises:
+        TrackingError: it does not.
+    """
+    _check("name", model, validation._validate_model_name, MAX_NAME)
+    if alias is not None:
+        checks = validation._validate_model_alias_name, validation._validate_model_alias_name_reserved
+        for validate in checks:
+            _check("alias", alias, validate, validation.MAX_REGISTERED_MODEL_ALIAS_LENGTH)
+
+
+def _check(what: str, name: str, validate: Callable[[str], Any], limit: int) -> None:
+    try:
+        validate(name)
+    except MlflowException as error:
+        raise TrackingError(f"{what}={name!r}: {error.message}") from None
+    if not name.isprintable() or len(name) > limit:
+        raise TrackingError(f"{what}={name[:300]!r}: must be at most {limit} printable characters")
+
+
 def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, or the sqlite database under `runs/` of the current folder (as an absolute path)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{RUNS.absolute() / 'mlflow.db'}"
+    """`MLFLOW_TRACKING_URI`, or the sqlite database `runs/mlflow.db`; a relative path of a database counts from the current folder.
+
+    Raises:
+        TrackingError: not an address, or a database that would be deleted with a submitted job's working directory.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given or _sqlite(RUNS / "mlflow.db")
+    if urlsplit(uri).scheme in ("", "file"):
+        path = local_file_uri_to_path(uri)
+        raise TrackingError(f"MLFLOW_TRACKING_URI={given}: MLflow wants a database or a server, e.g. {_sqlite(Path(path) / 'mlflow.db')}")
+    if not uri.startswith("sqlite:"):
+        return uri
+    database = _database(uri)
+    if is_temporary(database):
+        raise TrackingError(
+            f"MLflow's database would be {database}, in the copy of a submitted job's working directory, which Ray deletes. "
+            "`ray job submit` passes on only the variables that it is told: "
+            """--runtime-env-json '{"env_vars": {"MLFLOW_TRACKING_URI": "http://..."}}'"""
+        )
+    return str(make_url(uri).set(database=str(database)))
+
+
+def _sqlite(database: Path) -> str:
+    return str(URL.create("sqlite", database=str(database.absolute())))
+
+
+def _database(uri: str) -> Path:
+    """The file of a sqlite address."""
+    try:
+        name = make_url(uri).database
+    except ArgumentError as error:
+        raise TrackingError(f"MLFLOW_TRACKING_URI={uri}: {error}") from None
+    if not name:
+        raise TrackingError(f"MLFLOW_TRACKING_URI={uri}: names no file; write sqlite:///path of the database")
+    return Path(name).absolute()
 
 
 def client() -> mlflow.MlflowClient:
     """A client of the tracking store and registry; creates the database on first use.
 
     Sets `MLFLOW_TRACKING_URI`, so that processes started from here (a local cluster's workers) use the same store.
+
+    Raises:
+        TrackingError: the address is wrong, or nothing answers there.
     """
     uri = tracking_uri()
     os.environ["MLFLOW_TRACKING_URI"] = uri
     mlflow.set_tracking_uri(uri)
     if not uri.startswith("sqlite:"):
+        _check_answers(uri)
         return mlflow.MlflowClient()
-    database = Path(uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes that create the tables at once break each other.
-    with open(database.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        opened = mlflow.MlflowClient()
-        opened.search_experiments(max_results=1)
+    database = _database(uri)
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes that create the tables at once break each other.
+        with open(database.with_suffix(".lock"), "w") as lock, open(database, "ab"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            logging.getLogger("alembic").setLevel(logging.WARNING)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+            opened = mlflow.MlflowClient()
+            opened.search_experiments(max_results=1)
+    except OSError as error:
+        raise TrackingError(f"MLflow's database {database} cannot be written: {error}") from None
     return opened
+
+
+def _check_answers(uri: str) -> None:
+    """MLflow itself would try again for minutes."""
+    address = urlsplit(uri)
+    if not address.scheme.startswith("http"):
+        return
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise TrackingError(f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers there ({error})") from None
 
 
 class Run:
     """One MLflow run. As a context manager it ends as FINISHED, FAILED (an exception) or KILLED (Ctrl-C)."""
 
-    def __init__(self, experiment: str, name: str, run_id: str | None = None, tags: Mapping[str, str] | None = None) -> None:
-        """Starts a run, or goes on with `run_id` (a resumed job writes into the run that it began)."""
+    def __init__(self, experiment: str, name: str, run_id: str | None = None) -> None:
+        """Starts a run, or continues `run_id` (a resumed job writes into the run that it began).
+
+        Names of runs can be any text. Raises TrackingError: no such run, or an experiment's name that MLflow refuses.
+        """
+        _check("experiment", experiment, validation._validate_experiment_name, MAX_NAME)
         self.client = client()
         if run_id:
             try:
@@ -83,18 +197,25 @@ class Run:
             self.id = run_id
         else:
             experiment_id = _experiment(self.client, experiment)
-            self.id = self.client.create_run(experiment_id, run_name=name, tags=dict(tags or {})).info.run_id
+            self.id = self.client.create_run(experiment_id, run_name=_text(name)[:MAX_RUN_NAME]).info.run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Logs a (nested) configuration as dotted parameters. Values logged before stay: MLflow never changes a parameter."""
+        """Logs a (nested) configuration as dotted parameters, under any names.
+
+        Values logged before stay: MLflow never changes a parameter.
+        """
         known = self.client.get_run(self.id).data.params
-        flat = [Param(key, str(value)[:MAX_VALUE]) for key, value in flatten(params).items() if key not in known]
-        for start in range(0, len(flat), MAX_PARAMS):
-            self.client.log_batch(self.id, params=flat[start : start + MAX_PARAMS])
+        named = {shortened(name, MAX_KEY): value for name, value in flatten(params, _level).items()}
+        flat = [Param(name, _text(str(value))[: validation.MAX_PARAM_VAL_LENGTH]) for name, value in named.items() if name not in known]
+        for start in range(0, len(flat), validation.MAX_PARAMS_TAGS_PER_BATCH):
+            self.client.log_batch(self.id, params=flat[start : start + validation.MAX_PARAMS_TAGS_PER_BATCH])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Logs numbers under any names (as `key` writes them)."""
         now = get_current_time_millis()
-        self.client.log_batch(self.id, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()])
+        found = [Metric(key(name), float(value), now, step) for name, value in metrics.items()]
+        for start in range(0, len(found), validation.MAX_METRICS_PER_BATCH):
+            self.client.log_batch(self.id, metrics=found[start : start + validation.MAX_METRICS_PER_BATCH])
 
     def log_file(self, path: str | Path, folder: str | None = None) -> None:
         """Copies a file, or a folder's content, into the run's artifacts."""
@@ -127,20 +248,24 @@ def _experiment(opened: mlflow.MlflowClient, name: str) -> str:
     uri = tracking_uri()
     if not uri.startswith("sqlite:"):  # a server decides itself where artifacts go
         return opened.create_experiment(name, tags=TRAINING_PAGES)
-    folder = re.sub(r"[^\w.-]+", "_", name)
-    artifacts = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts" / folder
+    artifacts = _database(uri).parent / "mlartifacts" / file_name(name)
     return opened.create_experiment(name, artifact_location=artifacts.as_uri(), tags=TRAINING_PAGES)
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+def flatten(config: Mapping[str, Any], level: Callable[[str], str] = str, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; `level` writes a key as one level of such a name."""
     flat: dict[str, Any] = {}
-    for key, value in config.items():
+    for name, value in config.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, level, f"{prefix}{level(str(name))}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{level(str(name))}"] = value
     return flat
+
+
+def _text(value: str) -> str:
+    """Text that a database takes: without halves of surrogate pairs and zeros."""
+    return value.encode("utf-8", "replace").decode().replace("\0", "�")
 
 
 def register(checkpoint: str | Path, name: str, alias: str | None = None, run_id: str | None = None) -> str:
@@ -154,25 +279,42 @@ def register(checkpoint: str | Path, name: str, alias: str | None = None, run_id
 
     Returns:
         The version. It is `models:/<name>/<version>` from then on.
+
+    Raises:
+        TrackingError: not a checkpoint, no such run, names that MLflow refuses. Then no version and no new model are there.
     """
     checkpoint = Path(checkpoint)
     if not (checkpoint / "config.yaml").is_file() or not any(checkpoint.glob("*.safetensors")):
         raise TrackingError(f"{checkpoint}: not a checkpoint folder (config.yaml and *.safetensors expected)")
+    check_names(name, alias)
     opened = client()
-    if run_id is None:
-        with Run("registry", f"register {name}") as run:
-            run_id = run.id
     try:
-        opened.log_artifacts(run_id, str(checkpoint), CHECKPOINT_FOLDER)
-        if not _exists(opened, name):
-            opened.create_registered_model(name)
-        source, scores = f"runs:/{run_id}/{CHECKPOINT_FOLDER}", _scores(opened, run_id)
-        version = opened.create_model_version(name, source=source, run_id=run_id, description=scores).version
-        if alias:
-            opened.set_registered_model_alias(name, alias, version)
+        if run_id is not None:
+            return _add_version(opened, checkpoint, name, alias, run_id)
+        with Run("registry", f"register {name}") as run:
+            return _add_version(opened, checkpoint, name, alias, run.id)
     except MlflowException as error:
         raise TrackingError(f"cannot register {checkpoint} as {name!r} in {tracking_uri()}: {error.message}") from None
-    return str(version)
+
+
+def _add_version(opened: mlflow.MlflowClient, checkpoint: Path, name: str, alias: str | None, run_id: str) -> str:
+    opened.log_artifacts(run_id, str(checkpoint), CHECKPOINT_FOLDER)
+    is_new = not _exists(opened, name)
+    if is_new:
+        opened.create_registered_model(name)
+    version = None
+    try:
+        source, scores = f"runs:/{run_id}/{CHECKPOINT_FOLDER}", _scores(opened, run_id)
+        version = str(opened.create_model_version(name, source=source, run_id=run_id, description=scores).version)
+        if alias is not None:
+            opened.set_registered_model_alias(name, alias, version)
+    except MlflowException:
+        if version is not None:
+            opened.delete_model_version(name, version)
+        if is_new:
+            opened.delete_registered_model(name)
+        raise
+    return version
 
 
 def _scores(opened: mlflow.MlflowClient, run_id: str) -> str | None:
@@ -211,11 +353,11 @@ def resolve(uri: str | Path) -> Path:
     if match := re.fullmatch(r"runs:/([^/]+)/(.+)", source):
         source = f"{opened.get_run(match[1]).info.artifact_uri}/{match[2]}"
     if source.startswith(("file:", "/")):
-        folder = Path(source.removeprefix("file://"))
+        folder = Path(local_file_uri_to_path(source))
         if not folder.is_dir():
             raise TrackingError(f"{text}: version {version} of {name!r} points to {folder}, which is gone")
         return folder
-    cache = RUNS.absolute() / "models" / name / version
+    cache = RUNS.absolute() / "models" / file_name(name) / version
     if not cache.is_dir():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent) as partial:
@@ -231,7 +373,7 @@ def versioned(uri: str) -> str:
 
 def _version(opened: mlflow.MlflowClient, uri: str) -> tuple[str, str]:
     """Name and version of a `models:/` address."""
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", uri)
+    match = re.fullmatch(r"models:/([^/]+)(?:@([^/@]+)|/(\d+))", uri)
     if not match:
         raise TrackingError(f"{uri}: a registered model is written models:/name@alias or models:/name/version")
     name, alias, version = match.groups()

@@ -12,7 +12,19 @@ Metric = Literal["vqa_score", "exact_match", "relaxed_accuracy", "anls", "multip
 
 
 @dataclasses.dataclass
-class EvaluateConfig(BaseConfig):
+class ScoringConfig(BaseConfig):
+    """How answers are scored."""
+
+    metric: Metric = "vqa_score"
+    """How an answer is scored."""
+    metrics: dict[str, Metric] = dataclasses.field(default_factory=lambda: {"pointing": "pointing", "point_count": "count"})
+    """Other metrics, by question type (a question's `type`, else its `style`)."""
+    point_radius: float = 0.05
+    """A point hits within this share of the image's width."""
+
+
+@dataclasses.dataclass
+class EvaluateConfig(ScoringConfig):
     """`python -m jobs.evaluate`: a model's greedy answers to the questions of records, scored."""
 
     model: str = ""
@@ -24,13 +36,6 @@ class EvaluateConfig(BaseConfig):
     format: Format = "auto"
     limit: int | None = None
     """Use only the first records."""
-
-    metric: Metric = "vqa_score"
-    """How an answer is scored."""
-    metrics: dict[str, Metric] = dataclasses.field(default_factory=lambda: {"pointing": "pointing", "point_count": "count"})
-    """Other metrics, by question type (a question's `type`, else its `style`)."""
-    point_radius: float = 0.05
-    """A point hits within this share of the image's width."""
 
     max_new_tokens: int = 64
     records_per_batch: int = 16

@@ -10,7 +10,7 @@ from typing import Any
 from molmo_core import metrics
 from molmo_core.preprocessing.points import extract_points, percent
 from pipelines.data.rejects import Rejected
-from pipelines.evaluation.config import EvaluateConfig, Metric
+from pipelines.evaluation.config import Metric, ScoringConfig
 
 _MEDIA = ("image", "images", "video", "clip_start", "clip_end", "subtitle")
 
@@ -70,12 +70,12 @@ def _options(task: dict[str, Any]) -> list[str]:
     return [str(option) for option in task.get("options") or task.get("unlabelled_options") or ()]
 
 
-def metric_of(question: Question, config: EvaluateConfig) -> Metric:
+def metric_of(question: Question, config: ScoringConfig) -> Metric:
     """The metric of a question's type."""
     return config.metrics.get(question.type, config.metric)
 
 
-def score(question: Question, prediction: str, config: EvaluateConfig, image_size: tuple[int, int]) -> float:
+def score(question: Question, prediction: str, config: ScoringConfig, image_size: tuple[int, int]) -> float:
     """How good an answer is, 0 to 1. `image_size` is (width, height); it gives points their scale."""
     metric = metric_of(question, config)
     if metric == "pointing":

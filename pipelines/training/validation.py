@@ -15,12 +15,12 @@ from pipelines.data.config import MAX_IMAGE_PIXELS
 from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import open_records
-from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.config import ScoringConfig
 from pipelines.evaluation.questions import Question, media_of, questions, score
 from pipelines.training.config import TrainConfig
 from pipelines.training.parallel import all_sum, autocast, rank, world_size
 
-SCORING = EvaluateConfig(model="-", records="-", output="-")
+SCORING = ScoringConfig()
 
 
 class Validator:

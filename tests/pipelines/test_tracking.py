@@ -31,7 +31,7 @@ def checkpoint(tmp_path):
 
 
 def test_run_keeps_params_metrics_files_and_pictures(database):
-    with tracking.Run("vision", "first", tags={"kind": "test"}) as run:
+    with tracking.Run("vision", "first") as run:
         run.log_params({"steps": 3, "optim": {"llm": {"lr": 1e-3}}, **{f"p{i}": i for i in range(120)}})
         for step in range(3):
             run.log_metrics({"loss": 3.0 - step, "lr/llm": 0.1}, step)
