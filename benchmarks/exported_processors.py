@@ -28,6 +28,7 @@ import numpy as np
 from peers import torchvision
 from PIL import Image
 
+from molmo_core.checkpoint.folder import Published
 from molmo_core.checkpoint.published_config import read_published_config
 from molmo_core.checkpoint.published_export import write_published_files
 from molmo_core.models.molmo2 import Molmo2Config
@@ -89,7 +90,7 @@ def main() -> None:
     texts = ["How many dogs are there?", "Three.", "And cats?"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.export or written(Path(temporary))
-        preprocessor = Molmo2Config.from_dict(read_published_config(folder)).build_preprocessor(for_inference=True)
+        preprocessor = Molmo2Config.from_dict(read_published_config(Published.read(folder))).build_preprocessor(for_inference=True)
         processor = AutoProcessor.from_pretrained(folder)
         parts = [auto.from_pretrained(folder) for auto in (AutoImageProcessor, AutoVideoProcessor, AutoTokenizer)]
         print(

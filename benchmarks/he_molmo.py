@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from molmo_core.models.he_molmo import HeMolmo, HeMolmoConfig
 from molmo_core.models.molmo import Molmo, MolmoConfig
-from molmo_core.nn.image_tokens import ImageTokenIds
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.preprocessing.he_layout import he_layout
 from molmo_core.preprocessing.image_tokens import image_tokens
 from molmo_core.preprocessing.tiling import image_tiling, pooled_patches, token_grids
+from molmo_core.tokens import ImageTokenIds
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = 32

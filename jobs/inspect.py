@@ -12,8 +12,8 @@ import typer
 
 from jobs.command import ConfigPath, Overrides, job
 from molmo_core.config import ConfigError, read_yaml
-from molmo_core.models.base import BaseModelConfig
-from molmo_core.nn.image_tokens import sequence_layout
+from molmo_core.nn.sequence_layout import sequence_layout
+from molmo_core.registry import BaseModelConfig
 from pipelines.data.batches.loader import TrainLoader
 from pipelines.data.batches.prepared import PreparedDataset, is_prepared
 from pipelines.data.builder import ExampleBuilder, example_rng
@@ -22,6 +22,7 @@ from pipelines.data.inspection import Inspector
 from pipelines.data.preparation.prepare import STATE
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import open_records
+from pipelines.model_folder import model_folder
 from pipelines.training.config import TrainConfig
 
 
@@ -59,7 +60,7 @@ def prepared_rows(path: Path, overrides: list[str] | None, count: int) -> tuple[
     source = json.loads(Path(config.output, STATE).read_text())["settings"]["model"] if prepared else config.model
     tokenizer = Path(config.output, "tokenizer")
     trained = [f"llm.tokenizer.identifier={tokenizer.resolve()}"] if (prepared or config.tokenizer) and tokenizer.is_dir() else []
-    model: Any = BaseModelConfig.load(source, trained)
+    model: Any = BaseModelConfig.load(model_folder(source), trained)
     if prepared:
         dataset = PreparedDataset(config.output)
         return model, [dataset[i] for i in range(min(count, len(dataset)))]

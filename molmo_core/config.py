@@ -12,7 +12,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -85,18 +85,21 @@ class BaseConfig:
         OmegaConf.save(OmegaConf.create(_plain(self.as_dict())), path)
 
 
-def read_yaml(path: str | Path, overrides: list[str] | None = None, key: str | None = None) -> dict[str, Any]:
+def read_yaml(path: str | Path, overrides: list[str] | None = None, key: str | None = None, part: str | None = None) -> dict[str, Any]:
     """A YAML file as plain data, after dotted overrides and interpolation.
 
+    Args:
+        path: the file.
+        overrides: dotted assignments, relative to what is returned.
+        key: dotted key of the part of the file that is wanted.
+        part: key of a mapping that is wanted if the file has it (otherwise the whole file is).
+
     Raises:
-        ConfigError: the file is missing, is no mapping, lacks `key`, or an override is no `key=value`.
+        ConfigError: the file is missing, is not a mapping, lacks `key`, or an override is not `key=value`.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
-    for override in overrides or ():
-        if "=" not in override or override.startswith("="):
-            raise ConfigError(f"override {override!r} is not of the form key=value (for example train.steps=100)")
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
@@ -104,7 +107,9 @@ def read_yaml(path: str | Path, overrides: list[str] | None = None, key: str | N
         selected = OmegaConf.select(config, key) if key else config
         if selected is None:
             raise ConfigError(f"{path}: no key {key!r}")
-        merged = OmegaConf.merge(selected, OmegaConf.from_dotlist(list(overrides or [])))
+        if part and OmegaConf.is_dict(OmegaConf.select(config, part)):
+            selected = OmegaConf.select(config, part)
+        merged = OmegaConf.merge(selected, _dotlist(overrides))
         return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (OmegaConfBaseException, ValueError, OSError) as error:
         if isinstance(error, ConfigError):
@@ -112,6 +117,37 @@ def read_yaml(path: str | Path, overrides: list[str] | None = None, key: str | N
         raise ConfigError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
+
+
+def overridden(data: dict[str, Any], overrides: list[str] | None) -> dict[str, Any]:
+    """Plain data after dotted overrides (the same data if there are none).
+
+    Raises:
+        ConfigError: an override is not `key=value`, or does not fit the data.
+    """
+    if not overrides:
+        return data
+    try:
+        return typing.cast(
+            dict[str, Any], OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(data), _dotlist(overrides)), resolve=True)
+        )
+    except (OmegaConfBaseException, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"overrides {overrides}: {error}") from error
+
+
+def _dotlist(overrides: list[str] | None) -> Any:
+    for override in overrides or ():
+        if "=" not in override or override.startswith("="):
+            raise ConfigError(f"override {override!r} is not of the form key=value (for example train.steps=100)")
+    return OmegaConf.from_dotlist(list(overrides or []))
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def check_numbers(config: BaseConfig, name: str, may_be_zero: tuple[str, ...] = ()) -> None:

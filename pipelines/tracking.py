@@ -29,6 +29,7 @@ from mlflow.utils.time import get_current_time_millis
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from molmo_core.checkpoint.folder import locate
 from molmo_core.config import ConfigError
 from pipelines.files import is_temporary
 from pipelines.names import file_name, fitting, shortened
@@ -272,7 +273,7 @@ def register(checkpoint: str | Path, name: str, alias: str | None = None, run_id
     """Puts a checkpoint folder into the registry as a new version of a model.
 
     Args:
-        checkpoint: a self-contained folder (weights, configuration, tokenizer).
+        checkpoint: a self-contained folder (weights, configuration, tokenizer), own or published; it is registered as it is.
         name: the registered model; created on first use.
         alias: moves this alias (`champion`, `candidate`, ...) to the new version.
         run_id: the training run that the version belongs to; None = a run of its own in the experiment `registry`.
@@ -284,8 +285,9 @@ def register(checkpoint: str | Path, name: str, alias: str | None = None, run_id
         TrackingError: not a checkpoint, no such run, names that MLflow refuses. Then no version and no new model are there.
     """
     checkpoint = Path(checkpoint)
-    if not (checkpoint / "config.yaml").is_file() or not any(checkpoint.glob("*.safetensors")):
-        raise TrackingError(f"{checkpoint}: not a checkpoint folder (config.yaml and *.safetensors expected)")
+    locate(checkpoint)  # refuses what is not a model, and says what it is
+    if not any(checkpoint.glob("*.safetensors")):
+        raise TrackingError(f"{checkpoint}: not a checkpoint folder (there are no weights, *.safetensors)")
     check_names(name, alias)
     opened = client()
     try:

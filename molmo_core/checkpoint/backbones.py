@@ -7,20 +7,17 @@ import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from molmo_core.checkpoint.huggingface import local_folder
+from molmo_core.checkpoint.folder import CheckpointError, local_folder, read_json
 from molmo_core.checkpoint.layouts import transformers_block_links
-from molmo_core.checkpoint.links import Link, load_tensors, model_tensors
-from molmo_core.checkpoint.published_config import read_json, rope_settings
-from molmo_core.checkpoint.safetensors_stream import CheckpointError, SafetensorsReader
+from molmo_core.checkpoint.links import Link, Model, load_tensors, model_tensors
+from molmo_core.checkpoint.published_config import rope_settings
+from molmo_core.checkpoint.safetensors_stream import SafetensorsReader
 from molmo_core.nn.configs import LlmConfig, VitConfig
-
-if TYPE_CHECKING:
-    from molmo_core.models.base import ModelBase
 
 _VIT = "vision_backbone.image_vit."
 
@@ -45,7 +42,7 @@ _FAMILIES = {
 }
 
 
-def initialise_backbones(model: ModelBase) -> list[str]:
+def initialise_backbones(model: Model) -> list[str]:
     """Loads what the configuration names: `llm.init_path` into the language model, `vit.init_path` into the vision encoder.
 
     The model may be sharded (FSDP2). Everything else (connector, special tokens) keeps its values.
@@ -64,7 +61,7 @@ def initialise_backbones(model: ModelBase) -> list[str]:
     return done
 
 
-def load_llm(model: ModelBase, path: str | Path) -> None:
+def load_llm(model: Model, path: str | Path) -> None:
     """Loads a text checkpoint in the layout of transformers (folder or hub repository) into the language model.
 
     Raises:
@@ -87,7 +84,7 @@ def load_llm(model: ModelBase, path: str | Path) -> None:
     _load(model, reader, links, names, dropped=(r"lm_head\.weight" if llm.weight_tying else r"", r".*rotary_emb\.inv_freq"))
 
 
-def load_vit(model: ModelBase, path: str | Path) -> None:
+def load_vit(model: Model, path: str | Path) -> None:
     """Loads a vision checkpoint in the layout of transformers into the vision encoder; blocks above the last built one are left out.
 
     A positional table of another grid is interpolated (bicubic, as transformers does).
@@ -114,7 +111,7 @@ def load_vit(model: ModelBase, path: str | Path) -> None:
     _load(model, reader, links, names, dropped=(outside, rf"{re.escape(found[0])}({unused})"))
 
 
-def _load(model: ModelBase, reader: SafetensorsReader, links: list[Link], names: Iterable[str], dropped: Iterable[str]) -> None:
+def _load(model: Model, reader: SafetensorsReader, links: list[Link], names: Iterable[str], dropped: Iterable[str]) -> None:
     report = load_tensors(model, reader, links, strict=False)
     missing = sorted(set(names) & set(report.missing))
     unexpected = [n for n in report.unexpected if not any(p and re.fullmatch(p, n) for p in dropped)]

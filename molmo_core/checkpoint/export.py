@@ -7,22 +7,21 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import cv2
 import numpy as np
 import torch
 
-from molmo_core.checkpoint.huggingface import from_pretrained
+from molmo_core.checkpoint.folder import CheckpointError, Published
 from molmo_core.checkpoint.layouts import Layout, published_links
 from molmo_core.checkpoint.links import export_specs, exporter, model_tensors
+from molmo_core.checkpoint.loading import load_model
 from molmo_core.checkpoint.native import SHARD_BYTES, atomic_folder, save_checkpoint
 from molmo_core.checkpoint.published_config import read_published_config
 from molmo_core.checkpoint.published_export import published_layout_of, write_published_files
-from molmo_core.checkpoint.safetensors_stream import CheckpointError, write_safetensors
-
-if TYPE_CHECKING:
-    from molmo_core.models.base import ModelBase
+from molmo_core.checkpoint.safetensors_stream import write_safetensors
+from molmo_core.config import flatten
 
 ExportFormat = Literal["huggingface", "native"]
 PROMPT = "Point to the dogs and count them."
@@ -57,7 +56,7 @@ class Verification:
         )
 
 
-def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = "huggingface", dtype: torch.dtype | None = None) -> Path:
+def export_checkpoint(model: Any, out: str | Path, format: ExportFormat = "huggingface", dtype: torch.dtype | None = None) -> Path:
     """Writes a model to a folder in a layout that others read.
 
     Args:
@@ -95,16 +94,9 @@ def export_checkpoint(model: ModelBase, out: str | Path, format: ExportFormat = 
 
 def _lost_settings(config: Any, folder: Path) -> list[str]:
     """Settings of texts, images and dropout that come back otherwise (weights and structure are compared by the logits)."""
-    ours, theirs = _flat(config.as_dict()), _flat(type(config).from_dict(read_published_config(folder)).as_dict())
+    ours, theirs = flatten(config.as_dict()), flatten(type(config).from_dict(read_published_config(Published.read(folder))).as_dict())
     kept = [key for key in ours if key.startswith(("data_formatter.", "mm_preprocessor.")) or key.endswith(("dropout", "dropout_rate"))]
     return [f"{key}: {ours[key]!r} here, {theirs[key]!r} there" for key in kept if ours[key] != theirs[key]]
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _check_new(out: Path) -> None:
@@ -112,7 +104,7 @@ def _check_new(out: Path) -> None:
         raise CheckpointError(f"{out} exists; an export goes to a new folder")
 
 
-def _stored_tensors(model: ModelBase, layout: Layout) -> dict[str, torch.Tensor]:
+def _stored_tensors(model: Any, layout: Layout) -> dict[str, torch.Tensor]:
     """The model's tensors; of Molmo2 without encoder blocks above the last one used, which its releases lack and no reader builds."""
     tensors = model_tensors(model)
     if layout != "molmo2":
@@ -123,7 +115,7 @@ def _stored_tensors(model: ModelBase, layout: Layout) -> dict[str, torch.Tensor]
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
 
 
-def reference_logits(model: ModelBase) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def reference_logits(model: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A question about a picture (VideoOlmo: a clip) as this model's inputs, and its logits [1, S, E] float32 on the CPU."""
     preprocessor = model.config.build_preprocessor(for_inference=True)
     picture = np.linspace(0, 255, 300 * 400 * 3).astype(np.uint8).reshape(300, 400, 3)
@@ -155,7 +147,7 @@ def verify_export(
         batch, expected: from `reference_logits` of the model that was exported (in the dtype that was stored).
         dtype: precision to compare in (None: as stored).
     """
-    model = from_pretrained(out, dtype=dtype)
+    model = load_model(out, dtype)
     with torch.no_grad():
         results = [_compare("molmo_core", model(**batch).logits, expected, 1e-4)]
     if model.config.model_name == "molmo2" and (out / "config.json").is_file():
@@ -177,7 +169,7 @@ def export_and_verify(
         CheckpointError: `out` exists; or the export, read back, gives other logits (it is left in place to be looked at).
     """
     _check_new(Path(out))  # before a large checkpoint is read
-    model = from_pretrained(checkpoint, dtype=dtype)
+    model = load_model(checkpoint, dtype)
     batch, expected = reference_logits(model)
     written = export_checkpoint(model, out, format)
     log(f"wrote {written} ({sum(f.stat().st_size for f in written.rglob('*') if f.is_file()) / 1e6:,.1f} MB, {format} layout)")

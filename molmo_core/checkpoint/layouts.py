@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+from molmo_core.checkpoint.folder import CheckpointError
 from molmo_core.checkpoint.links import Link, Rows
-from molmo_core.checkpoint.safetensors_stream import CheckpointError, TensorSpec
+from molmo_core.checkpoint.safetensors_stream import TensorSpec
 from molmo_core.nn.configs import LlmConfig
 
 Layout = Literal["molmo", "molmoe", "molmo2", "molmo2_modules"]

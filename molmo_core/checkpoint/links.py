@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from molmo_core.checkpoint.safetensors_stream import MODEL_DTYPES, CheckpointError, SafetensorsReader, TensorSpec, model_dtype
+from molmo_core.checkpoint.folder import CheckpointError
+from molmo_core.checkpoint.safetensors_stream import MODEL_DTYPES, SafetensorsReader, TensorSpec, model_dtype
+
+if TYPE_CHECKING:
+    from molmo_core.preprocessing.tokenizer import Tokenizer
 
 Rows = tuple[int, int]
-# Wrappers of activation checkpointing and torch.compile put these into parameter names.
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+# What activation checkpointing, torch.compile and FSDP put into parameter names.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
+
+
+class Model(Protocol):
+    """What checkpoints need of a model (`molmo_core.models.base.ModelBase` has it)."""
+
+    config: Any
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def named_modules(self, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]: ...
 
 
 class Link(NamedTuple):
@@ -50,13 +67,13 @@ def same_names(names: Iterable[str]) -> list[Link]:
     return [Link(name, name) for name in names]
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def model_tensors(model: Model) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by their native names (wrappers' prefixes left out)."""
-    return {_clean(name): tensor for name, tensor in model.state_dict().items()}
+    return {clean_name(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def load_tensors(
-    model: nn.Module,
+    model: Model,
     reader: SafetensorsReader,
     links: list[Link],
     strict: bool = True,
@@ -209,16 +226,17 @@ def _gathered(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def _owners(model: Model) -> dict[str, tuple[nn.Module, str]]:
     """The module and attribute behind every native name."""
     owners = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf in (*module._parameters, *module._buffers):
-            owners[_clean(f"{prefix}.{leaf}" if prefix else leaf)] = (module, leaf)
+            owners[clean_name(f"{prefix}.{leaf}" if prefix else leaf)] = (module, leaf)
     return owners
 
 
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
+    """A parameter's own name, without what wrappers add."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

@@ -8,25 +8,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from molmo_core.checkpoint.layouts import published_links
-from molmo_core.checkpoint.links import Link, LoadReport, export_specs, exporter, load_tensors, model_tensors, same_names
-from molmo_core.checkpoint.published_config import is_published, published_layout
-from molmo_core.checkpoint.safetensors_stream import CheckpointError, SafetensorsReader, model_dtype, write_safetensors
+from molmo_core.checkpoint.folder import CONFIG_NAME, CheckpointError
+from molmo_core.checkpoint.links import Model, export_specs, exporter, model_tensors, same_names
+from molmo_core.checkpoint.safetensors_stream import write_safetensors
 
-if TYPE_CHECKING:
-    from molmo_core.models.base import ModelBase
-
-CONFIG_NAME = "config.yaml"
 TOKENIZER_NAME = "tokenizer"
 SHARD_BYTES = 5 * 10**9
 
 
-def save_checkpoint(model: ModelBase, path: str | Path, sharded: bool = False, dtype: torch.dtype | None = None) -> None:
+def save_checkpoint(model: Model, path: str | Path, sharded: bool = False, dtype: torch.dtype | None = None) -> None:
     """Writes a self-contained folder. It appears under its name only when complete; an older checkpoint there is replaced.
 
     Every rank calls this where the model is sharded (FSDP2): tensors are gathered one at a time and rank 0 writes.
@@ -58,53 +53,6 @@ def save_checkpoint(model: ModelBase, path: str | Path, sharded: bool = False, d
             _portable(model.config).save(folder / CONFIG_NAME)
     if dist.is_initialized():
         dist.barrier()
-
-
-def load_checkpoint(model: ModelBase, path: str | Path, strict: bool = True) -> LoadReport:
-    """Reads weights into an existing model, which may be sharded (FSDP2), keeping its dtype and device.
-
-    Args:
-        model: a model of the same configuration.
-        path: an own checkpoint, a published one (config.json), or a bare safetensors file with own names.
-        strict: every tensor must be there and be used; False reports what was not.
-
-    Raises:
-        CheckpointError: naming every missing, unexpected and mis-shaped tensor; or the file is a pickle.
-    """
-    reader = SafetensorsReader(path)
-    return load_tensors(model, reader, checkpoint_links(model, reader), strict)
-
-
-def load_model(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> ModelBase:
-    """Builds the model that an own checkpoint describes and loads it, in eval mode.
-
-    The model is built without memory and filled tensor by tensor, so that the peak is little more than the model itself.
-
-    Args:
-        path: the checkpoint folder.
-        dtype: floating-point type of the model (None: as stored).
-        device: where it goes (None: CPU).
-    """
-    from molmo_core.models.base import BaseModelConfig  # the one place where this package looks up: models import it
-
-    return build_and_load(BaseModelConfig.load(Path(path) / CONFIG_NAME), path, dtype, device)
-
-
-def build_and_load(config: Any, path: str | Path, dtype: torch.dtype | None, device: torch.device | str | None) -> ModelBase:
-    """A model of a configuration, filled from a checkpoint of any layout."""
-    dtype, reader = model_dtype(dtype), SafetensorsReader(path)
-    with torch.device("meta"):
-        model = config.build_model()
-    load_tensors(model, reader, checkpoint_links(model, reader), strict=True, dtype=dtype, device=device)
-    return model.eval()
-
-
-def checkpoint_links(model: ModelBase, reader: SafetensorsReader) -> list[Link]:
-    """How the tensors of a checkpoint correspond to the model's."""
-    names = model_tensors(model)
-    if not is_published(reader.path):
-        return same_names(names)
-    return published_links(published_layout(reader.path, reader.specs), names, model.config.llm, reader.specs)
 
 
 @contextlib.contextmanager

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from molmo_core.checkpoint.layouts import Layout, detect_layout
+from molmo_core.checkpoint.folder import CheckpointError, Published, read_json
 from molmo_core.checkpoint.published_settings import (
     DENSE_LLM,
     MOLMO2_LLM,
@@ -21,46 +19,36 @@ from molmo_core.checkpoint.published_settings import (
     check_rope,
     check_settings,
 )
-from molmo_core.checkpoint.safetensors_stream import CheckpointError
 from molmo_core.nn.configs import LlmConfig, VitConfig
 
-
-def is_published(path: str | Path) -> bool:
-    """Whether a folder holds a checkpoint in a published layout (config.json, no config.yaml)."""
-    path = Path(path)
-    return (path / "config.json").is_file() and not (path / "config.yaml").is_file()
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Files beside config.json that say how media become tokens."""
 
 
-def published_layout(folder: Path, tensor_names: Iterable[str]) -> Layout:
-    """The layout of the tensors in a published folder."""
-    return detect_layout(read_json(folder / "config.json").get("model_type", ""), tensor_names, folder)
-
-
-def read_published_config(folder: str | Path) -> dict[str, Any]:
+def read_published_config(checkpoint: Published) -> dict[str, Any]:
     """The configuration of a published checkpoint, as data for `config_class(data["model_name"]).from_dict`.
 
     Raises:
         CheckpointError: an unknown model, or a setting that does not exist here.
     """
-    folder = Path(folder)
-    data = read_json(folder / "config.json")
-    kind = data.get("model_type")
+    data, folder = checkpoint.content, checkpoint.folder
+    kind = checkpoint.model_type
     if kind == "molmo2":
-        check_molmo2(data, folder / "config.json")
+        check_molmo2(data, checkpoint.source)
         config = _molmo2(data, folder)
     elif isinstance(data.get("llm"), dict):  # newer exports of the research code carry our structure
         parts = ("llm", "vision_backbone", "data_formatter", "mm_preprocessor", "bi_directional_attn")
-        check_settings(data, parts, {"tie_word_embeddings": (False,)}, folder / "config.json")
+        check_settings(data, parts, {"tie_word_embeddings": (False,)}, checkpoint.source)
         config = {k: data[k] for k in parts if k in data}
         config["model_name"] = "molmo"
     elif kind == "molmo":
         config = _molmo_0924(data, folder)
     else:
         raise CheckpointError(
-            f"{folder}/config.json: model_type {kind!r} is not a Molmo model (molmo, molmo2); "
+            f"{checkpoint.source}: model_type {kind!r} is not a Molmo model (molmo, molmo2); "
             "a plain text or vision checkpoint initialises a new model through llm.init_path or vit.init_path"
         )
-    config["llm"]["tokenizer"] = {"identifier": str(folder.resolve())}
+    config["llm"] = {**config["llm"], "tokenizer": {"identifier": str(folder.resolve())}}
     return config
 
 
@@ -212,17 +200,3 @@ def rope_settings(text: dict[str, Any], source: object) -> dict[str, Any]:
 
 def _renamed(data: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {ours: data[theirs] for theirs, ours in names.items() if data.get(theirs) is not None}
-
-
-def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """A JSON file of a checkpoint ({} if it may be missing and is).
-
-    Raises:
-        CheckpointError: not there, or no JSON object.
-    """
-    if missing_ok and not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not readable as a JSON object: {error}") from error

@@ -7,15 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from molmo_core.checkpoint.folder import CheckpointError
 from molmo_core.checkpoint.layouts import Layout
 from molmo_core.checkpoint.published_settings import DENSE_LLM, MOLMO2_LLM, MOLMO2_TOKENS, MOLMO2_VIT, ROPE
-from molmo_core.checkpoint.safetensors_stream import CheckpointError
-from molmo_core.nn.configs import LlmConfig, MolmoVisionBackboneConfig
-from molmo_core.nn.connector import NORMALISATION
+from molmo_core.nn.configs import NORMALISATION, LlmConfig, MolmoVisionBackboneConfig
 
 if TYPE_CHECKING:
-    from molmo_core.models.molmo import MolmoConfig
-    from molmo_core.models.molmo2 import Molmo2Config
+    from molmo_core.model_configs.molmo import MolmoConfig
+    from molmo_core.model_configs.molmo2 import Molmo2Config
     from molmo_core.preprocessing.tokenizer import Tokenizer
 
 _REPOSITORY = {"molmo": "allenai/Molmo-7B-D-0924", "molmoe": "allenai/MolmoE-1B-0924", "molmo2": "allenai/Molmo2-8B"}

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from molmo_core.checkpoint.safetensors_stream import CheckpointError
-from molmo_core.nn.configs import LlmConfig, VitConfig
-from molmo_core.nn.connector import NORMALISATION
+from molmo_core.checkpoint.folder import CheckpointError
+from molmo_core.nn.configs import NORMALISATION, LlmConfig, VitConfig
+from molmo_core.tokens import SPECIAL_TOKENS
 
 # Names of the 0924 dense config.json -> names of `LlmConfig`. MolmoE's config.json has the latter already.
 DENSE_LLM = {
@@ -41,10 +41,11 @@ ROPE = {
     "original_max_position_embeddings": "rope_original_max_position_embeddings",
 }  # fmt: skip
 # Ids of config.json -> index of the token after the vocabulary (published Molmo2 tokenizers).
-MOLMO2_TOKENS = {
-    "image_start_token_id": 0, "image_end_token_id": 1, "image_patch_id": 2, "image_col_id": 3, "low_res_image_start_token_id": 4,
-    "image_low_res_id": 6, "frame_start_token_id": 7, "frame_end_token_id": 8,
-}  # fmt: skip
+MOLMO2_TOKENS = {name: SPECIAL_TOKENS["molmo2"].index(token) for name, token in {
+    "image_start_token_id": "<im_start>", "image_end_token_id": "<im_end>", "image_patch_id": "<im_patch>", "image_col_id": "<im_col>",
+    "low_res_image_start_token_id": "<low_res_im_start>", "image_low_res_id": "<im_low>", "frame_start_token_id": "<frame_start>",
+    "frame_end_token_id": "<frame_end>",
+}.items()}  # fmt: skip
 
 # Other settings of Molmo2's config.json that are read, or follow from what is read. Part "" is the file itself.
 _MOLMO2_READ: dict[str, tuple[str, ...]] = {

@@ -7,22 +7,23 @@ checkpoint passes through a buffer of `CHUNK_BYTES`. The format is: 8 bytes leng
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import struct
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
 
-from molmo_core.config import ConfigError
+from molmo_core.checkpoint.folder import PICKLE_SUFFIXES, CheckpointError, pickle_refusal
 
 CHUNK_BYTES = 32 * 2**20
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _AGAIN = "copy or download it again"
 
 DTYPES: dict[str, torch.dtype] = {
@@ -33,10 +34,6 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types that a model computes in; narrower ones mean nothing without the scales of their quantisation."""
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be used. The message says what is wrong with which file or tensor, and what to do."""
 
 
 def model_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -88,10 +85,10 @@ class SafetensorsReader:
                 raise CheckpointError(f"{file}: the index promises tensors that are not in the file: {', '.join(missing)}")
             self._entries.update({name: entries[name] for name in wanted or entries})
 
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
+    @functools.cached_property
+    def specs(self) -> Mapping[str, TensorSpec]:
         """Type and shape of every tensor, in file order."""
-        return {name: entry.spec for name, entry in self._entries.items()}
+        return types.MappingProxyType({name: entry.spec for name, entry in self._entries.items()})
 
     def position(self, name: str) -> tuple[str, int]:
         """Where a tensor lies (file, offset): reading in this order reads forward."""
@@ -202,15 +199,6 @@ def _files(path: Path) -> dict[Path, list[str] | None]:
         raise CheckpointError(pickle_refusal(pickles[0]))
     shards = ", though shards are: the copy or download is not complete" if any(path.glob("*.safetensors")) else ""
     raise CheckpointError(f"{path}: neither {WEIGHTS_NAME} nor {INDEX_NAME} in this folder{shards}")
-
-
-def pickle_refusal(path: Path) -> str:
-    """Why a file is not loaded, and what to do about it."""
-    return (
-        f"{path}: weights in a pickle file are not loaded, because unpickling runs code that the file carries. "
-        "Convert it once to safetensors where you trust it: "
-        "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
-    )
 
 
 def _read_header(file: Path) -> dict[str, _Entry]:

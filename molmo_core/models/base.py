@@ -1,10 +1,9 @@
-"""What all models share: the configuration base with its registry, and the module base (training, saving, generating)."""
+"""What all models share: training, saving, generating."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -14,82 +13,25 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from molmo_core.config import BaseConfig, ConfigError, nearest, read_yaml
+from molmo_core.checkpoint.links import clean_name
+from molmo_core.checkpoint.loading import from_pretrained, load_checkpoint
+from molmo_core.checkpoint.native import save_checkpoint
 from molmo_core.generation.generate import generate
 from molmo_core.nn.attention import AttentionImplementation
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.llm import Block
 from molmo_core.nn.vit import VitBlock
 from molmo_core.outputs import OLMoOutput
+from molmo_core.registry import BaseModelConfig
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from molmo_core.preprocessing.tokenizer import Tokenizer
 
-# model_name -> where its configuration class lives.
-MODELS: dict[str, tuple[str, str]] = {
-    "molmo": ("molmo_core.models.molmo", "MolmoConfig"),
-    "video_olmo": ("molmo_core.models.video_olmo", "VideoOlmoConfig"),
-    "he_molmo": ("molmo_core.models.he_molmo", "HeMolmoConfig"),
-    "molmo2": ("molmo_core.models.molmo2", "Molmo2Config"),
-}
+__all__ = ["PARAMETER_GROUPS", "BaseModelConfig", "ModelBase"]
 
 PARAMETER_GROUPS = ("connector", "vit", "llm")
-
-
-@dataclasses.dataclass
-class BaseModelConfig(BaseConfig):
-    """Base of the models' configurations. `model_name` in a file chooses the class."""
-
-    model_name: str = ""
-
-    MODEL: ClassVar[str] = ""
-    """Name of the model class in the module of the configuration class."""
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | None = None, key: str | None = None) -> Self:
-        """Reads a model configuration, of the class that its `model_name` names.
-
-        Args:
-            path: a YAML file, or a checkpoint folder with a `config.yaml`.
-            overrides: dotted assignments relative to the model, e.g. `["llm.n_layers=16"]`.
-            key: where the model stands in the file. By default the whole file, or its part `model` if it is a training configuration.
-
-        Raises:
-            ConfigError: as `BaseConfig.load`; also if the file describes another model than the class asked for.
-        """
-        path = Path(path)
-        path = path / "config.yaml" if path.is_dir() else path
-        if key is None and isinstance(read_yaml(path).get("model"), dict):
-            key = "model"
-        data = read_yaml(path, overrides, key)
-        name = data.get("model_name") or cls.model_name
-        chosen = config_class(name, str(path))
-        if not issubclass(chosen, cls):
-            raise ConfigError(f"{path}: model_name={name!r} is a {chosen.__name__}, not a {cls.__name__}; load it with that class")
-        return chosen.from_dict(data, source=str(path), base=path.parent)
-
-    @property
-    def model_class(self) -> type[ModelBase]:
-        """The module class that this configuration describes."""
-        return getattr(importlib.import_module(type(self).__module__), self.MODEL)
-
-    def build_model(self) -> ModelBase:
-        """A new model with random weights (under `torch.device("meta")`: without memory)."""
-        return self.model_class(self)
-
-
-def config_class(model_name: str, source: str = "configuration") -> type[BaseModelConfig]:
-    """The configuration class of a `model_name`.
-
-    Raises:
-        ConfigError: no such model.
-    """
-    if model_name not in MODELS:
-        raise ConfigError(f"{source}: unknown model_name {model_name!r}.{nearest(model_name, MODELS)}")
-    module, name = MODELS[model_name]
-    return getattr(importlib.import_module(module), name)
 
 
 class ModelBase(nn.Module):
@@ -189,8 +131,6 @@ class ModelBase(nn.Module):
 
     def save_checkpoint(self, path: str | Path, sharded: bool = False) -> None:
         """Writes a self-contained folder: safetensors (several files if `sharded`), configuration, tokenizer."""
-        from molmo_core.checkpoint.native import save_checkpoint
-
         save_checkpoint(self, path, sharded=sharded)
 
     def load_checkpoint(self, path: str | Path, strict: bool = True) -> None:
@@ -199,8 +139,6 @@ class ModelBase(nn.Module):
         Raises:
             CheckpointError: with `strict`, tensors that are missing, unexpected or of another shape, all of them by name.
         """
-        from molmo_core.checkpoint.native import load_checkpoint
-
         load_checkpoint(self, path, strict=strict)
 
     @classmethod
@@ -210,8 +148,6 @@ class ModelBase(nn.Module):
         Raises:
             TypeError: the checkpoint is of another model than this class.
         """
-        from molmo_core.checkpoint import from_pretrained  # type: ignore[attr-defined]
-
         model = from_pretrained(path, **kwargs)
         if not isinstance(model, cls):
             raise TypeError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
@@ -259,10 +195,3 @@ class ModelBase(nn.Module):
         for block in self.training_blocks():
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **kwargs)
         fully_shard(self, mesh=mesh, mp_policy=policy, reshard_after_forward=False, **kwargs)
-
-
-def clean_name(name: str) -> str:
-    """A parameter's own name, without what wrappers add."""
-    for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name

@@ -6,70 +6,20 @@ the second pass, at rotary positions that tell where in the image they are. See 
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from molmo_core.config import ConfigError
+from molmo_core.model_configs.he_molmo import HeMolmoConfig
 from molmo_core.models.image_inputs import FeatureTarget, add_features
-from molmo_core.models.molmo import Encoded, Molmo, MolmoConfig
+from molmo_core.models.molmo import Encoded, Molmo
 from molmo_core.models.video_olmo import share_low_embedding
 from molmo_core.nn.attention import Cached
-from molmo_core.nn.image_tokens import BidirectionalAttention
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import BlockInputs, TransformerOutput
-from molmo_core.nn.token_selection import Selection, TokenScorerConfig, TokenScoring, TokenSelectionConfig, select_tokens
-from molmo_core.preprocessing.configs import DataFormatter, HePreprocessorConfig
-
-if TYPE_CHECKING:
-    from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
-
-
-@dataclasses.dataclass
-class HeMolmoConfig(MolmoConfig):
-    """Configuration of HeMolmo."""
-
-    model_name: Literal["he_molmo"] = "he_molmo"  # type: ignore[assignment]
-    data_formatter: DataFormatter = dataclasses.field(default_factory=lambda: DataFormatter(image_last=True))
-    mm_preprocessor: HePreprocessorConfig = dataclasses.field(default_factory=HePreprocessorConfig)  # type: ignore[assignment]
-    token_scorer: TokenScorerConfig = dataclasses.field(default_factory=TokenScorerConfig)
-    token_selector: TokenSelectionConfig = dataclasses.field(default_factory=TokenSelectionConfig)
-    selection_ratio: float = 0.25
-    """K = ceil(selection_ratio * candidates) high-resolution tokens are kept, unless `mm_preprocessor.num_high_res_features` names K."""
-    shared_low_high_embedding: bool = True
-    """Low-resolution tokens share the embedding of the high-resolution ones."""
-    bi_directional_attn: BidirectionalAttention | None = "within_image"
-
-    MODEL: ClassVar[str] = "HeMolmo"
-
-    @classmethod
-    def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:
-        if data.get("bi_directional_attn") == "within_resolution":  # one image: each view has one resolution
-            data["bi_directional_attn"] = "within_image"
-        return data
-
-    def __post_init__(self) -> None:
-        if not 0 < self.selection_ratio <= 1:
-            raise ConfigError(f"selection_ratio={self.selection_ratio} is a share of the high-resolution tokens: 0 < ratio <= 1")
-        layers = self.token_scorer.n_low_res_layers
-        if layers is not None and not 1 <= layers <= self.llm.n_layers:
-            raise ConfigError(f"token_scorer.n_low_res_layers={layers}: the language model has {self.llm.n_layers} layers")
-
-    @property
-    def low_res_layers(self) -> int:
-        """Blocks whose outputs the scorer reads."""
-        return self.token_scorer.n_low_res_layers or self.llm.n_layers
-
-    def preprocessor_kind(self) -> tuple[type[MolmoPreprocessor], dict[str, Any]]:
-        from molmo_core.preprocessing.he_preprocessor import HeMolmoPreprocessor
-
-        return HeMolmoPreprocessor, {
-            "selection_ratio": self.selection_ratio,
-            "interpolation_factor": self.token_scorer.low_to_high_interpolation_factor,
-            "col_tokens": self.token_scorer.high_res_col_tokens,
-        }
+from molmo_core.nn.sequence_layout import in_image
+from molmo_core.nn.token_selection import Selection, TokenScoring, select_tokens
 
 
 class _FirstPass(NamedTuple):
@@ -194,7 +144,7 @@ class HeMolmo(TokenScoring, Molmo):
         view, valid, response = _cut(batch, valid, response, 0, length)
         x, positions = x[:, :length], positions[:, :length]
         if scorer.unconditioned:
-            image = self.config.image_tokens.contains(view["input_ids"])
+            image = in_image(view["input_ids"], self.config.image_tokens)
             x, valid = x * image[..., None], valid & image
         shared = BlockInputs(self.attention(self.attention_mask(view, valid, 0, response)), response, valid=valid)
         x = self.transformer.prepare(x if scorer.bp_low_res_embed else x.detach())

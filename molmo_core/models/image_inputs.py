@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from molmo_core.nn.image_tokens import ImageTokenIds
 from molmo_core.preprocessing.tiling import ImageSettings, pool_patches, pooled_patches, single_crop_pooling, tiling_of_token_grid
+from molmo_core.tokens import ImageTokenIds
 
 
 class FeatureTarget(NamedTuple):

@@ -6,43 +6,8 @@ and settings of the language model (q/k norms, YaRN on some layers), all of them
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-from molmo_core.models.molmo import Molmo, MolmoConfig
-from molmo_core.nn.image_tokens import BidirectionalAttention, ImageTokenIds
-from molmo_core.preprocessing.configs import DataFormatter, Molmo2PreprocessorConfig
-
-if TYPE_CHECKING:
-    from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
-
-
-def _formatter() -> DataFormatter:
-    return DataFormatter(
-        prompt_templates="uber_model_v2", message_format="qwen3", system_prompt="demo_or_style_v2", pointing_format="html-v2"
-    )
-
-
-@dataclasses.dataclass
-class Molmo2Config(MolmoConfig):
-    """Configuration of Molmo2. The defaults are those of the published models where these agree."""
-
-    model_name: Literal["molmo2"] = "molmo2"  # type: ignore[assignment]
-    data_formatter: DataFormatter = dataclasses.field(default_factory=_formatter)
-    mm_preprocessor: Molmo2PreprocessorConfig = dataclasses.field(default_factory=Molmo2PreprocessorConfig)
-    bi_directional_attn: BidirectionalAttention | None = "image_tokens"
-
-    MODEL: ClassVar[str] = "Molmo2"
-    LAYOUT: ClassVar[Literal["molmo", "molmo2"]] = "molmo2"
-
-    @property
-    def image_tokens(self) -> ImageTokenIds:
-        return ImageTokenIds.molmo2(self.llm.embedding_rows)
-
-    def preprocessor_kind(self) -> tuple[type[MolmoPreprocessor], dict[str, Any]]:
-        from molmo_core.preprocessing.molmo2_preprocessor import Molmo2Preprocessor
-
-        return Molmo2Preprocessor, {}
+from molmo_core.model_configs.molmo2 import Molmo2Config
+from molmo_core.models.molmo import Molmo
 
 
 class Molmo2(Molmo):

@@ -2,85 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from molmo_core.config import ConfigError
+from molmo_core.model_configs.video_olmo import VideoOlmoConfig
 from molmo_core.models.image_inputs import FeatureTarget
-from molmo_core.models.molmo import Molmo, MolmoConfig
-from molmo_core.nn.image_tokens import ImageTokenIds
-from molmo_core.preprocessing.configs import FrameSampling, VideoPreprocessorConfig
+from molmo_core.models.molmo import Molmo
 from molmo_core.preprocessing.tiling import single_crop_pooling
-
-if TYPE_CHECKING:
-    from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
-
-
-@dataclasses.dataclass
-class VideoOlmoConfig(MolmoConfig):
-    """Configuration of VideoOlmo."""
-
-    model_name: Literal["video_olmo"] = "video_olmo"  # type: ignore[assignment]
-    mm_preprocessor: VideoPreprocessorConfig = dataclasses.field(default_factory=VideoPreprocessorConfig)
-    shared_low_high_embedding: bool = True
-    """Low-resolution tokens share the embedding of the high-resolution ones."""
-    max_frames: int = 16
-    """Most frames of a video."""
-    frame_sampling: FrameSampling = "uniform"
-    """Which frames: see `molmo_core.preprocessing.frame_sampling`."""
-
-    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"point_cloud_backbone": (None,), "image_as_video": (None,)}
-    MODEL: ClassVar[str] = "VideoOlmo"
-
-    # Top-level name -> the published name inside mm_preprocessor.
-    _FRAMES: ClassVar[dict[str, str]] = {"max_frames": "max_frames", "frame_sampling": "frame_sample_mode"}
-
-    @classmethod
-    def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """`max_frames` and `frame_sampling` may stand at the top, or under their published names in `mm_preprocessor`."""
-        inner = data.get("mm_preprocessor")
-        inner = dataclasses.asdict(inner) if isinstance(inner, VideoPreprocessorConfig) else dict(inner or {})
-        for name, published in cls._FRAMES.items():
-            both = name in data and published in inner and not isinstance(data.get("mm_preprocessor"), VideoPreprocessorConfig)
-            if both and data[name] != inner[published]:
-                raise ConfigError(
-                    f"{name}={data[name]!r} and mm_preprocessor.{published}={inner[published]!r} contradict each other; set {name} only"
-                )
-            if name in data:
-                inner[published] = data[name]
-            elif published in inner:
-                data[name] = inner[published]
-        data["mm_preprocessor"] = inner
-        return data
-
-    def __post_init__(self) -> None:
-        """Both places agree also after direct construction: what differs from the defaults wins, the top first."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in self._FRAMES}
-        for name, published in self._FRAMES.items():
-            if getattr(self, name) == defaults[name]:
-                setattr(self, name, getattr(self.mm_preprocessor, published))
-        settings = {published: getattr(self, name) for name, published in self._FRAMES.items()}
-        self.mm_preprocessor = dataclasses.replace(self.mm_preprocessor, **settings)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data; the frame settings stand at the top only, so that an override changes one place."""
-        data = super().as_dict()
-        for published in self._FRAMES.values():
-            del data["mm_preprocessor"][published]
-        return data
-
-    def preprocessor_kind(self) -> tuple[type[MolmoPreprocessor], dict[str, Any]]:
-        from molmo_core.preprocessing.video_preprocessor import VideoOlmoPreprocessor
-
-        return VideoOlmoPreprocessor, {}
-
-    def high_res_pooling(self) -> tuple[int, int]:
-        """Patches of a high-resolution token: rows, columns."""
-        config = self.mm_preprocessor
-        return config.high_res_pooling_h or config.pooling_h, config.high_res_pooling_w or config.pooling_w
+from molmo_core.tokens import ImageTokenIds
 
 
 class VideoOlmo(Molmo):
@@ -115,12 +46,12 @@ class VideoOlmo(Molmo):
         """
         tokens, settings = self.config.image_tokens, self.config.image_settings()
         poolings = {tokens.low: settings.pooling, tokens.patch: self.config.high_res_pooling()}
-        parts: dict[int | None, list[np.ndarray]] = {tokens.low: [], tokens.patch: []}
+        parts: dict[int, list[np.ndarray]] = {tokens.low: [], tokens.patch: []}
         for row, ids in enumerate(input_ids.tolist()):
             starts = [i for i, token in enumerate(ids) if token == tokens.start]
             if len(starts) > frames:
                 raise ValueError(f"row {row}: input_ids show {len(starts)} frames, images has {frames}")
-            found: dict[int | None, list[np.ndarray]] = {kind: [np.empty((0, p[0] * p[1]), np.int64)] for kind, p in poolings.items()}
+            found: dict[int, list[np.ndarray]] = {kind: [np.empty((0, p[0] * p[1]), np.int64)] for kind, p in poolings.items()}
             for frame, start in enumerate(starts):
                 inside = ids[start : ids.index(tokens.end, start)]
                 kind = tokens.low if tokens.low in inside else tokens.patch
@@ -135,7 +66,7 @@ class VideoOlmo(Molmo):
 
 def share_low_embedding(ids: torch.Tensor, tokens: ImageTokenIds) -> torch.Tensor:
     """Token ids with the low-resolution patch token replaced by the patch token."""
-    return ids if tokens.low is None else ids.masked_fill(ids == tokens.low, tokens.patch)
+    return ids.masked_fill(ids == tokens.low, tokens.patch)
 
 
 def _stack(rows: list[np.ndarray], device: torch.device) -> torch.Tensor:

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from molmo_core.nn.kv_cache import KVCache
-
-PACK_STRIDE = 100_000
-"""`subsegment_ids // PACK_STRIDE` is the number of the packed example."""
+from molmo_core.tokens import PACK_STRIDE
 
 AttentionImplementation = Literal["auto", "sdpa", "flex"]
 Mask = torch.Tensor | BlockMask | None

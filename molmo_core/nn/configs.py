@@ -10,6 +10,10 @@ from typing import Any, ClassVar, Literal
 
 from molmo_core.config import BaseConfig, ConfigError, check_numbers, nearest
 
+BidirectionalAttention = Literal["image_tokens", "within_image", "image_to_question"]
+"""`image_tokens`: all image tokens of an example see each other; `within_image`: those of one image (one view, one frame);
+`image_to_question`: image tokens also see the tokens that are not part of an answer."""
+
 
 @dataclasses.dataclass
 class TokenizerConfig(BaseConfig):
@@ -230,7 +234,12 @@ class VitConfig(BaseConfig):
 
 
 NORMALIZE_OF = {"openai": "openai", "metaclip": "openai", "siglip": "siglip", "dino": "dino"}
-ACTIVATION_OF = {"openai": "quick_gelu", "metaclip": "quick_gelu", "siglip": "gelu_pytorch_tanh", "dino": "gelu"}
+NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Mean and standard deviation of the channels, on the 0-1 scale."""
 
 _SIGLIP: dict[str, Any] = {
     "image_model_type": "siglip", "image_default_input_size": (378, 378), "image_emb_dim": 1152, "image_num_layers": 27,

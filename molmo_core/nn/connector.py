@@ -10,16 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from molmo_core.config import ConfigError
-from molmo_core.nn.configs import LlmConfig, MolmoVisionBackboneConfig, VitConfig
+from molmo_core.nn.configs import NORMALISATION, LlmConfig, MolmoVisionBackboneConfig, VitConfig
 from molmo_core.nn.mlp import GatedMlp
 from molmo_core.nn.vit import MultiHeadAttention, VisionTransformer
-
-NORMALISATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-"""Mean and standard deviation of the channels, on the 0-1 scale."""
 
 _WIDER = {"attention_2wide": 2, "attention_meanq_2x": 2, "attention_meanq_4x": 4}
 

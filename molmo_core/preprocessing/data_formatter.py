@@ -15,7 +15,7 @@ from molmo_core.preprocessing.configs import DataFormatter
 from molmo_core.preprocessing.messages import Annotation, MessageWeight
 from molmo_core.preprocessing.task_fields import POINT_STYLES
 from molmo_core.preprocessing.tasks import TaskReader
-from molmo_core.preprocessing.tokenizer import IMAGE_PROMPT
+from molmo_core.tokens import IMAGE_PROMPT
 
 DEMO_STYLES = frozenset({
     "point_count", "pointing", "user_qa", "long_caption", "cosyn_point", "short_caption", "video_long_caption", "video_short_caption",

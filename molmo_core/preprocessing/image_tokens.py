@@ -10,8 +10,8 @@ import numpy as np
 from molmo_core.preprocessing.tiling import Grid, ImageSettings, image_tiling, token_grids
 
 
-class ImageTokenIds(Protocol):
-    """The special ids of a `Tokenizer` that images need."""
+class ImageTokenizer(Protocol):
+    """What images need of a `Tokenizer`: the ids of the tokens that stand for them."""
 
     image_start_token_id: int
     image_end_token_id: int
@@ -36,7 +36,7 @@ def grid_tokens(grid: Grid, patch: int, start: int | None = None, end: int | Non
     return np.concatenate([[] if start is None else [start], rows.ravel(), [] if end is None else [end]]).astype(np.int64)
 
 
-def image_tokens(grids: Sequence[Grid], ids: ImageTokenIds, settings: ImageSettings) -> np.ndarray:
+def image_tokens(grids: Sequence[Grid], ids: ImageTokenizer, settings: ImageSettings) -> np.ndarray:
     """The tokens of one image.
 
     Args:

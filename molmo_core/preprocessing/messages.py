@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 
 from molmo_core.preprocessing.configs import LossTokenWeighting
-from molmo_core.preprocessing.tokenizer import IMAGE_PROMPT, VIDEO_PROMPT, Tokenizer
-
-SHARED_SEGMENT = 10000
-"""`subsegment_ids` of the tokens that all annotations see."""
+from molmo_core.preprocessing.tokenizer import Tokenizer
+from molmo_core.tokens import IMAGE_PROMPT, SHARED_SEGMENT, VIDEO_PROMPT
 
 _PLACEHOLDER = re.compile(f"({re.escape(IMAGE_PROMPT)}|{re.escape(VIDEO_PROMPT)})")
 

@@ -14,10 +14,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-Item = TypeVar("Item")
+from molmo_core.tokens import PACK_STRIDE
 
-PACK_STRIDE = 100_000
-"""Subsegment ids of the n-th packed example start at n·PACK_STRIDE."""
+Item = TypeVar("Item")
 
 SCARCE = 1.25
 """Crops decide what goes together when the waiting examples need this many times more of their budget than of the tokens'."""

@@ -11,25 +11,12 @@ import json
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tokenizers import Tokenizer as TextTokenizer
 
 from molmo_core.config import ConfigError
-
-Layout = Literal["molmo", "molmo2"]
-
-IMAGE_PROMPT = "<|image|>"
-VIDEO_PROMPT = "<|video|>"
-
-# Position in the list = index after the embedding table. Sources: published Molmo code, Molmo2 tokenizer.
-SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
-    "molmo": ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", IMAGE_PROMPT, "<im_low>"),
-    "molmo2": (
-        "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", IMAGE_PROMPT, "<im_low>", "<frame_start>", "<frame_end>",
-        VIDEO_PROMPT, "<|points|>", "<|token_index|>", "<|vit_index|>", "<|vit_loc|>",
-    ),
-}  # fmt: skip
+from molmo_core.tokens import IMAGE_PROMPT, SPECIAL_TOKENS, VIDEO_PROMPT, ImageTokenIds, TokenLayout, special_ids
 
 _PADDING_PREFIX = "|<EXTRA_TOKENS_"
 _USUAL_EOS = ("<|endoftext|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -61,7 +48,7 @@ class Tokenizer:
         eos_token: str = "<|endoftext|>",
         bos_token: str | None = None,
         first_special_id: int | None = None,
-        layout: Layout = "molmo",
+        layout: TokenLayout = "molmo",
         config: dict[str, Any] | None = None,
     ):
         if layout not in SPECIAL_TOKENS:
@@ -81,19 +68,15 @@ class Tokenizer:
         self.eos_token_id = self._text_id(eos_token)
         self.bos_token_id = self._text_id(self.bos_token)
         self.pad_token_id = -1
-        self.special_tokens: dict[str, int] = {t: self.first_special_id + i for i, t in enumerate(SPECIAL_TOKENS[layout])}
+        self.special_tokens = special_ids(layout, self.first_special_id)
         self._special_names = {i: t for t, i in self.special_tokens.items()}
-        get = self.special_tokens.get
-        self.image_start_token_id = self.special_tokens["<im_start>"]
-        self.image_end_token_id = self.special_tokens["<im_end>"]
-        self.image_patch_token_id = self.special_tokens["<im_patch>"]
-        self.image_col_token_id = self.special_tokens["<im_col>"]
-        self.image_low_token_id = self.special_tokens["<im_low>"]
+        ids = ImageTokenIds.of(layout, self.first_special_id)
+        self.image_start_token_id, self.image_end_token_id = ids.start, ids.end
+        self.image_patch_token_id, self.image_col_token_id, self.image_low_token_id = ids.patch, ids.col, ids.low
+        self.low_res_image_start_token_id = ids.low_res_start
+        self.frame_start_token_id, self.frame_end_token_id = ids.frame_start, ids.frame_end
         self.image_prompt_token_id = self.special_tokens[IMAGE_PROMPT]
-        self.low_res_image_start_token_id: int | None = get("<low_res_im_start>")
-        self.frame_start_token_id: int | None = get("<frame_start>")
-        self.frame_end_token_id: int | None = get("<frame_end>")
-        self.video_prompt_token_id: int | None = get(VIDEO_PROMPT)
+        self.video_prompt_token_id = self.special_tokens.get(VIDEO_PROMPT)
         self._encode = lru_cache(_CACHED_TEXTS)(self._encode_uncached)
 
     @classmethod
@@ -102,7 +85,7 @@ class Tokenizer:
         identifier: str | Path,
         *,
         first_special_id: int | None = None,
-        layout: Layout = "molmo",
+        layout: TokenLayout = "molmo",
         cache_dir: str | Path | None = None,
     ) -> Tokenizer:
         """Reads a folder that holds tokenizer.json, or a hub repository (its local cache first).

@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from molmo_core.preprocessing.images import image_token_counts
-from molmo_core.preprocessing.packing import PACK_STRIDE, unpack
+from molmo_core.preprocessing.packing import unpack
 from molmo_core.preprocessing.points import Point, extract_points
 from molmo_core.preprocessing.tiling import ImageSettings, image_tiling
 from molmo_core.preprocessing.tokenizer import Tokenizer
+from molmo_core.tokens import PACK_STRIDE, SHARED_SEGMENT
 
 _POOLED = ("pooled_patches_idx", "low_res_pooled_idx", "high_res_pooled_idx", "low_res_tokens_idx", "high_res_tokens_idx")
-_SHARED = 10_000
 _MASK_PIXELS = 700
 _VIEW = 300  # width of a crop on the page, pixels
 
@@ -53,7 +53,7 @@ class Inspector:
         segments = example.get("subsegment_ids")
         facts = [f"{len(example['input_ids']):,} tokens", f"{int((weights > 0).sum()):,} with loss (sum {weights.sum():.2f})"]
         if segments is not None:
-            facts.append(f"{len(set(segments.tolist()) - {_SHARED}):,} annotations")
+            facts.append(f"{len(set(segments.tolist()) - {SHARED_SEGMENT}):,} annotations")
         if "images" in example:
             count, kind = len(example["images"]), "frame" if "frame_times" in metadata else "crop"
             facts.append(f"{count:,} {kind}{'' if count == 1 else 's'}")
@@ -101,7 +101,7 @@ class Inspector:
                 end += 1
             if i == 0 or segments[i] != segments[i - 1]:
                 segment = int(segments[i]) % PACK_STRIDE
-                parts.append(("</div>" if parts else "") + f'<div class="segment s{0 if segment == _SHARED else 1 + segment % 6}">')
+                parts.append(("</div>" if parts else "") + f'<div class="segment s{0 if segment == SHARED_SEGMENT else 1 + segment % 6}">')
             targeted = labels is not None and i > 0 and int(labels[i - 1]) == token and segments[i] == segments[i - 1]
             weight = float(weights[i - 1]) if targeted else 0.0
             where = f"{i}" if end == i + 1 else f"{i}-{end - 1}"

@@ -21,6 +21,7 @@ from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.picture import draw_answers
 from pipelines.evaluation.worker import Worker
+from pipelines.model_folder import fixed_model
 
 REPORT, PREDICTIONS, PICTURE = "report.json", "predictions.jsonl", "answers.png"
 REJECTS_FROM_RECORDS = 100
@@ -42,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     records = open_records(config.records, config.format)
     total = min(len(records), config.limit or len(records))
-    model = config.model if config.model.startswith("models:/") else str(Path(tracking.resolve(config.model)).resolve())
+    model = fixed_model(config.model)
     workers = config.workers or _capacity(config)
     batches = -(-total // config.records_per_batch)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the bar below counts what matters here

@@ -7,13 +7,12 @@ import errno
 import logging
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 from ray import serve
 from ray.serve.config import HTTPOptions
 
 from molmo_core.config import ConfigError
-from pipelines import tracking
+from pipelines.model_folder import fixed_model
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.frontend import Frontend
 from pipelines.serving.replica import Replica
@@ -25,7 +24,7 @@ FRONTEND_REQUESTS = 1024
 
 def build(config: ServeConfig) -> serve.Application:
     """The Serve application of a configuration: frontends that share the replicas of the model."""
-    model = fixed_version(config.model)
+    model = fixed_model(config.model)
     replica = serve.deployment(
         name="model",
         num_replicas=config.replicas,
@@ -45,13 +44,6 @@ def build(config: ServeConfig) -> serve.Application:
         graceful_shutdown_timeout_s=5,
     )(Frontend)
     return frontend.bind(config, model, replica.bind(config, model))
-
-
-def fixed_version(model: str) -> str:
-    """The model as every replica must find it, also one that starts later: a version instead of an alias, an absolute folder."""
-    if not model.startswith("models:/"):
-        return str(Path(tracking.resolve(model)).resolve())
-    return tracking.versioned(model)
 
 
 @contextlib.contextmanager

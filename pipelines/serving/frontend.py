@@ -13,7 +13,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from molmo_core.models.base import BaseModelConfig
+from molmo_core.registry import BaseModelConfig
 from pipelines.model_folder import model_folder
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
-from omegaconf import OmegaConf
-
-from molmo_core.checkpoint.published_config import read_published_config
 from molmo_core.config import BaseConfig, ConfigError, read_yaml
-from molmo_core.models.base import BaseModelConfig, config_class
+from molmo_core.registry import BaseModelConfig, config_class
 from pipelines.data.config import DataConfig
+from pipelines.model_folder import model_folder
 
 Precision = Literal["fp32", "amp_bf16", "bf16"]
 
@@ -194,10 +192,10 @@ class TrainConfig(BaseConfig):
         content = read_yaml(path, outer, key)
         model = content.get("model")
         if isinstance(model, str):
-            file = _beside(path, model)
-            if file.is_dir():
+            file = model_folder(str(_beside(path, model)))
+            if not file.is_file():  # a checkpoint, here or on the hub
                 content.setdefault("init_from", str(file))
-            content["model"] = _model_config(file, _inner(overrides, "model."))
+            content["model"] = BaseModelConfig.load(file, _inner(overrides, "model."))
         elif model is not None:
             content["model"] = BaseModelConfig.load(path, _inner(overrides, "model."), key=f"{key}.model" if key else "model")
         if isinstance(content.get("data"), str):
@@ -223,15 +221,6 @@ class TrainConfig(BaseConfig):
         content = self.as_dict()
         data = {k: v for k, v in content["data"].items() if k not in ("actors", "prefetch", "max_reject_rate")}
         return {name: content[name] for name in names} | {"data": data}
-
-
-def _model_config(path: Path, overrides: list[str]) -> BaseModelConfig:
-    """The configuration of a file, or of a checkpoint folder of any layout."""
-    if not path.is_dir() or (path / "config.yaml").is_file():
-        return BaseModelConfig.load(path, overrides)
-    published = OmegaConf.merge(read_published_config(path), OmegaConf.from_dotlist(overrides))
-    data = cast(dict[str, Any], OmegaConf.to_container(published))
-    return config_class(data["model_name"]).from_dict(data, source=str(path))
 
 
 def pinned(config: BaseConfig) -> None:

@@ -25,6 +25,7 @@ from pipelines import tracking
 from pipelines.data.batches.loader import TrainLoader
 from pipelines.data.sources import open_records
 from pipelines.evaluation.picture import draw_answers
+from pipelines.model_folder import fixed_model, model_folder
 from pipelines.training.checkpointing import MODEL_FOLDER
 from pipelines.training.config import TrainConfig, pinned
 from pipelines.training.loop import train_worker
@@ -93,7 +94,7 @@ def prepared(config: TrainConfig) -> TrainConfig:
     pinned(config)
     config = dataclasses.replace(config, storage=absolute(config.storage))
     if config.init_from is not None:
-        config = dataclasses.replace(config, init_from=str(tracking.resolve(config.init_from).absolute()))
+        config = dataclasses.replace(config, init_from=fixed_model(str(model_folder(config.init_from))))
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if config.device == "auto":
         config = dataclasses.replace(config, device="gpu" if gpus >= config.num_workers else "cpu")

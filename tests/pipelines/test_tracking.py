@@ -6,6 +6,7 @@ import mlflow
 import pytest
 from PIL import Image
 
+from molmo_core.config import ConfigError
 from pipelines import tracking
 
 
@@ -93,7 +94,7 @@ def test_errors_say_what_there_is(database, checkpoint, tmp_path):
         tracking.resolve("models:/known")
     with pytest.raises(tracking.TrackingError, match="no such checkpoint folder"):
         tracking.resolve(tmp_path / "nowhere")
-    with pytest.raises(tracking.TrackingError, match="not a checkpoint folder"):
+    with pytest.raises(ConfigError, match=r"neither config.yaml .* give the folder that holds one: .*final"):
         tracking.register(tmp_path, "known")
 
 

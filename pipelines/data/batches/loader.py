@@ -24,7 +24,7 @@ from pipelines.data.preparation.inventory import Inventory, inventory_path
 from pipelines.data.sources import open_records
 
 if TYPE_CHECKING:
-    from molmo_core.models.base import BaseModelConfig
+    from molmo_core.registry import BaseModelConfig
 
 
 # Streamed batches lie in the object store, which nobody may write to, and torch cannot say so of a tensor.

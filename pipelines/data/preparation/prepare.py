@@ -20,8 +20,10 @@ from ray.data import ActorPoolStrategy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from molmo_core.checkpoint.published_config import PROCESSOR_FILES
 from molmo_core.config import ConfigError
 from molmo_core.preprocessing.data_formatter import Formatter
+from molmo_core.registry import BaseModelConfig
 from pipelines.cluster import quiet, reading
 from pipelines.data import schema
 from pipelines.data.builder import ExampleBuilder
@@ -36,6 +38,7 @@ from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected, Rejects, TooManyRejected
 from pipelines.data.sources import Records, open_records
 from pipelines.files import write_table, write_text
+from pipelines.model_folder import model_folder
 
 STATE, DATASET, INDEX, REPORT, REJECTED = "prepare.json", "dataset.json", "index.parquet", "report.json", "rejected.parquet"
 STOPPED = "stopped.txt"
@@ -149,20 +152,18 @@ def _easy_vqa(folder: Path, limit: int | None) -> str:
 
 def _model(folder: Path, config: PrepareConfig, records: Records, total: int) -> Any:
     """The model configuration, with the tokenizer that was asked for."""
-    from molmo_core.models.base import BaseModelConfig
-
     if config.tokenizer is None:
-        return BaseModelConfig.load(config.model)
+        return BaseModelConfig.load(model_folder(config.model))
     target = folder / "tokenizer"
     if not target.is_dir():
-        model: Any = BaseModelConfig.load(config.model)
+        model: Any = BaseModelConfig.load(model_folder(config.model))
         texts = _texts(records, min(total, _TOKENIZER_RECORDS), Formatter(model.data_formatter), np.random.RandomState(config.seed))
         temporary = folder / ".tokenizer.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         train_tokenizer(texts, config.tokenizer.vocab_size, temporary)
         shutil.rmtree(target, ignore_errors=True)
         temporary.replace(target)
-    return BaseModelConfig.load(config.model, overrides=[f"llm.tokenizer.identifier={target}"])
+    return BaseModelConfig.load(model_folder(config.model), overrides=[f"llm.tokenizer.identifier={target}"])
 
 
 def _texts(records: Records, total: int, formatter: Formatter, rng: np.random.RandomState) -> Iterator[str]:
@@ -204,10 +205,9 @@ def _claim(folder: Path, config: PrepareConfig, records: Records) -> None:
 
 def _model_text(model: str) -> str:
     """What a preparation takes of a model: its configuration, and the tokenizer of a model folder."""
-    path = Path(model)
-    files = (
-        [path] if path.is_file() else [path / name for name in ("config.yaml", "config.json", "tokenizer.json", "tokenizer/tokenizer.json")]
-    )
+    path = model_folder(model)
+    names = ("config.yaml", "tokenizer/tokenizer.json", "config.json", "tokenizer.json", *PROCESSOR_FILES)
+    files = [path] if path.is_file() else [path / name for name in names]
     return model if not path.exists() else "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from molmo_core.checkpoint.folder import Published
 from molmo_core.checkpoint.layouts import published_links
 from molmo_core.checkpoint.links import export_specs, model_tensors
 from molmo_core.checkpoint.published_config import read_published_config
 from molmo_core.checkpoint.published_export import published_layout_of, write_published_files
-from molmo_core.models.base import BaseModelConfig, config_class
 from molmo_core.preprocessing.tokenizer import Tokenizer
+from molmo_core.registry import BaseModelConfig, config_class
 
 CONFIGS = Path(__file__).parents[3] / "configs/models"
 Shapes = dict[str, tuple[int, ...]]
@@ -130,7 +131,7 @@ def any_tokenizer(golden) -> Tokenizer:
 def test_exported_settings_describe_the_same_model(name, any_tokenizer, tmp_path):
     config = BaseModelConfig.load(CONFIGS / f"{name}.yaml")
     write_published_files(tmp_path, config, published_layout_of(config), any_tokenizer, "bfloat16")
-    data = read_published_config(tmp_path)
+    data = read_published_config(Published.read(tmp_path))
     again = config_class(data["model_name"]).from_dict(data)
     assert stored(again) == PUBLISHED[name]
     assert again.llm.head_width == config.llm.head_width
@@ -192,7 +193,7 @@ RELEASED_4B = {
 @pytest.mark.parametrize(("name", "released"), [("molmo-7b-d", RELEASED_7B_D), ("molmo2-4b", RELEASED_4B)])
 def test_released_settings_are_understood(name, released, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(released))
-    data = read_published_config(tmp_path)
+    data = read_published_config(Published.read(tmp_path))
     config = config_class(data["model_name"]).from_dict(data)
     assert stored(config) == PUBLISHED[name]
     assert config.llm.tokenizer.identifier == str(tmp_path)
@@ -219,13 +220,13 @@ def test_released_settings_are_understood(name, released, tmp_path):
 def test_settings_that_do_not_exist_here_are_refused(change, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RELEASED_7B_D | change))
     with pytest.raises(ValueError, match=re.escape(message)):
-        config_class("molmo").from_dict(read_published_config(tmp_path))
+        config_class("molmo").from_dict(read_published_config(Published.read(tmp_path)))
 
 
 def test_molmo2_with_tokens_elsewhere_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RELEASED_4B | {"image_patch_id": 5}))
     with pytest.raises(ValueError, match=r"image_patch_id=5, expected vocab_size \+ 2 = 151938"):
-        read_published_config(tmp_path)
+        read_published_config(Published.read(tmp_path))
 
 
 def test_the_export_spells_settings_as_the_release(any_tokenizer, tmp_path):

@@ -14,10 +14,11 @@ from transformers import PretrainedConfig
 
 from molmo_core.checkpoint import CheckpointError, from_pretrained
 from molmo_core.checkpoint.export import export_checkpoint
+from molmo_core.checkpoint.folder import Published
 from molmo_core.checkpoint.published_config import read_published_config
 from molmo_core.config import ConfigError
-from molmo_core.models.base import BaseModelConfig, config_class
 from molmo_core.models.molmo2 import Molmo2Config
+from molmo_core.registry import BaseModelConfig, config_class
 from tests.molmo_core.checkpoint.tiny_molmo2 import native_config, our_config
 
 PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -171,20 +172,20 @@ def test_processors_in_one_file_as_transformers_saves_them(published, tmp_path):
     """transformers 5 keeps all settings in processor_config.json."""
     folder = tmp_path / "joined"
     shutil.copytree(published / "molmo2", folder)
-    expected = read_published_config(folder)["mm_preprocessor"]
+    expected = read_published_config(Published.read(folder))["mm_preprocessor"]
     joined = json.loads((folder / "processor_config.json").read_text())
     for part, file in (("image_processor", "preprocessor_config.json"), ("video_processor", "video_preprocessor_config.json")):
         joined[part] = json.loads((folder / file).read_text())
         (folder / file).unlink()
     (folder / "processor_config.json").write_text(json.dumps(joined))
-    assert read_published_config(folder)["mm_preprocessor"] == expected
+    assert read_published_config(Published.read(folder))["mm_preprocessor"] == expected
     for part, value, message in (
         ("video_processor", joined["video_processor"] | {"resample": 3}, "resample=3 is not implemented; only 2"),
         ("image_processor", [1], r"image_processor=\[1\] must be a JSON object"),
     ):
         (folder / "processor_config.json").write_text(json.dumps(joined | {part: value}))
         with pytest.raises(CheckpointError, match=rf"joined/processor_config\.json: {message}"):
-            read_published_config(folder)
+            read_published_config(Published.read(folder))
 
 
 def test_dropout_survives(golden, tmp_path):
@@ -232,7 +233,7 @@ def test_any_wrong_value_gives_a_configuration_error(published, tmp_path, kind, 
                 part[path[-1]] = value
             (folder / file).write_text(json.dumps(data))
             try:
-                read = read_published_config(folder)
+                read = read_published_config(Published.read(folder))
                 config_class(read["model_name"]).from_dict(read)
             except ConfigError:
                 pass

@@ -6,14 +6,15 @@ import yaml
 from tiny_molmo import collate, example, tiny_config, tiny_model
 from torch import nn
 
+from molmo_core.checkpoint.links import clean_name
 from molmo_core.config import ConfigError
-from molmo_core.models.base import BaseModelConfig, ModelBase, clean_name
+from molmo_core.models.base import BaseModelConfig, ModelBase
 from molmo_core.models.molmo import Molmo, MolmoConfig
-from molmo_core.nn.image_tokens import ImageTokenIds
 from molmo_core.nn.llm import Block
 from molmo_core.nn.vit import VitBlock
 from molmo_core.preprocessing.tiling import Tiling
 from molmo_core.preprocessing.tokenizer import Tokenizer
+from molmo_core.tokens import ImageTokenIds
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
@@ -70,8 +71,8 @@ def test_model_and_tokenizer_agree_on_the_image_tokens(golden, folder):
 
 def test_molmo2_and_its_tokenizer_agree_on_the_image_tokens(golden):
     tokenizer = Tokenizer.load(golden / "tokenizer", first_special_id=448, layout="molmo2")
-    check_image_tokens(ImageTokenIds.molmo2(448), tokenizer)
-    assert tokenizer.frame_end_token_id == ImageTokenIds.molmo2(448).frame_end
+    check_image_tokens(ImageTokenIds.of("molmo2", 448), tokenizer)
+    assert tokenizer.frame_end_token_id == ImageTokenIds.of("molmo2", 448).frame_end
 
 
 def check_image_tokens(ids: ImageTokenIds, tokenizer: Tokenizer) -> None:

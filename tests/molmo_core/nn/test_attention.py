@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
 from molmo_core.nn.attention import Cached, SequenceLayout, Whole, attend, attention_weights
-from molmo_core.nn.image_tokens import ImageTokenIds, sequence_layout
 from molmo_core.nn.kv_cache import KVCache
+from molmo_core.nn.sequence_layout import sequence_layout
+from molmo_core.tokens import ImageTokenIds
 
-MOLMO, MOLMO2 = ImageTokenIds.molmo(100), ImageTokenIds.molmo2(100)
+MOLMO, MOLMO2 = ImageTokenIds.of("molmo", 100), ImageTokenIds.of("molmo2", 100)
 MODES = (None, "image_tokens", "within_image", "image_to_question")
 
 

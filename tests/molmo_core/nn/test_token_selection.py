@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from molmo_core.config import ConfigError
-from molmo_core.nn.token_selection import TokenScorerConfig, TokenScoring, TokenSelectionConfig, select_tokens
+from molmo_core.nn.selection_configs import TokenScorerConfig, TokenSelectionConfig
+from molmo_core.nn.token_selection import TokenScoring, select_tokens
 
 B, N_LOW, N, D, LAYERS = 2, 4, 6, 8, 3
 

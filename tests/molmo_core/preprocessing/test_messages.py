@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molmo_core.preprocessing.messages import SHARED_SEGMENT, Annotation, MediaTokens, MessageWeight, assemble_sequence
+from molmo_core.preprocessing.messages import Annotation, MediaTokens, MessageWeight, assemble_sequence
 from molmo_core.preprocessing.tokenizer import Tokenizer
+from molmo_core.tokens import SHARED_SEGMENT
 
 MEDIA = [MediaTokens(np.arange(448, 452)), MediaTokens(np.array([448, 450, 450, 449]))]
 WORDS = st.text("abc dé.", min_size=1, max_size=12)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import benchmarks.packing
-from molmo_core.preprocessing.packing import PACK_STRIDE, Packer, best_fill, pack, unpack
+from molmo_core.preprocessing.packing import Packer, best_fill, pack, unpack
+from molmo_core.tokens import PACK_STRIDE
 
 lengths = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 10)), min_size=1, max_size=120)
 buffers = st.integers(1, 12)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from qwen_vocabulary import QWEN2_SPECIALS, QWEN3_SPECIALS, write_qwen_tokenizer
 from tokenizers import Tokenizer as RawTokenizer
 
-from molmo_core.preprocessing.tokenizer import SPECIAL_TOKENS, Tokenizer
+from molmo_core.preprocessing.tokenizer import Tokenizer
+from molmo_core.tokens import SPECIAL_TOKENS
 
 
 @pytest.fixture(scope="module")

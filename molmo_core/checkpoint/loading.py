@@ -1,0 +1,81 @@
+"""Loading checkpoints of any layout: own or published, from a folder or from the hub, without remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molmo_core.checkpoint.folder import Published, local_folder, locate
+from molmo_core.checkpoint.layouts import detect_layout, published_links
+from molmo_core.checkpoint.links import Link, LoadReport, Model, load_tensors, model_tensors, same_names
+from molmo_core.checkpoint.safetensors_stream import SafetensorsReader, model_dtype
+from molmo_core.registry import BaseModelConfig
+
+
+def load_model(path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None) -> Any:
+    """The model that a path is, with its weights, in eval mode; tokenizer and preprocessing settings come with it (`model.config`).
+
+    Reads own checkpoints and the published layouts of Molmo, MolmoE and Molmo2 (as released, and as transformers saves
+    them), sharded or not. The model is built without memory and filled tensor by tensor: the peak is the model and one buffer.
+
+    Args:
+        path: a folder, or a hub repository such as `allenai/Molmo-7B-D-0924` (its local cache is used when there).
+        dtype: floating-point type, e.g. `torch.bfloat16` or `"bfloat16"` (None: as stored).
+        device: where the model goes (None: CPU).
+
+    Returns:
+        A `molmo_core.models.base.ModelBase`.
+
+    Raises:
+        CheckpointError: no such checkpoint, an unknown layout, pickled weights, or tensors that do not fit.
+        ValueError: `dtype` is not a floating-point type.
+    """
+    dtype, found = model_dtype(dtype), locate(path)
+    config = BaseModelConfig.load(found)
+    reader = SafetensorsReader(found.folder if isinstance(found, Published) else found.parent)
+    with torch.device("meta"):
+        model = config.build_model()
+    load_tensors(model, reader, checkpoint_links(model, reader, found), strict=True, dtype=dtype, device=device)
+    return model.eval()
+
+
+def from_pretrained(
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """`load_model` under the name and with the arguments that the published examples use.
+
+    Args:
+        path, dtype, device: see `load_model`.
+        trust_remote_code: accepted because existing calls pass it; no code of a checkpoint is ever run.
+    """
+    return load_model(path, dtype, device)
+
+
+def load_checkpoint(model: Model, path: str | Path, strict: bool = True) -> LoadReport:
+    """Reads weights into an existing model, which may be sharded (FSDP2), keeping its dtype and device.
+
+    Args:
+        model: a model of the same configuration.
+        path: an own checkpoint, a published one (config.json), a hub repository, or a bare safetensors file with own names.
+        strict: every tensor must be there and be used; False reports what was not.
+
+    Raises:
+        CheckpointError: naming every missing, unexpected and mis-shaped tensor; or the file is a pickle.
+    """
+    path = local_folder(path)
+    reader = SafetensorsReader(path)
+    return load_tensors(model, reader, checkpoint_links(model, reader, locate(path) if path.is_dir() else path), strict)
+
+
+def checkpoint_links(model: Model, reader: SafetensorsReader, found: Path | Published) -> list[Link]:
+    """How the tensors of a checkpoint correspond to the model's; `found` is what `locate` says of it."""
+    names = model_tensors(model)
+    if not isinstance(found, Published):
+        return same_names(names)
+    layout = detect_layout(found.model_type or "", reader.specs, found.folder)
+    return published_links(layout, names, model.config.llm, reader.specs)

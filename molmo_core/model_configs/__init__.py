@@ -1,0 +1,1 @@
+"""The models' configurations: what a YAML file says. Imported without torch."""
