@@ -23,6 +23,8 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
         print(f"  {report['truncated']:,} examples lost their last annotations to fit {report['sequence_length']:,} tokens")
     for reason, count in report["rejected_by_reason"].items():
         print(f"  rejected {count:,}: {reason}")
+    if report["fields_not_used"]:
+        print("  fields not used: " + ", ".join(f"{name} {count:,}" for name, count in report["fields_not_used"].items()))
     print(f"  report: {settings.output}/report.html")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,9 +44,10 @@ class ExampleBuilder:
         """
         return self.build(self.example(record), rng)
 
-    def example(self, record: Record) -> dict[str, Any]:
-        """What the preprocessor will be given, media still as references; raises `Rejected`, whatever the record holds."""
-        return {**self.defaults, **read_record(record)}
+    def example(self, record: Record, counts: Counter[str] | None = None) -> dict[str, Any]:
+        """What the preprocessor will be given, media still as references; raises `Rejected`, whatever the record holds. `counts` gets
+        the names of the fields that were not used."""
+        return {**self.defaults, **read_record(record, counts)}
 
     def build(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
         """Decodes and preprocesses an `example`; raises `Rejected`."""
@@ -58,6 +60,8 @@ class ExampleBuilder:
         except Exception as error:  # of whatever the record holds; the reject rate tells a bug from a bad record
             raise Rejected("record: cannot be preprocessed", f"{type(error).__name__}: {error}") from error
         if not np.any(np.asarray(result.get("loss_masks", 1)) > 0):
+            if _untrained(example):
+                raise Rejected("record: nothing to train on", "weight is 0 for all of its answers")
             raise Rejected("record: no answer within the sequence length", f"{len(result['input_ids']):,} tokens")
         result["metadata"] = {**metadata, **(result.get("metadata") or {})}
         return result
@@ -88,3 +92,14 @@ class ExampleBuilder:
             return load_image(data, max_pixels=self.max_image_pixels)  # checks the limit before decoding
         except MediaError as error:
             raise unusable("image", error, f"{field}: ") from None
+
+
+def _untrained(example: dict[str, Any]) -> bool:
+    """Whether all weights of an example are 0."""
+
+    def zero(item: dict[str, Any]) -> bool:
+        settings = item.get("message_weight") or example.get("message_weight") or {}
+        turns = [turn for turn in item.get("messages", ())[1::2] if isinstance(turn, dict)]
+        return item.get("weight") == 0 or settings.get("weight") == 0 or (bool(turns) and all(turn.get("weight") == 0 for turn in turns))
+
+    return example.get("weight") == 0 or all(map(zero, example.get("message_list", [example])))

@@ -16,6 +16,7 @@ import pickle
 import signal
 import tempfile
 import threading
+from collections import Counter
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -57,9 +58,9 @@ class IsolatedBuilder:
         """The preprocessed example; raises `Rejected`, also for a video that crashes its decoder or takes too long."""
         return self.build(self.example(record), rng)
 
-    def example(self, record: Record) -> dict[str, Any]:
+    def example(self, record: Record, counts: Counter[str] | None = None) -> dict[str, Any]:
         """As the builder's."""
-        return self.builder.example(record)
+        return self.builder.example(record, counts)
 
     def build(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
         """As the builder's, but for videos."""

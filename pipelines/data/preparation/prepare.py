@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -242,6 +243,7 @@ def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]],
         "rows_per_second": round(made / max(seconds, 1e-9), 1),
         "sequence_length": config.sequence_length or max(tokens, default=0),
         "truncated": sum(s["truncated"] for s in ordered),
+        "fields_not_used": dict(sum((collections.Counter(s["fields_not_used"]) for s in ordered), collections.Counter()).most_common()),
         "tokens": sum(tokens),
         "longest": max(tokens, default=0),
         "crops": sum(crops),

@@ -15,6 +15,7 @@ from pipelines.data.preparation.charts import bars, histogram
 
 PAGE = "report.html"
 _PACKED_EXAMPLES = 2000
+_FIELDS = 20
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; background: #fff; }
 h1 { font-size: 1.4rem; margin-bottom: .2rem }
@@ -65,6 +66,8 @@ def write_report(
     ]
     if report["rejected_by_reason"]:
         charts.append(bars(report["rejected_by_reason"], "Rejected records"))
+    if report["fields_not_used"]:
+        charts.append(bars(dict(list(report["fields_not_used"].items())[:_FIELDS]), "Fields not used, records"))
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rejected[:50])
     listed = f"<h2>First rejected records</h2><table><tr><th>source<th>row<th>reason<th>detail</tr>{rows}</table>" if rows else ""
     name = html.escape(str(folder))

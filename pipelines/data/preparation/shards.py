@@ -30,8 +30,8 @@ _BATCH_BYTES = 64 << 20
 class Builder(Protocol):
     """An `ExampleBuilder`, or one that isolates videos."""
 
-    def example(self, record: Record) -> dict[str, Any]:
-        """What `build` takes; raises `Rejected`."""
+    def example(self, record: Record, counts: collections.Counter[str]) -> dict[str, Any]:
+        """What `build` takes; counts the fields that were not used; raises `Rejected`."""
         ...
 
     def build(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def write_shard(
     """Makes and commits one shard. With a pool of threads, remote images are fetched ahead.
 
     Returns:
-        Its summary: rows_in, rows_out, rejected [[source, row, reason, detail], ...], truncated, tokens and crops of each example,
-        bytes, seconds.
+        Its summary: rows_in, rows_out, rejected [[source, row, reason, detail], ...], truncated, fields_not_used {name: rows},
+        tokens and crops of each example, bytes, seconds.
     """
     started = time.perf_counter()
     rejected: list[list[Any]] = []
@@ -59,10 +59,11 @@ def write_shard(
     crops: list[int] = []
     truncated = 0
     rows_in: collections.Counter[str] = collections.Counter()
+    fields: collections.Counter[str] = collections.Counter()
 
     def open_example(i: int) -> Opened:
         try:
-            return builder.example(records[i])
+            return builder.example(records[i], fields)
         except Rejected as reason:
             return reason
 
@@ -102,6 +103,7 @@ def write_shard(
         "rows_out": len(tokens),
         "rejected": rejected,
         "truncated": truncated,
+        "fields_not_used": dict(fields),
         "tokens": tokens,
         "crops": crops,
         "bytes": path.stat().st_size,

@@ -52,7 +52,7 @@ class Numbers:
 class Maker:
     """Some tokens, and crops for two of three; every seventh record is unusable."""
 
-    def example(self, record):
+    def example(self, record, counts=None):
         return record
 
     def build(self, record, rng):
