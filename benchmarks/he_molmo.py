@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from molmo_core.inputs import Inputs
 from molmo_core.models.he_molmo import HeMolmo, HeMolmoConfig
 from molmo_core.models.molmo import Molmo, MolmoConfig
 from molmo_core.nn.kv_cache import KVCache
@@ -39,7 +40,7 @@ ANSWER_PROMPT = 4
 class TwoPassHeMolmo(HeMolmo):
     """The published way: the second pass starts from scratch."""
 
-    def may_reuse_first_pass(self, batch: dict[str, Any]) -> bool:
+    def may_reuse_first_pass(self, inputs: Inputs) -> bool:
         return False
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from molmo_core.generation.beam_search import BeamSearch
 from molmo_core.generation.sampling import SamplingConfig, next_token
+from molmo_core.inputs import as_batch, default_positions, last_positions
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.outputs import OLMoGenerateOutput
 
@@ -70,18 +70,13 @@ def generate(
     return OLMoGenerateOutput(tokens, _texts(model, tokens, eos), scores, internal=decoder.internal)
 
 
-def prepare_inputs(model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def prepare_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch on the model's device: arrays become tensors, one example [S] a batch of one, training keys are left out.
 
     Raises:
         ValueError: a row without a token, or packed examples.
     """
-    device = next(model.parameters()).device
-    tensors = {k: v for k, v in inputs.items() if v is not None and k not in TRAINING_KEYS}
-    tensors = {k: torch.tensor(v) if isinstance(v, np.ndarray | list) else v for k, v in tensors.items()}  # copies: arrays may be read-only
-    if tensors["input_ids"].ndim == 1:
-        tensors = {k: v.unsqueeze(0) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
-    tensors = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
+    tensors = as_batch({k: v for k, v in inputs.items() if v is not None and k not in TRAINING_KEYS}, model.device)
     if "subsegment_ids" in tensors:
         raise ValueError("generate: subsegment_ids mark message trees and packed examples; a prompt is one conversation a row")
     mask = tensors.setdefault("attention_mask", tensors["input_ids"] != PAD_TOKEN_ID).bool()
@@ -103,11 +98,9 @@ class Decoder:
         """Logits [B, E] float32 after the last valid token of every prompt."""
         mask = batch["attention_mask"].bool()
         rows, length = mask.shape
-        last = (mask.long() * torch.arange(1, length + 1, device=mask.device)).argmax(1)
         positions = batch.get("position_ids")
-        if positions is None:
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        self._next_position = positions.gather(1, last.unsqueeze(1)) + 1
+        positions = default_positions(mask) if positions is None else positions
+        self._next_position = positions.gather(1, last_positions(mask).unsqueeze(1)) + 1
         # The mask has room for all new tokens; a step sees the part that exists by then.
         self._mask = torch.cat([mask, mask.new_ones(rows, self._new)], dim=1)
         self._length = length

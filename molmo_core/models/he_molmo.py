@@ -6,18 +6,19 @@ the second pass, at rotary positions that tell where in the image they are. See 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
+from molmo_core.inputs import Inputs
 from molmo_core.model_configs.he_molmo import HeMolmoConfig
 from molmo_core.models.image_inputs import FeatureTarget, add_features
-from molmo_core.models.molmo import Encoded, Molmo
+from molmo_core.models.molmo import Embedded, Molmo
 from molmo_core.models.video_olmo import share_low_embedding
-from molmo_core.nn.attention import Cached
+from molmo_core.nn.attention import Attention, Whole
 from molmo_core.nn.kv_cache import KVCache
-from molmo_core.nn.llm import BlockInputs, TransformerOutput
+from molmo_core.nn.llm import Pass, TransformerOutput
 from molmo_core.nn.sequence_layout import in_image
 from molmo_core.nn.token_selection import Selection, TokenScoring, select_tokens
 
@@ -26,10 +27,10 @@ class _FirstPass(NamedTuple):
     """What the first pass over [B, S_low] leaves behind."""
 
     blocks: TransformerOutput
-    cache: KVCache | None = None
-    """Keys and values of all layers, if the second pass may go on from them."""
-    ends: torch.Tensor | None = None
+    ends: torch.Tensor
     """int64 [B], where the low-resolution image ends; -1 in rows without one."""
+    done: int
+    """Tokens, the same number in all rows, whose keys and values in the cache are final."""
 
 
 class HeMolmo(TokenScoring, Molmo):
@@ -51,6 +52,8 @@ class HeMolmo(TokenScoring, Molmo):
     )  # fmt: skip
     CONNECTOR: ClassVar[tuple[str, ...]] = (*Molmo.CONNECTOR, *(f"{name}." for name in TokenScoring.SCORER_LAYERS))
 
+    FILLS_CACHE: ClassVar[bool] = True
+
     def __init__(self, config: HeMolmoConfig):
         super().__init__(config)
         self.build_scorer(config.token_scorer, config.llm.d_model, config.low_res_layers, config.llm.layer_norm_eps)
@@ -66,125 +69,120 @@ class HeMolmo(TokenScoring, Molmo):
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         return self.transformer.wte(share_low_embedding(ids, self.config.image_tokens) if self.config.shared_low_high_embedding else ids)
 
-    def add_images(self, x: torch.Tensor, batch: dict[str, Any], first_call: bool = True) -> torch.Tensor:
-        """Reached by batches without an image. As in Molmo, every rank does what ranks with images do: a first pass, and scoring."""
-        x = super().add_images(x, batch, first_call)
-        if first_call and (self.training or isinstance(self, FSDPModule)):
-            token = x[:, :1] if self.config.token_scorer.bp_low_res_embed else x[:, :1].detach()
-            positions = token.new_zeros(token.shape[:2], dtype=torch.int64)
-            response = None if not self.training else torch.zeros_like(positions, dtype=torch.bool)
-            shared = BlockInputs(self.attention(None), response)
-            first = self._first_blocks(self.transformer.prepare(token), positions, shared, self.may_reuse_first_pass(batch))
-            scorer = [p for name, p in self.named_parameters() if name.startswith(self.SCORER_LAYERS)]
-            x = x + 0 * torch.stack([t.sum() for t in (*first.blocks.hidden_states, *scorer)]).sum()
-        return x
+    def inputs(self, given: Mapping[str, Any], past: int = 0) -> Inputs:
+        inputs = super().inputs(given, past)
+        if inputs.images is None:
+            return inputs
+        missing = [name for name in (*self.FEATURES, "position_ids") if given.get(name) is None]
+        if missing:
+            raise ValueError(f"HeMolmo: images need {', '.join(missing)} as well (the preprocessor gives them)")
+        if past:
+            raise ValueError("HeMolmo: images come with the prompt, in the first call of a cache")
+        numbers = ("low_res_tokens_idx", "high_res_tokens_idx", "high_res_pos_ids")
+        return inputs._replace(features={**inputs.features, **{name: inputs.features[name].long() for name in numbers}})
 
-    def encode(
-        self,
-        batch: dict[str, Any],
-        valid: torch.Tensor,
-        response: torch.Tensor | None,
-        cache: KVCache | None,
-        output_hidden_states: bool,
-        output_attentions: bool,
-    ) -> Encoded:
-        if batch["images"] is None:
-            return super().encode(batch, valid, response, cache, output_hidden_states, output_attentions)
-        batch = self._checked(batch, cache)
-        config, ids, tokens = self.config, batch["input_ids"], self.config.image_tokens
-        assert self.vision_backbone is not None
+    def embed(self, inputs: Inputs, cache: KVCache | None = None) -> Embedded:
+        """Both passes' embeddings: the first pass runs here. What it has done for good stays in the cache (see `may_reuse_first_pass`)."""
+        cache = cache if self.may_reuse_first_pass(inputs) else None
+        if inputs.images is None:
+            embedded = super().embed(inputs)
+            return embedded._replace(tokens=self._stand_in(embedded.tokens, cache is not None)) if self.stands_in(inputs) else embedded
+        if self.vision_backbone is None:
+            raise ValueError("images were given to a text-only model (vision_backbone is null)")
+        config, ids, low_id, given = self.config, inputs.input_ids, self.config.image_tokens.low, inputs.features
         (low, low_present), (high, high_present) = self.vision_backbone(
-            batch["images"], batch["image_masks"], batch["low_res_tokens_idx"], batch["high_res_tokens_idx"]
+            inputs.images, inputs.image_masks, given["low_res_tokens_idx"], given["high_res_tokens_idx"]
         )
         high = high * high_present[..., None]
-        x = self.embed_tokens(ids.masked_fill(~valid, 0).clamp(min=0))
-        x = add_features(x, ids, low, low_present, FeatureTarget(batch["low_res_tokens_idx"], token_id=tokens.low))
-        positions = batch["position_ids"].clamp(min=0)
-
-        first = self._first_pass(x, batch, valid, response, positions, output_attentions)
-        assert first.ends is not None
+        x = add_features(
+            self.embed_tokens(inputs.token_ids), ids, low, low_present, FeatureTarget(given["low_res_tokens_idx"], token_id=low_id)
+        )
+        tokens = Pass(x, inputs.positions, inputs.real, inputs.response)
+        first = self._first_pass(tokens, inputs, cache)
         length = first.blocks.hidden.shape[1]
         scores, low_scores = self.score_candidates(
             first.blocks.hidden_states[: config.low_res_layers],
-            token_positions(ids[:, :length] == tokens.low, low.shape[1]),
+            token_positions(ids[:, :length] == low_id, low.shape[1]),
             (first.ends - 1).clamp(min=0),
             high,
             high_present,
-            batch["low_to_high"],
+            given["low_to_high"],
         )
-        slots = batch["high_res_features_weights"]
         scaled = config.token_scorer.selection_model != "random"
-        selection = select_tokens(config.token_selector, scores, high_present, slots, self.training, scaled)
-
-        x, positions, scale = self._place(x, positions, batch, high, selection)
-        weights: dict[int, torch.Tensor] | None = {} if output_attentions else None
-        blocks = self._second_pass(first, x, batch, valid, response, positions, scale, cache, output_hidden_states, weights)
+        selection = select_tokens(config.token_selector, scores, high_present, given["high_res_features_weights"], self.training, scaled)
         metrics = dict(selection.metrics)
         if selection.loss is not None:
             metrics["selection_loss"] = selection.loss.detach()
         internal = {"selected": selection.indices, "high_res_importance": scores.detach()}
         if low_scores is not None:
             internal["low_res_importance"] = low_scores.detach()
-        return Encoded(blocks, weights, selection.loss, metrics, internal)
+        tokens = self._placed(tokens, inputs, high, selection)
+        if not first.done:
+            return Embedded(tokens, None, selection.loss, metrics, internal)
+        done = TransformerOutput(first.blocks.hidden[:, : first.done], [h[:, : first.done] for h in first.blocks.hidden_states], [])
+        return Embedded(tokens.part(first.done, x.shape[1]), done, selection.loss, metrics, internal)
 
-    def _first_pass(
-        self,
-        x: torch.Tensor,
-        batch: dict[str, Any],
-        valid: torch.Tensor,
-        response: torch.Tensor | None,
-        positions: torch.Tensor,
-        output_attentions: bool,
-    ) -> _FirstPass:
-        """The language model over the question and the low-resolution image: x [B, S, d], with its features."""
-        scorer = self.config.token_scorer
-        end = batch["input_ids"] == self.config.image_tokens.end
-        ends = torch.where(end.any(1), end.int().argmax(1), -1)
-        length = int(ends.max()) + 1
-        view, valid, response = _cut(batch, valid, response, 0, length)
-        x, positions = x[:, :length], positions[:, :length]
-        if scorer.unconditioned:
-            image = in_image(view["input_ids"], self.config.image_tokens)
-            x, valid = x * image[..., None], valid & image
-        shared = BlockInputs(self.attention(self.attention_mask(view, valid, 0, response)), response, valid=valid)
-        x = self.transformer.prepare(x if scorer.bp_low_res_embed else x.detach())
-        keep = self.may_reuse_first_pass(batch) and not output_attentions
-        return self._first_blocks(x, positions, shared, keep)._replace(ends=ends)
-
-    def _first_blocks(self, x: torch.Tensor, positions: torch.Tensor, shared: BlockInputs, keep: bool) -> _FirstPass:
-        """The blocks of the first pass; all of them, with their keys and values, if the second pass will go on from there."""
-        if keep:
-            cache = KVCache()
-            shared = shared._replace(attention=Cached(cache, shared.attention))
-            return _FirstPass(self.transformer.run_blocks(x, positions, shared, output_hidden_states=True), cache)
-        scorer, layers = self.config.token_scorer, self.config.low_res_layers
-        start, stop = scorer.bp_low_res_start, min(max(scorer.bp_low_res_end, scorer.bp_low_res_start), layers)
-        hidden_states: list[torch.Tensor] = []
-        for part, grad in ((range(start), False), (range(start, stop), True), (range(stop, layers), False)):
-            with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-                blocks = self.transformer.run_blocks(x, positions, shared, output_hidden_states=True, layers=part)
-            x = blocks.hidden
-            hidden_states += blocks.hidden_states
-        return _FirstPass(blocks._replace(hidden_states=hidden_states))
-
-    def may_reuse_first_pass(self, batch: dict[str, Any]) -> bool:
+    def may_reuse_first_pass(self, inputs: Inputs) -> bool:
         """Whether the tokens of the first pass see the same in the second: no gradient, no dropout, nothing ahead, the question too."""
-        mask = batch["attention_mask"]
         return (
             not torch.is_grad_enabled()
             and not self.training
             and not self.config.token_scorer.unconditioned
             and self.config.bi_directional_attn in (None, "within_image")
-            and batch["subsegment_ids"] is None
-            and (mask is None or mask.dim() == 2)
+            and inputs.segments is None
+            and inputs.mask is None
         )
 
-    def _place(
-        self, x: torch.Tensor, positions: torch.Tensor, batch: dict[str, Any], high: torch.Tensor, selection: Selection
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The chosen candidates at their tokens: embeddings, positions and attention-value factors, [B, S, d], [B, S], [B, S]."""
-        ids, patch = batch["input_ids"], self.config.image_tokens.patch
-        found, wanted = (ids == patch).sum(1), (batch["high_res_features_weights"] > 0).sum(1)
+    def _first_pass(self, tokens: Pass, inputs: Inputs, cache: KVCache | None) -> _FirstPass:
+        """The language model over the question and the low-resolution image: tokens with its features.
+
+        With a cache all blocks run, and the keys and values that the second pass can use stay there.
+        """
+        scorer = self.config.token_scorer
+        end = inputs.input_ids == self.config.image_tokens.end
+        ends = torch.where(end.any(1), end.int().argmax(1), -1)
+        length = int(ends.max()) + 1
+        tokens, view = tokens.part(0, length), inputs.first(length)
+        if scorer.unconditioned and view.valid is not None:
+            image = in_image(view.input_ids, self.config.image_tokens)
+            view = view._replace(valid=view.valid & image)
+            tokens = tokens._replace(x=tokens.x * image[..., None], valid=view.valid)
+        tokens = tokens if scorer.bp_low_res_embed else tokens._replace(x=tokens.x.detach())
+        blocks = self._first_blocks(tokens, self.attention(view, cache=cache), cache is not None)
+        if cache is None:
+            return _FirstPass(blocks, ends, 0)
+        done = int(torch.where(ends >= 0, ends + 1, length).min())
+        cache.truncate(done)
+        return _FirstPass(blocks, ends, done)
+
+    def _first_blocks(self, tokens: Pass, attention: Attention, all_layers: bool) -> TransformerOutput:
+        """The blocks of the first pass: all of them, without a gradient, or those that the scorer reads."""
+        if all_layers:
+            return self.run(tokens, attention, output_hidden_states=True)
+        scorer, layers = self.config.token_scorer, self.config.low_res_layers
+        start, stop = scorer.bp_low_res_start, min(max(scorer.bp_low_res_end, scorer.bp_low_res_start), layers)
+        hidden_states: list[torch.Tensor] = []
+        blocks = TransformerOutput(self.transformer.first_hidden(tokens.x), [], [])
+        for part, grad in ((range(start), False), (range(start, stop), True), (range(stop, layers), False)):
+            with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+                blocks = self.transformer.run_blocks(tokens._replace(x=blocks.hidden), attention, True, part)
+            hidden_states += blocks.hidden_states
+        return blocks._replace(hidden_states=hidden_states)
+
+    def _stand_in(self, tokens: Pass, all_layers: bool) -> Pass:
+        """For a batch without images: as in Molmo, every rank does what ranks with images do: a first pass, and scoring."""
+        token = tokens.part(0, 1)
+        x = token.x if self.config.token_scorer.bp_low_res_embed else token.x.detach()
+        positions = torch.zeros_like(token.positions)
+        token = Pass(x, positions, response=torch.zeros_like(positions, dtype=torch.bool) if self.training else None)
+        first = self._first_blocks(token, Whole(), all_layers)
+        scorer = [p for name, p in self.named_parameters() if name.startswith(self.SCORER_LAYERS)]
+        return tokens._replace(x=tokens.x + 0 * torch.stack([t.sum() for t in (*first.hidden_states, *scorer)]).sum())
+
+    def _placed(self, tokens: Pass, inputs: Inputs, high: torch.Tensor, selection: Selection) -> Pass:
+        """The tokens with the chosen candidates: their features, their positions and their attention-value factors."""
+        ids, patch, given = inputs.input_ids, self.config.image_tokens.patch, inputs.features
+        found, wanted = (ids == patch).sum(1), (given["high_res_features_weights"] > 0).sum(1)
         if not torch.equal(found, wanted):
             row = int((found != wanted).nonzero()[0, 0])
             raise ValueError(
@@ -194,59 +192,14 @@ class HeMolmo(TokenScoring, Molmo):
         slots = token_positions(ids == patch, selection.indices.shape[1])
         index = selection.indices.clamp(max=high.shape[1] - 1)
         chosen = high.gather(1, index[..., None].expand(-1, -1, high.shape[-1]))
-        x = add_features(x, ids, chosen, selection.valid, FeatureTarget(selection.indices, positions=slots))
-        moved = torch.where(selection.valid, batch["high_res_pos_ids"].gather(1, index), 0)
-        positions = positions.scatter_add(1, slots.clamp(min=0), moved)
+        x = add_features(tokens.x, ids, chosen, selection.valid, FeatureTarget(selection.indices, positions=slots))
+        moved = torch.where(selection.valid, given["high_res_pos_ids"].gather(1, index), 0)
+        tokens = tokens._replace(x=x, positions=tokens.positions.scatter_add(1, slots.clamp(min=0), moved))
         if selection.importance is None:
-            return x, positions, None
+            return tokens
         ones = torch.ones(ids.shape, dtype=torch.float32, device=ids.device)
         factors = torch.where(selection.valid, selection.importance - 1, 0.0)
-        return x, positions, ones.scatter_add(1, slots.clamp(min=0), factors)
-
-    def _second_pass(
-        self,
-        first: _FirstPass,
-        x: torch.Tensor,
-        batch: dict[str, Any],
-        valid: torch.Tensor,
-        response: torch.Tensor | None,
-        positions: torch.Tensor,
-        scale: torch.Tensor | None,
-        cache: KVCache | None,
-        output_hidden_states: bool,
-        weights: dict[int, torch.Tensor] | None,
-    ) -> TransformerOutput:
-        """The language model over the whole sequence, or over what follows the tokens that the first pass has done with."""
-        done = 0
-        if first.cache is not None and first.ends is not None:
-            done = int(torch.where(first.ends >= 0, first.ends + 1, first.blocks.hidden.shape[1]).min())
-            cache = KVCache() if cache is None else cache
-            for layer, (k, v) in enumerate(first.cache):
-                cache.update(layer, k[:, :, :done], v[:, :, :done])
-        view, _, response = _cut(batch, valid, response, done, x.shape[1])
-        attention = self.attention(self.attention_mask(view, valid, done, response), cache, weights)
-        shared = BlockInputs(attention, response, None if scale is None else scale[:, done:], valid[:, done:])
-        x = self.transformer.prepare(x[:, done:])
-        blocks = self.transformer.run_blocks(x, positions[:, done:], shared, output_hidden_states)
-        if not done:
-            return blocks
-        states = [torch.cat((a[:, :done], b), 1) for a, b in zip(first.blocks.hidden_states, blocks.hidden_states)]
-        return blocks._replace(hidden=torch.cat((first.blocks.hidden[:, :done], blocks.hidden), 1), hidden_states=states)
-
-    def _checked(self, batch: dict[str, Any], cache: KVCache | None) -> dict[str, Any]:
-        """The batch with int64 indices.
-
-        Raises:
-            ValueError: an input is missing, or the images come too late.
-        """
-        missing = [name for name in (*self.FEATURES, "position_ids") if batch.get(name) is None]
-        if missing:
-            raise ValueError(f"HeMolmo: images need {', '.join(missing)} as well (the preprocessor gives them)")
-        if cache is not None and cache.length:
-            raise ValueError("HeMolmo: images come with the prompt, in the first call of a cache")
-        if self.vision_backbone is None:
-            raise ValueError("images were given to a text-only model (vision_backbone is null)")
-        return batch | {name: batch[name].long() for name in ("low_res_tokens_idx", "high_res_tokens_idx", "high_res_pos_ids")}
+        return tokens._replace(scale=ones.scatter_add(1, slots.clamp(min=0), factors))
 
 
 def token_positions(where: torch.Tensor, n: int) -> torch.Tensor:
@@ -254,16 +207,3 @@ def token_positions(where: torch.Tensor, n: int) -> torch.Tensor:
     order = (~where).int().argsort(dim=1, stable=True)[:, :n]
     order = torch.nn.functional.pad(order, (0, n - order.shape[1]))
     return order.masked_fill(torch.arange(n, device=where.device) >= where.sum(1, keepdim=True), -1)
-
-
-def _cut(
-    batch: dict[str, Any], valid: torch.Tensor, response: torch.Tensor | None, first: int, last: int
-) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
-    """What the attention mask needs, for the queries first..last of all tokens up to `last`."""
-    given, segments = batch["attention_mask"], batch["subsegment_ids"]
-    view = {
-        "input_ids": batch["input_ids"][:, first:last],
-        "subsegment_ids": None if segments is None else segments[:, first:last],
-        "attention_mask": given[:, :, first:last, :last] if given is not None and given.dim() == 4 else valid[:, :last],
-    }
-    return view, valid[:, :last], None if response is None else response[:, first:last]

@@ -1,9 +1,8 @@
-"""From what a caller gives (arrays, single examples, either style of image index) to features added to token embeddings."""
+"""From either style of image index (or none) to features added to token embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,19 +20,6 @@ class FeatureTarget(NamedTuple):
     """The features belong, in order, to the tokens with this id ..."""
     positions: torch.Tensor | None = None
     """... or to these positions, int64 [B, n]."""
-
-
-def as_batch(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors with a batch axis on `device`. Arrays and lists are converted; if `input_ids` is one example [S], all get an axis."""
-    tensors = {k: _tensor(v) if isinstance(v, np.ndarray | list) else v for k, v in inputs.items()}
-    if tensors["input_ids"].dim() == 1:
-        tensors = {k: v[None] if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
-
-
-def _tensor(value: np.ndarray | list[Any]) -> torch.Tensor:
-    """Without a copy where possible (torch does not take read-only arrays)."""
-    return torch.as_tensor(value) if isinstance(value, list) or value.flags.writeable else torch.tensor(value)
 
 
 def add_features(

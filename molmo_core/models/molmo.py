@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from molmo_core.inputs import Inputs, Targets, as_batch
 from molmo_core.model_configs.molmo import MolmoConfig
 from molmo_core.models.base import ModelBase
-from molmo_core.models.image_inputs import FeatureTarget, add_features, as_batch, pooled_idx_of_tokens, tokens_of_input_idx
-from molmo_core.models.token_inputs import check_shapes, default_positions, last_positions, response_tokens, valid_tokens
+from molmo_core.models.image_inputs import FeatureTarget, add_features, pooled_idx_of_tokens, tokens_of_input_idx
 from molmo_core.nn.attention import Attention, Cached, Mask, Whole
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.kv_cache import KVCache
-from molmo_core.nn.llm import BlockInputs, Transformer, TransformerOutput
+from molmo_core.nn.llm import Pass, Transformer, TransformerOutput
 from molmo_core.nn.loss import LossSums, chunked_loss_sums, loss_sums, loss_weights
 from molmo_core.nn.sequence_layout import sequence_layout
 from molmo_core.outputs import OLMoOutput
 
 
-class Encoded(NamedTuple):
-    """What `Molmo.encode` gives."""
+class Embedded(NamedTuple):
+    """What `Molmo.embed` gives: the tokens that the blocks have to run over, and what embedding itself found out."""
 
-    blocks: TransformerOutput
-    attentions: dict[int, torch.Tensor] | None = None
-    """Attention weights by layer, if asked for."""
+    tokens: Pass
+    done: TransformerOutput | None = None
+    """Outputs for tokens before these, which embedding ran already (their keys and values are in the cache that it was given)."""
     loss: torch.Tensor | None = None
     """Scalar added to the loss."""
     metrics: dict[str, torch.Tensor] = {}  # noqa: RUF012 - never changed in place
     internal: dict[str, torch.Tensor] | None = None
+
+    def joined(self, blocks: TransformerOutput) -> TransformerOutput:
+        """The outputs of all tokens of the call, from those of `tokens`."""
+        if self.done is None:
+            return blocks
+        states = [torch.cat((a, b), 1) for a, b in zip(self.done.hidden_states, blocks.hidden_states)]
+        return blocks._replace(hidden=torch.cat((self.done.hidden, blocks.hidden), 1), hidden_states=states)
 
 
 class Molmo(ModelBase):
@@ -39,13 +47,15 @@ class Molmo(ModelBase):
     config: MolmoConfig
     FEATURES: ClassVar[tuple[str, ...]] = ()
     """Further inputs of `forward`, of other models of the family."""
+    FILLS_CACHE: ClassVar[bool] = False
+    """Whether `embed` saves work if it is given a cache."""
 
     def __init__(self, config: MolmoConfig):
         super().__init__(config)
         self.transformer = Transformer(config.llm)
         self.vision_backbone = None if config.vision_backbone is None else MolmoVisionBackbone(config.vision_backbone, config.llm)
         if self.device.type != "meta":
-            self.reset_parameters()
+            ModelBase.reset_parameters(self)  # of the parts that exist by now; a subclass adds its own
 
     def forward(
         self,
@@ -64,7 +74,6 @@ class Molmo(ModelBase):
         past_key_values: Any | None = None,
         use_cache: bool = False,
         last_logits_only: bool = False,
-        append_last_valid_logits: torch.Tensor | None = None,
         return_logits: bool = True,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -96,7 +105,6 @@ class Molmo(ModelBase):
             past_key_values: cache of a former call (`molmo_core.nn.kv_cache.KVCache`), or a list of (k, v) per layer.
             use_cache: return the cache with this call's keys and values. A list given is copied, a cache is updated.
             last_logits_only: logits [B, 1, E] of the last real token of each row.
-            append_last_valid_logits: int64 [B]: logits [B, 1, E] of these positions instead.
             return_logits: False: `logits` is empty [B, 0, E] and the loss is computed in chunks, without holding all logits.
             output_hidden_states: the outputs of all blocks, each [B, S, d].
             output_attentions: the attention weights of all blocks, each [B, H, S, K] (slow).
@@ -111,157 +119,171 @@ class Molmo(ModelBase):
         Raises:
             ValueError: shapes that do not fit, or numbers of image tokens and features that differ.
         """
-        batch = as_batch(
-            {
-                "input_ids": input_ids, "images": images, "image_masks": image_masks, "image_input_idx": image_input_idx, "labels": labels,
-                "attention_mask": attention_mask, "pooled_patches_idx": pooled_patches_idx, "loss_masks": loss_masks,
-                "position_ids": position_ids, "subsegment_ids": subsegment_ids, "response_mask": response_mask,
-                "append_last_valid_logits": append_last_valid_logits, **features,
-            },
-            self.device,
-        )  # fmt: skip
-        unknown = [k for k, v in features.items() if k not in self.FEATURES and v is not None]
+        keep = use_cache or past_key_values is not None or (self.FILLS_CACHE and not torch.is_grad_enabled())
+        cache = KVCache.of(past_key_values) if keep else None
+        given = {
+            "input_ids": input_ids, "images": images, "image_masks": image_masks, "image_input_idx": image_input_idx, "labels": labels,
+            "attention_mask": attention_mask, "pooled_patches_idx": pooled_patches_idx, "loss_masks": loss_masks,
+            "position_ids": position_ids, "subsegment_ids": subsegment_ids, "response_mask": response_mask,
+        }  # fmt: skip
+        inputs = self.inputs(given | features, 0 if cache is None else cache.length)
+        targets = None if inputs.labels is None else Targets(inputs.labels, inputs.loss_masks, loss_divisor, z_loss_weight)
+        weights: dict[int, torch.Tensor] | None = {} if output_attentions else None
+
+        embedded = self.embed(inputs, None if output_attentions else cache)
+        attention = self.attention(inputs, embedded.tokens.x.shape[1], cache, weights)
+        blocks = self.run(embedded.tokens, attention, output_hidden_states)
+        output = self.head(embedded, blocks, targets, inputs.last_positions() if last_logits_only else None, return_logits)
+        return output._replace(
+            past_key_values=cache if use_cache else None, attentions=None if weights is None else tuple(weights.values())
+        )
+
+    # -- the steps of forward ------------------------------------------------------------------------------------------
+
+    def inputs(self, given: Mapping[str, Any], past: int = 0) -> Inputs:
+        """The inputs of `forward` by name, checked and on the device, for a call after `past` cached tokens.
+
+        Raises:
+            TypeError: an input that this model does not have.
+            ValueError: a shape that does not fit the tokens.
+        """
+        inputs = Inputs.of(past, **as_batch(given, self.device))
+        unknown = sorted(set(inputs.features) - set(self.FEATURES))
         if unknown:
             raise TypeError(f"{type(self).__name__}.forward got unknown input(s) {', '.join(unknown)}")
-        check_shapes(batch)
-        cache = KVCache.of(past_key_values) if use_cache or past_key_values is not None else None
-        past = 0 if cache is None else cache.length
-        valid = valid_tokens(batch["input_ids"], batch["attention_mask"], past)
-        encoded = self.encode(batch, valid, response_tokens(batch), cache, output_hidden_states, output_attentions)
-        select = batch["append_last_valid_logits"]
-        if select is None and last_logits_only:
-            select = last_positions(valid[:, past:])
-        output = self.output(encoded, select, batch["labels"], batch["loss_masks"], return_logits, loss_divisor, z_loss_weight)
-        return output._replace(past_key_values=cache if use_cache else None)
+        return inputs
 
-    # -- steps of forward, also for the other models of the family ------------------------------------------------------
-
-    def encode(
-        self,
-        batch: dict[str, Any],
-        valid: torch.Tensor,
-        response: torch.Tensor | None,
-        cache: KVCache | None,
-        output_hidden_states: bool,
-        output_attentions: bool,
-    ) -> Encoded:
-        """From the inputs of `forward` to the last hidden state.
+    def embed(self, inputs: Inputs, cache: KVCache | None = None) -> Embedded:
+        """Token embeddings with the image features added.
 
         Args:
-            batch: tensors by name; absent ones are None.
-            valid: bool [B, P + S], real tokens of cache and call.
-            response: bool [B, S], tokens of answers.
-            cache: receives this call's keys and values.
+            inputs: see `inputs`. Without images nothing here waits for the device.
+            cache: where a model that has to run tokens first (`FILLS_CACHE`) may leave their keys and values; empty, if there are images.
         """
-        ids, past = batch["input_ids"], 0 if cache is None else cache.length
-        x = self.embed_tokens(ids.masked_fill(~valid[:, past:], 0).clamp(min=0))
-        x = self.add_images(x, batch, first_call=past == 0)
-        positions = default_positions(valid, past) if batch["position_ids"] is None else batch["position_ids"].clamp(min=0)
-        weights: dict[int, torch.Tensor] | None = {} if output_attentions else None
-        attention = self.attention(self.attention_mask(batch, valid, past, response), cache, weights)
-        shared = BlockInputs(attention, response, None, valid[:, past:])
-        return Encoded(self.transformer.run_blocks(self.transformer.prepare(x), positions, shared, output_hidden_states), weights)
+        x = self.add_images(self.embed_tokens(inputs.token_ids), inputs)
+        return Embedded(Pass(x, inputs.positions, inputs.real, inputs.response))
+
+    def attention(
+        self,
+        inputs: Inputs,
+        queries: int | None = None,
+        cache: KVCache | None = None,
+        weights: dict[int, torch.Tensor] | None = None,
+    ) -> Attention:
+        """Attention by the rule of this model, to all tokens of cache and call.
+
+        Args:
+            inputs: of the call.
+            queries: how many tokens run, the last ones of the call (default all).
+            cache: receives the keys and values; holds those of the tokens before.
+            weights: see `Whole`.
+        """
+        whole = Whole(self.attention_mask(inputs, queries), self.config.llm.attention_dropout if self.training else 0.0, weights)
+        return whole if cache is None else Cached(cache, whole)
+
+    def run(self, tokens: Pass, attention: Attention, output_hidden_states: bool = False) -> TransformerOutput:
+        """All blocks over what `embed` gave (or a part of the sequence, if the attention knows the rest)."""
+        return self.transformer.run_blocks(tokens._replace(x=self.transformer.first_hidden(tokens.x)), attention, output_hidden_states)
+
+    def head(
+        self,
+        embedded: Embedded,
+        blocks: TransformerOutput,
+        targets: Targets | None = None,
+        select: torch.Tensor | None = None,
+        return_logits: bool = True,
+    ) -> OLMoOutput:
+        """Logits; loss and metrics if there are targets.
+
+        Args:
+            embedded: what `embed` gave.
+            blocks: what `run` gave for its tokens.
+            targets: for the positions of all tokens.
+            select: int64 [B], the position of each row whose logits [B, 1, E] are wanted (default all, [B, S, E]).
+            return_logits: False: `logits` is empty and the loss is computed in chunks.
+        """
+        blocks = embedded.joined(blocks)
+        hidden = blocks.hidden
+        if select is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), select][:, None]
+        logits = self.transformer.logits(hidden) if return_logits else hidden.new_empty(len(hidden), 0, self.config.llm.embedding_rows)
+        loss, metrics = None, self._router_metrics(blocks) | embedded.metrics
+        if targets is not None:
+            labels = targets.labels
+            if labels.shape != blocks.hidden.shape[:2] or select is not None:
+                raise ValueError(f"labels {tuple(labels.shape)} must fit the logits of all {tuple(blocks.hidden.shape[:2])} positions")
+            weights = loss_weights(labels, targets.loss_masks).flatten()
+            if return_logits:
+                sums = loss_sums(logits.flatten(0, 1), labels.flatten(), weights)
+            else:
+                sums = chunked_loss_sums(self.transformer.logits, hidden.flatten(0, 1), labels.flatten(), weights)
+            loss = self._loss(sums, weights.sum(), targets, metrics)
+            loss = loss if embedded.loss is None else loss + embedded.loss
+        hidden_states = tuple(blocks.hidden_states) or None
+        return OLMoOutput(logits, loss, hidden_states=hidden_states, metrics=metrics or None, internal=embedded.internal)
+
+    # -- what they consist of, also for the other models of the family -------------------------------------------------
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, S, d] of token ids int64 [B, S], without padding ids."""
         return self.transformer.wte(ids)
 
-    def feature_targets(self, batch: dict[str, Any]) -> list[FeatureTarget]:
-        """Which patches become which tokens, from the inputs of `forward`; a model with other index tensors overrides this."""
-        if batch["images"] is None:
-            return []
-        tokens, idx = self.config.image_tokens, batch["pooled_patches_idx"]
-        if idx is None and batch["image_input_idx"] is not None:
+    def feature_targets(self, inputs: Inputs, crops: int) -> list[FeatureTarget]:
+        """Which patches become which tokens, of rows of `crops` crops; a model with other index tensors overrides this."""
+        tokens, idx = self.config.image_tokens, inputs.pooled_patches_idx
+        if idx is None and inputs.image_input_idx is not None:
             vit = self.config.image_settings()
-            return [tokens_of_input_idx(batch["image_input_idx"], batch["images"].shape[1], vit.crop_grid)]
+            return [tokens_of_input_idx(inputs.image_input_idx, crops, vit.crop_grid)]
         if idx is None:
-            idx = pooled_idx_of_tokens(batch["input_ids"], batch["images"].shape[1], tokens, self.config.image_settings())
+            idx = pooled_idx_of_tokens(inputs.input_ids, crops, tokens, self.config.image_settings())
         return [FeatureTarget(idx, token_id=tokens.patch)]
 
-    def add_images(self, x: torch.Tensor, batch: dict[str, Any], first_call: bool = True) -> torch.Tensor:
+    def add_images(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Adds the image features to the embeddings x [B, S, d].
 
         In training the vision tower runs in every step, on a blank crop if the batch has no image: under FSDP its parameters are
         gathered by all ranks together, so none may skip it.
         """
-        targets = self.feature_targets(batch)
         if self.vision_backbone is None:
-            if batch["images"] is not None:
+            if inputs.images is not None:
                 raise ValueError("images were given to a text-only model (vision_backbone is null)")
             return x
-        if targets:
-            results = self.vision_backbone(batch["images"], batch["image_masks"], *(t.pooled_idx for t in targets))
+        if inputs.images is not None:
+            targets = self.feature_targets(inputs, inputs.images.shape[1])
+            results = self.vision_backbone(inputs.images, inputs.image_masks, *(t.pooled_idx for t in targets))
             for target, (features, present) in zip(targets, results):
-                x = add_features(x, batch["input_ids"], features, present, target)
-        elif first_call and (self.training or isinstance(self, FSDPModule)):
+                x = add_features(x, inputs.input_ids, features, present, target)
+        elif self.stands_in(inputs):
             x = x + self.vision_backbone.blank_features(x.shape[0]).to(x.dtype) * 0
         return x
 
-    def attention(self, mask: Mask, cache: KVCache | None = None, weights: dict[int, torch.Tensor] | None = None) -> Attention:
-        """What the blocks are handed (see `Whole` for `weights`)."""
-        whole = Whole(mask, self.config.llm.attention_dropout if self.training else 0.0, weights)
-        return whole if cache is None else Cached(cache, whole)
+    def stands_in(self, inputs: Inputs) -> bool:
+        """Whether a call without images has to do what other ranks do with theirs."""
+        return not inputs.past and (self.training or isinstance(self, FSDPModule))
 
-    def attention_mask(self, batch: dict[str, Any], valid: torch.Tensor, past: int, response: torch.Tensor | None) -> Mask:
-        """The mask of the blocks, from the inputs of `forward`."""
-        given, ids = batch["attention_mask"], batch["input_ids"]
-        if given is not None and given.dim() == 4:
-            return given
+    def attention_mask(self, inputs: Inputs, queries: int | None = None) -> Mask:
+        """The mask of the last `queries` tokens of the call (default all) over all tokens of cache and call."""
+        rows, length = inputs.input_ids.shape
+        queries = length if queries is None else queries
+        if inputs.mask is not None:
+            return inputs.mask[:, :, -queries:]
         implementation = self.attention_implementation
         if implementation == "auto":
-            implementation = "flex" if self.training and ids.is_cuda else "sdpa"
-        queries = ids.shape[1]
+            implementation = "flex" if self.training and inputs.input_ids.is_cuda else "sdpa"
+        valid = inputs.valid
         # Without padding the plain causal kernel serves; a single query needs no look (nor a wait for the device).
-        if (given is None and past) or (queries > 1 and implementation == "sdpa" and bool(valid.all())):
-            padding = None
-        else:
-            padding = valid
-        layout = sequence_layout(ids, self.config.image_tokens, self.config.bi_directional_attn, None, batch["subsegment_ids"], response)
-        layout = dataclasses.replace(layout.after(past), valid=padding)
-        return layout.mask(ids.shape[0], past + queries, queries, ids.device, implementation)
+        if valid is not None and queries > 1 and implementation == "sdpa" and bool(valid.all()):
+            valid = None
+        mode = self.config.bi_directional_attn if queries > 1 else None  # nothing is ahead of the last token
+        layout = sequence_layout(inputs.input_ids, self.config.image_tokens, mode, None, inputs.segments, inputs.response)
+        layout = dataclasses.replace(layout.after(inputs.past), valid=valid)
+        return layout.mask(rows, inputs.past + length, queries, inputs.input_ids.device, implementation)
 
-    def output(
-        self,
-        encoded: Encoded,
-        select: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        loss_masks: torch.Tensor | None,
-        return_logits: bool = True,
-        loss_divisor: torch.Tensor | float | None = None,
-        z_loss_weight: float = 0.0,
-    ) -> OLMoOutput:
-        """Logits, loss and metrics from what `encode` gives (other arguments as in `forward`; select int64 [B])."""
-        blocks, hidden = encoded.blocks, encoded.blocks.hidden
-        if select is not None:
-            hidden = hidden[torch.arange(len(hidden), device=hidden.device), select][:, None]
-        logits = self.transformer.logits(hidden) if return_logits else hidden.new_empty(len(hidden), 0, self.config.llm.embedding_rows)
-        loss, metrics = None, self._router_metrics(blocks) | encoded.metrics
-        if labels is not None:
-            if labels.shape != blocks.hidden.shape[:2] or select is not None:
-                raise ValueError(f"labels {tuple(labels.shape)} must fit the logits of all {tuple(blocks.hidden.shape[:2])} positions")
-            weights = loss_weights(labels, loss_masks).flatten()
-            if return_logits:
-                sums = loss_sums(logits.flatten(0, 1), labels.flatten(), weights)
-            else:
-                sums = chunked_loss_sums(self.transformer.logits, hidden.flatten(0, 1), labels.flatten(), weights)
-            loss = self._loss(sums, weights.sum(), loss_divisor, z_loss_weight, metrics)
-            loss = loss if encoded.loss is None else loss + encoded.loss
-        return OLMoOutput(
-            logits=logits,
-            loss=loss,
-            hidden_states=tuple(blocks.hidden_states) or None,
-            attentions=tuple((encoded.attentions or {}).values()) or None,
-            metrics=metrics or None,
-            internal=encoded.internal,
-        )
-
-    def _loss(
-        self, sums: LossSums, weight: torch.Tensor, divisor: torch.Tensor | float | None, z_weight: float, metrics: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def _loss(self, sums: LossSums, weight: torch.Tensor, targets: Targets, metrics: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss to minimise; adds what it consists of to `metrics` (means over this batch, without gradient)."""
         own = weight.clamp(min=1e-6)
         cross_entropy, z, correct = (s.detach() / own for s in sums)
-        loss = (sums.cross_entropy + z_weight * sums.z) / (own if divisor is None else divisor)
+        loss = (sums.cross_entropy + targets.z_loss_weight * sums.z) / (own if targets.divisor is None else targets.divisor)
         llm = self.config.llm
         for name, factor in (("router_load_balancing", llm.moe_loss_weight), ("router_z", llm.moe_zloss_weight)):
             if factor and name in metrics:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
+from molmo_core.inputs import Inputs
 from molmo_core.model_configs.video_olmo import VideoOlmoConfig
 from molmo_core.models.image_inputs import FeatureTarget
 from molmo_core.models.molmo import Molmo
@@ -28,12 +29,10 @@ class VideoOlmo(Molmo):
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         return self.transformer.wte(share_low_embedding(ids, self.config.image_tokens) if self.config.shared_low_high_embedding else ids)
 
-    def feature_targets(self, batch: dict[str, Any]) -> list[FeatureTarget]:
-        low, high = (batch.get(name) for name in self.FEATURES)
-        if batch["images"] is None:
-            return []
+    def feature_targets(self, inputs: Inputs, crops: int) -> list[FeatureTarget]:
+        low, high = (inputs.features.get(name) for name in self.FEATURES)
         if low is None and high is None:
-            low, high = self.frame_indices(batch["input_ids"], batch["images"].shape[1])
+            low, high = self.frame_indices(inputs.input_ids, crops)
         tokens = self.config.image_tokens
         pairs = ((low, tokens.low), (high, tokens.patch))
         return [FeatureTarget(idx, token_id=token) for idx, token in pairs if idx is not None]

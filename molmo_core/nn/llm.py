@@ -34,6 +34,25 @@ class TokenEmbedding(nn.Module):
         return torch.where((ids < rows)[..., None], text, special)
 
 
+class Pass(NamedTuple):
+    """What the blocks run over: one entry a token."""
+
+    x: torch.Tensor
+    """[B, S, d], embeddings with image features."""
+    positions: torch.Tensor
+    """int64 [B, S], rotary positions."""
+    valid: torch.Tensor | None = None
+    """bool [B, S]: real tokens, the ones that router losses count (None: all)."""
+    response: torch.Tensor | None = None
+    """bool [B, S]: tokens of answers, for `response_residual_dropout`."""
+    scale: torch.Tensor | None = None
+    """float [B, S]: factors of the attention values of the tokens (HeMolmo)."""
+
+    def part(self, first: int, last: int) -> Pass:
+        """The tokens first..last."""
+        return Pass(*(None if t is None else t[:, first:last] for t in self))  # type: ignore[arg-type]
+
+
 class BlockInputs(NamedTuple):
     """What every block of a forward pass shares, besides the hidden state."""
 
@@ -213,37 +232,32 @@ class Transformer(nn.Module):
         if not self.config.weight_tying:
             nn.init.normal_(self.ff_out.weight, std=std)
 
+    def first_hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """The hidden state before the first block, from the embeddings (with image features)."""
+        x = F.dropout(x, self.config.embedding_dropout, self.training)
+        return x * self.config.d_model**0.5 if self.config.normalize_input_embeds else x
+
     def run_blocks(
-        self,
-        x: torch.Tensor,
-        position_ids: torch.Tensor,
-        inputs: BlockInputs,
-        output_hidden_states: bool = False,
-        layers: range | None = None,
+        self, tokens: Pass, attention: Attention, output_hidden_states: bool = False, layers: range | None = None
     ) -> TransformerOutput:
-        """Runs blocks over x [B, S, d].
+        """Runs blocks.
 
         Args:
-            x: embeddings (see `prepare`).
-            position_ids: int64 [B, S], rotary positions.
-            inputs: attention and what else the blocks share.
+            tokens: their x is the hidden state before the first of these blocks (see `first_hidden`).
+            attention: attention of these tokens.
             output_hidden_states: collect the output of every block.
             layers: the blocks to run (default all).
         """
-        tables = rotary_tables(self.config, position_ids)
-        out = TransformerOutput(x, [], [])
+        tables = rotary_tables(self.config, tokens.positions)
+        shared = BlockInputs(attention, tokens.response, tokens.scale, tokens.valid)
+        x, out = tokens.x, TransformerOutput(tokens.x, [], [])
         for layer in range(self.config.n_layers) if layers is None else layers:
-            x, router = self.blocks[layer](x, tables[layer], inputs, layer)
+            x, router = self.blocks[layer](x, tables[layer], shared, layer)
             if output_hidden_states:
                 out.hidden_states.append(x)
             if router is not None:
                 out.router.append(router)
         return out._replace(hidden=x)
-
-    def prepare(self, x: torch.Tensor) -> torch.Tensor:
-        """What happens to the embeddings (with image features) before the first block."""
-        x = F.dropout(x, self.config.embedding_dropout, self.training)
-        return x * self.config.d_model**0.5 if self.config.normalize_input_embeds else x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head: [..., d] -> [..., E]. The additional tokens have no logits: they are never generated."""

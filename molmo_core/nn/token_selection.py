@@ -87,8 +87,9 @@ class TokenScoring(nn.Module):
 
     def reset_scorer(self) -> None:
         """Initialises the scorer: normal with standard deviation 0.02, norms 1, biases 0, rescaling the identity."""
-        for name in self.SCORER_LAYERS:
-            for layer in getattr(self, name, nn.Module()).modules():
+        scorer = [child for name, child in self.named_children() if name in self.SCORER_LAYERS]
+        for child in scorer:
+            for layer in child.modules():
                 if isinstance(layer, nn.Linear):
                     nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.06, b=0.06)
                     if layer.bias is not None:

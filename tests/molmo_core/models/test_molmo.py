@@ -9,7 +9,7 @@ from molmo_core.models.image_inputs import pooled_idx_of_tokens, tokens_of_input
 from molmo_core.models.molmo import Molmo, MolmoConfig
 from molmo_core.nn.attention import Whole
 from molmo_core.nn.connector import patchify
-from molmo_core.nn.llm import BlockInputs
+from molmo_core.nn.llm import Pass
 from molmo_core.preprocessing.tiling import Tiling
 
 IMAGES = [[], [Tiling(1, 1)], [Tiling(2, 3)], [Tiling(1, 2), Tiling(3, 1)]]
@@ -138,7 +138,6 @@ def test_selected_logits(model):
     rows = torch.arange(4)
     last = logits(model, {**batch, "last_logits_only": True})
     torch.testing.assert_close(last, whole[rows, lengths - 1][:, None])
-    torch.testing.assert_close(logits(model, {**batch, "append_last_valid_logits": lengths - 2}), whole[rows, lengths - 2][:, None])
     left = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] < 0, 0), "attention_mask": batch["input_ids"] >= 0}
     torch.testing.assert_close(logits(model, left)[0, : lengths[0]], whole[0, : lengths[0]])
 
@@ -248,7 +247,7 @@ def test_positions_instead_of_patches(model, flat):
         idx = torch.tensor(e["pooled_patches_idx"][None, kept])
         features, _ = model.vision_backbone(torch.tensor(e["images"])[None], None, idx)[0]
         x[0, tokens[kept]] += features[0]
-        blocks = model.transformer.run_blocks(x, torch.arange(x.shape[1])[None], BlockInputs(Whole()))
+        blocks = model.run(Pass(x, torch.arange(x.shape[1])[None]), Whole())
         expected = model.transformer.logits(blocks.hidden)
     torch.testing.assert_close(by_position, expected, atol=1e-5, rtol=1e-5)
     assert 4 < len(kept) < len(tokens)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from molmo_core.nn.attention import Cached, SequenceLayout, Whole
 from molmo_core.nn.configs import LlmConfig
 from molmo_core.nn.kv_cache import KVCache
-from molmo_core.nn.llm import BlockInputs, TokenEmbedding, Transformer
+from molmo_core.nn.llm import Pass, TokenEmbedding, Transformer
 
 BASE = LlmConfig(
     d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, mlp_hidden_size=64, vocab_size=50, additional_vocab_size=8, rope_theta=1e4
@@ -35,9 +35,9 @@ def make(style: str = "qwen2", **changes) -> Transformer:
 
 def run(model: Transformer, ids: torch.Tensor, positions=None, mask=None, cache=None, **inputs) -> torch.Tensor:
     positions = torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions
-    x = model.prepare(model.wte(ids))
+    tokens = Pass(model.first_hidden(model.wte(ids)), positions, **inputs)
     attention = Whole(mask) if cache is None else Cached(cache, Whole(mask))
-    return model.logits(model.run_blocks(x, positions, BlockInputs(attention, **inputs)).hidden)
+    return model.logits(model.run_blocks(tokens, attention).hidden)
 
 
 def test_embedding_is_one_table_in_two_parts():
@@ -137,7 +137,7 @@ def test_attention_from_outside():
 
     ids = torch.randint(0, 50, (2, 5))
     with torch.no_grad():
-        x = model.run_blocks(model.wte(ids), torch.arange(5).expand(2, -1), BlockInputs(itself)).hidden
+        x = model.run_blocks(Pass(model.wte(ids), torch.arange(5).expand(2, -1)), itself).hidden
         expected = run(model, ids, mask=torch.eye(5, dtype=torch.bool)[None, None])
     torch.testing.assert_close(model.logits(x), expected)
     assert seen == [(layer, (2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)) for layer in range(3)]
@@ -166,10 +166,10 @@ def test_value_scale():
     model = make(n_layers=1)
     ids = torch.randint(0, 50, (1, 6))
     with torch.no_grad():
-        plain, ones = run(model, ids), run(model, ids, value_scale=torch.ones(1, 6))
+        plain, ones = run(model, ids), run(model, ids, scale=torch.ones(1, 6))
         scale = torch.ones(1, 6)
         scale[0, 2] = 0.25
-        scaled = run(model, ids, value_scale=scale)
+        scaled = run(model, ids, scale=scale)
     torch.testing.assert_close(ones, plain)
     torch.testing.assert_close(scaled[:, :2], plain[:, :2])
     assert (scaled[:, 2:] - plain[:, 2:]).abs().amax(-1).min() > 1e-3
@@ -181,7 +181,7 @@ def test_response_dropout():
     expected = run(make(n_layers=1), ids)
     with torch.no_grad():
         # A branch that is (almost surely) dropped leaves the embedding: only the tokens of the answer change.
-        dropped = run(model, ids, response_mask=response)
+        dropped = run(model, ids, response=response)
         bare = model.logits(model.wte(ids))
     torch.testing.assert_close(dropped[response], bare[response])
     torch.testing.assert_close(dropped[:, :2], expected[:, :2])
@@ -204,7 +204,7 @@ def test_scaling_switches():
         plain, scaled = run(make(), ids), run(make(scale_logits=True), ids)
         torch.testing.assert_close(scaled * 32**0.5, plain)
         model = make(normalize_input_embeds=True)
-        assert torch.equal(model.prepare(model.wte(ids)), model.wte(ids) * 32**0.5)
+        assert torch.equal(model.first_hidden(model.wte(ids)), model.wte(ids) * 32**0.5)
 
 
 def test_half_precision_keeps_norms_and_rotation_exact():
