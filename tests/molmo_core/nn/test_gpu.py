@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from molmo_core.inputs import Inputs
 from molmo_core.models.molmo import Molmo, MolmoConfig
 from molmo_core.nn.attention import attend
 from molmo_core.nn.moe import ExpertMlp
@@ -121,3 +122,32 @@ def test_half_precision_model_on_the_gpu():
             out = model(token, past_key_values=out.past_key_values, use_cache=True)
             steps.append(out.logits)
     assert relative(torch.cat(steps, dim=1), whole) < 0.03
+
+
+@pytest.mark.parametrize("block", ["sequential", "moe"])
+def test_a_decoding_step_can_be_captured(block):
+    """embed, run and head of one token a row as a CUDA graph: nothing on the way waits for the device."""
+    model = make("image_tokens", False, block).eval().bfloat16()
+    keys, values = torch.randn(2, 4, 2, 32, 64, device="cuda", dtype=torch.bfloat16).unbind()  # 4 rows, 32 tokens before
+
+    def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(q, torch.cat((keys, k), 2), torch.cat((values, v), 2))
+
+    def step(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        embedded = model.embed(Inputs(ids, positions))
+        return model.head(embedded, model.run(embedded.tokens, attention)).logits
+
+    ids, positions = torch.randint(0, 500, (4, 1), device="cuda"), torch.full((4, 1), 32, device="cuda")
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step(ids, positions)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(ids, positions)
+        for seed in range(3):
+            ids.copy_(torch.randint(0, 500, (4, 1), generator=torch.Generator().manual_seed(seed)))
+            positions.add_(1)
+            graph.replay()
+            torch.testing.assert_close(captured, step(ids, positions), atol=0.05, rtol=0.05)
