@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from jobs.command import ConfigPath, Overrides, job
-from pipelines.cluster import connect
 from pipelines.data.config import PrepareConfig
-from pipelines.data.preparation.prepare import prepare
 
 
 def main(config: ConfigPath, overrides: Overrides = None) -> None:
@@ -15,6 +13,10 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     sequence_length, limit (only the first records), max_reject_rate. All of them are in CONFIG, with comments.
     """
     settings = PrepareConfig.load(config, overrides)
+    # Only now what takes seconds to import: a mistake in the configuration is shown at once.
+    from pipelines.cluster import connect
+    from pipelines.data.preparation.prepare import prepare
+
     with connect():
         report = prepare(settings)
     print(f"{settings.output}: {report['rows_out']:,} of {report['rows_in']:,} records in {report['shards']} shards, ", end="")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 
 from jobs.command import ConfigPath, Overrides, job
-from pipelines import cluster, tracking
-from pipelines.data.batches.prepared import streams
 from pipelines.training.config import TrainConfig
-from pipelines.training.trainer import train
 
 
 def main(config: ConfigPath, overrides: Overrides = None) -> None:
@@ -18,6 +15,10 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     Ctrl-C or SIGTERM saves one first.
     """
     settings = TrainConfig.load(config, overrides)
+    # Only now what takes seconds to import: a mistake in the configuration is shown at once.
+    from pipelines import cluster, tracking
+    from pipelines.training.trainer import train
+
     with cluster.connect(num_cpus=cpus_needed(settings, cluster.cores())):
         result = train(settings)
     print(f"{'trained' if result.finished else 'stopped at'} {result.step} of {result.steps} steps in {result.seconds:.0f} s")
@@ -29,6 +30,8 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
 def cpus_needed(settings: TrainConfig, cores: int) -> int:
     """CPUs of a cluster that is started for this run: its workers and one for what works beside them, or, for actors that decode
     streamed records, all cores of the machine if these are more."""
+    from pipelines.data.batches.prepared import streams
+
     data = [settings.data, *([settings.validation.data] if settings.validation else [])]
     least = math.ceil(settings.num_workers * settings.cpus_per_worker) + 1
     return max(least, cores) if any(map(streams, data)) else least

@@ -142,11 +142,12 @@ def _dotlist(overrides: list[str] | None) -> Any:
     return OmegaConf.from_dotlist(list(overrides or []))
 
 
-def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+def flatten(data: Mapping[str, Any], level: Callable[[str], str] = str, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`; `level` rewrites the name of every level."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        name = f"{prefix}{level(str(key))}"
+        flat |= flatten(value, level, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
 
 

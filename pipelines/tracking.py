@@ -30,7 +30,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from molmo_core.checkpoint.folder import locate
-from molmo_core.config import ConfigError
+from molmo_core.config import ConfigError, flatten
 from pipelines.files import is_temporary
 from pipelines.names import file_name, fitting, shortened
 
@@ -251,17 +251,6 @@ def _experiment(opened: mlflow.MlflowClient, name: str) -> str:
         return opened.create_experiment(name, tags=TRAINING_PAGES)
     artifacts = _database(uri).parent / "mlartifacts" / file_name(name)
     return opened.create_experiment(name, artifact_location=artifacts.as_uri(), tags=TRAINING_PAGES)
-
-
-def flatten(config: Mapping[str, Any], level: Callable[[str], str] = str, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`; `level` writes a key as one level of such a name."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, level, f"{prefix}{level(str(name))}.")
-        else:
-            flat[f"{prefix}{level(str(name))}"] = value
-    return flat
 
 
 def _text(value: str) -> str:

@@ -107,6 +107,17 @@ def test_light_imports(module, absent):
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(("verb", "config"), [("train", "configs/train/demo.yaml"), ("prepare", "configs/data/records.yaml")])
+def test_a_typo_is_shown_without_heavy_imports(verb, config):
+    code = (
+        f"import sys; sys.argv = ['job', {config!r}, 'no.such.key=1']\n"
+        f"from jobs.{verb} import app\ntry: app()\nfinally: print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stdout.strip()) == (2, "[]")
+    assert f"error: {config}: unknown key 'no'" in run.stderr
+
+
 def test_length_of_files():
     """A file does one job; 400 lines are the limit."""
     long = {path.relative_to(ROOT).as_posix(): n for path in MODULES if (n := len(path.read_text().splitlines())) > 400}

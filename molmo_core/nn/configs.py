@@ -261,7 +261,7 @@ VIT_PRESETS["dino"] = VIT_PRESETS["dinov2_large_336"]
 VIT_PRESETS["metaclip"] = VIT_PRESETS["metaclip_l14_336"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(init=False)
 class MolmoVisionBackboneConfig(BaseConfig):
     """Vision encoder plus connector: which layers are used, how patches are pooled and projected.
 
@@ -282,7 +282,6 @@ class MolmoVisionBackboneConfig(BaseConfig):
     skip_unused_layers: bool = True
     """Build no encoder block above the last used one."""
     image_feature_dropout: float = 0.0
-    image_model_type: dataclasses.InitVar[str | None] = None
 
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "connector_activation_checkpointing": (True, False),
@@ -304,18 +303,19 @@ class MolmoVisionBackboneConfig(BaseConfig):
             data["vit"] = VitConfig.preset(kind)
             data.setdefault("vit_layers", [-2, -9] if kind == "openai" else [-3, -9])
         else:
-            data["vit"] = _retyped(vit if isinstance(vit, VitConfig) else VitConfig.from_dict(vit), kind)
-        data["image_padding_embed"] = "pad_and_partial_pad" if data["vit"].image_model_type == "openai" else None
+            vit = vit if isinstance(vit, VitConfig) else VitConfig.from_dict(vit)
+            data["vit"] = _retyped(vit, kind)
+            if data["vit"] is not vit:  # another kind of encoder: its padding embedding comes with it
+                data.pop("image_padding_embed", None)
+        data.setdefault("image_padding_embed", "pad_and_partial_pad" if data["vit"].image_model_type == "openai" else None)
         return data
 
-    def __post_init__(self, image_model_type: str | None) -> None:
+    def __init__(self, image_model_type: str | None = None, **settings: Any) -> None:
+        """As `new`; `image_model_type` is the shorthand."""
+        vars(self).update(vars(self.new(**settings, image_model_type=image_model_type)))
+
+    def __post_init__(self) -> None:
         check_numbers(self, "vision_backbone")
-        if isinstance(image_model_type, str):
-            self.vit = VitConfig.preset(image_model_type)
-            if image_model_type != "openai" and self.vit_layers == [-2, -9]:
-                self.vit_layers = [-3, -9]
-            if image_model_type == "openai" and self.image_padding_embed is None:
-                self.image_padding_embed = "pad_and_partial_pad"
 
 
 def _retyped(vit: VitConfig, kind: str) -> VitConfig:

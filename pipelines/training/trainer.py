@@ -20,7 +20,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from molmo_core.config import ConfigError
+from molmo_core.config import ConfigError, flatten
 from pipelines import tracking
 from pipelines.data.batches.loader import TrainLoader
 from pipelines.data.sources import open_records
@@ -148,7 +148,7 @@ class RunFolder:
             return None
 
     def _check(self, before: dict[str, Any]) -> None:
-        old, new = tracking.flatten(before), tracking.flatten(_plain(self.config.identity()))
+        old, new = flatten(before), flatten(_plain(self.config.identity()))
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if changed:
             lines = [f"  {key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in changed[:10]]

@@ -78,7 +78,7 @@ API = {
 }
 DEFAULTS = {"max_new_tokens": 200, "min_new_tokens": 0, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": None, "num_beams": 1,
             "eos_token_id": None, "pad_token_id": None, "is_training": True, "include_image": False, "max_seq_len": None,
-            "include_metadata": True, "max_frames": 16, "frame_sampling": "uniform", "selection_ratio": 0.25}  # fmt: skip
+            "include_metadata": True, "selection_ratio": 0.25}  # fmt: skip
 
 
 @pytest.mark.parametrize("owner", API)

@@ -1,5 +1,6 @@
 """VideoOlmo against the published numbers; its configuration, indices and attention."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,12 @@ def test_published_names_inside_the_preprocessor_are_read(golden: Path) -> None:
     for make in (VideoOlmoConfig.new, VideoOlmoConfig):
         built = make(mm_preprocessor=VideoPreprocessorConfig(max_frames=12))
         assert built.max_frames == built.mm_preprocessor.max_frames == 12
+        built = make(
+            max_frames=16, frame_sampling="uniform", mm_preprocessor=VideoPreprocessorConfig(max_frames=32, frame_sample_mode="fps")
+        )
+        assert (built.max_frames, built.frame_sampling) == (16, "uniform"), "what is given wins, also if it is the default"
+        built = dataclasses.replace(built, mm_preprocessor=VideoPreprocessorConfig(max_frames=4))
+        assert built.max_frames == built.mm_preprocessor.max_frames == 4
         built = make(max_frames=8, frame_sampling="fps")
         assert (built.mm_preprocessor.max_frames, built.mm_preprocessor.frame_sample_mode) == (8, "fps")
 

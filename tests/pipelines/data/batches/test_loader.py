@@ -181,6 +181,22 @@ def test_message_weight_of_records_multiplies_theirs(golden, tmp_path):
     assert found == {0.0, float(np.float32(0.1)), float(np.float32(0.2))}, "not divided by the root of three annotations"
 
 
+@pytest.mark.parametrize(
+    ("given", "frames"),
+    [({}, 6), ({"max_frames": 4}, 4), ({"max_frames": 2, "frame_sample_mode": "uniform"}, 2), ({"pooling_h": 1, "pooling_w": 1}, 6)],
+)
+def test_overrides_of_a_dataset_reach_its_frames(golden, tmp_path, given, frames):
+    """VideoOlmo's `max_frames` may stand at the top of the model's configuration, too; a dataset's override wins."""
+    base = BaseModelConfig.load(golden / "video-olmo" / "per-frame" / "config.yaml", ["mm_preprocessor.frame_sample_mode=uniform"])
+    for model in (base, type(base).from_dict(base.as_dict())):  # settings inside mm_preprocessor, and at the top
+        row = {"video": str(golden / "video-olmo" / "video.mp4"), "style": "demo", "question": "What is it?", "answer": "A square."}
+        (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
+        config = DataConfig.from_dict({"datasets": {"x": {"path": str(tmp_path / "x.jsonl"), "overrides": given}}})
+        (example,) = TrainLoader(config, model, 1, 4096, 0, 0, 1).examples()
+        assert len(example["images"]) == frames
+        assert model.max_frames == 6, "the model's own configuration stays"
+
+
 def test_mistakes_are_named(folders, tmp_path):
     with pytest.raises(ConfigError, match="9 workers for a global batch of 6"):
         loader(data(folders), 0, 9)
