@@ -17,6 +17,7 @@ import signal
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -38,9 +39,7 @@ class IsolatedBuilder:
 
     Args:
         builder: does the work, there and here.
-        timeout_s: longest time for one video.
-        videos_per_process: then the helper process is replaced.
-        lend: the arrays of videos are read-only views of the memory in which the helper leaves them, valid until `release`; else copies.
+        timeout_s, videos_per_process, lend: see `VideoDecoder`.
     """
 
     def __init__(
@@ -50,9 +49,17 @@ class IsolatedBuilder:
         videos_per_process: int = VIDEOS_PER_PROCESS,
         lend: bool = False,
     ):
-        self.builder, self.timeout_s, self.videos_per_process, self.lend = builder, timeout_s, videos_per_process, lend
-        self._helper: _Helper | None = None
-        self._count = 0
+        self.builder, self._number = builder, 0
+        self.decoder = VideoDecoder([builder], timeout_s, videos_per_process, lend)
+
+    @classmethod
+    def sharing(cls, builders: Sequence[ExampleBuilder], lend: bool = False) -> list[IsolatedBuilder]:
+        """The same for several builders, with one helper process for all of them."""
+        made = [cls(builder) for builder in builders]
+        decoder = VideoDecoder(builders, lend=lend)
+        for number, one in enumerate(made):
+            one.decoder, one._number = decoder, number
+        return made
 
     def __call__(self, record: Record, rng: np.random.RandomState) -> dict[str, Any]:
         """The preprocessed example; raises `Rejected`, also for a video that crashes its decoder or takes too long."""
@@ -64,12 +71,44 @@ class IsolatedBuilder:
 
     def build(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
         """As the builder's, but for videos."""
-        if "video" not in example:
-            return self.builder.build(example, rng)
+        return self.decoder.build(self._number, example, rng) if "video" in example else self.builder.build(example, rng)
+
+    def release(self) -> None:
+        """The arrays that were lent are not needed any more: the next take their place."""
+        self.decoder.release()
+
+    def close(self) -> None:
+        """Ends the helper process; the next video starts another."""
+        self.decoder.close()
+
+
+class VideoDecoder:
+    """The helper process of some builders.
+
+    Args:
+        builders: what it works with.
+        timeout_s: longest time for one video.
+        videos_per_process: then the process is replaced.
+        lend: the arrays of videos are read-only views of the memory in which the process leaves them, valid until `release`; else copies.
+    """
+
+    def __init__(
+        self,
+        builders: Sequence[ExampleBuilder],
+        timeout_s: float = TIMEOUT_S,
+        videos_per_process: int = VIDEOS_PER_PROCESS,
+        lend: bool = False,
+    ):
+        self.builders, self.timeout_s, self.videos_per_process, self.lend = list(builders), timeout_s, videos_per_process, lend
+        self._helper: _Helper | None = None
+        self._count = 0
+
+    def build(self, number: int, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+        """What builder `number` makes of an example with a video; raises `Rejected`."""
         for _ in range(_ATTEMPTS):
             helper = self._process()
             try:
-                result = helper.build(example, rng, self.timeout_s, self.lend)
+                result = helper.build(number, example, rng, self.timeout_s, self.lend)
             except TimeoutError:
                 self.close()
                 raise Rejected("video: takes too long to decode", f"{_name(example)}: more than {self.timeout_s:g} s") from None
@@ -81,6 +120,11 @@ class IsolatedBuilder:
                 raise result
             return result
         raise Rejected("video: crashes the decoder", f"{_name(example)}: the process died {_ATTEMPTS} times ({ended})")
+
+    @property
+    def lent(self) -> int:
+        """Bytes that are lent, and the gaps between them."""
+        return self._helper.lent if self._helper else 0
 
     def release(self) -> None:
         """The arrays that were lent are not needed any more: the next take their place."""
@@ -97,7 +141,7 @@ class IsolatedBuilder:
         if self._count >= self.videos_per_process:
             self.close()
         if self._helper is None:
-            self._helper, self._count = _Helper(self.builder), 0
+            self._helper, self._count = _Helper(self.builders), 0
         self._count += 1
         return self._helper
 
@@ -105,14 +149,14 @@ class IsolatedBuilder:
 class _Helper:
     """A process that builds examples, one at a time, and the memory in which it leaves their arrays."""
 
-    def __init__(self, builder: ExampleBuilder):
+    def __init__(self, builders: list[ExampleBuilder]):
         context = multiprocessing.get_context("spawn")  # decoders and Ray do not survive a fork
         self._connection, theirs = context.Pipe()
         self._file = _anonymous_file()
         self._memory: mmap.mmap | None = None
         self.lent = 0
         """Bytes at the beginning of the memory that are in use."""
-        self._process = context.Process(target=_serve, args=(theirs, DupFd(self._file), builder), name="video decoder", daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, DupFd(self._file), builders), name="video decoder", daemon=True)
         self._process.start()
         theirs.close()
         try:
@@ -122,14 +166,16 @@ class _Helper:
         if not ready:  # no video's fault
             raise RuntimeError(f"the process that decodes videos does not start ({self.end()}); its messages are in this process's log")
 
-    def build(self, example: dict[str, Any], rng: np.random.RandomState, timeout_s: float, lend: bool) -> dict[str, Any] | Rejected:
-        """What the builder makes of an example; its arrays are copies, or lent.
+    def build(
+        self, number: int, example: dict[str, Any], rng: np.random.RandomState, timeout_s: float, lend: bool
+    ) -> dict[str, Any] | Rejected:
+        """What a builder makes of an example; its arrays are copies, or lent.
 
         Raises:
             TimeoutError: it takes longer.
             EOFError, OSError: the process has died.
         """
-        self._connection.send((example, rng, self.lent))
+        self._connection.send((number, example, rng, self.lent))
         if not self._connection.poll(timeout_s):
             raise TimeoutError
         pickled, places = self._connection.recv()
@@ -151,7 +197,7 @@ class _Helper:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _serve(connection: multiprocessing.connection.Connection, file: Any, builder: ExampleBuilder) -> None:
+def _serve(connection: multiprocessing.connection.Connection, file: Any, builders: list[ExampleBuilder]) -> None:
     """The helper process: as long as its parent lives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -160,10 +206,10 @@ def _serve(connection: multiprocessing.connection.Connection, file: Any, builder
     connection.send(True)
     with contextlib.suppress(EOFError, OSError):  # the parent has ended
         while True:
-            example, rng, start = connection.recv()
+            number, example, rng, start = connection.recv()
             result: dict[str, Any] | Rejected
             try:
-                result = builder.build(example, rng)
+                result = builders[number].build(example, rng)
             except Rejected as reason:
                 result = reason
             buffers: list[pickle.PickleBuffer] = []

@@ -1,72 +1,41 @@
-"""What Ray Data lacks for a source that never ends: a bound on how far it is read, its pace, and no memory of what is done.
-
-Everything here reaches into Ray Data (2.60, which pyproject.toml asks for); nothing else in the project does.
-"""
+"""Reading a source that never ends with Ray Data, with what a known version of it needs for that, or plainly."""
 
 from __future__ import annotations
 
+import functools
 import warnings
+from types import ModuleType
 
 import ray
 from ray.data import DataContext, Dataset, Datasource
-from ray.data._internal.execution.backpressure_policy import (
-    ENABLED_BACKPRESSURE_POLICIES,
-    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-    BackpressurePolicy,
-)
-from ray.data._internal.execution.bundle_queue.reordering import ReorderingBundleQueue
-from ray.data._internal.execution.interfaces import PhysicalOperator
-from ray.data._internal.execution.operators.map_operator import MapOperator
-from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
-from ray.util.annotations import RayDeprecationWarning
 
-_ROWS_AHEAD = "molmo_rows_ahead"
+PLAIN_ROWS = 2_000
+"""Plain Ray Data reads a source that has next to no bytes as far as it can: it is given so many rows at a time."""
 
 
-def configure(context: DataContext, rows_ahead: int) -> None:
-    """Makes a context one for an endless source; its pipelines read `rows_ahead` rows while actors are busy."""
-    context.set_config(_ROWS_AHEAD, rows_ahead)
-    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Endless])
+@functools.cache
+def internals() -> ModuleType | None:
+    """`ray_internals`, if the installed Ray is one that it knows; else nothing, with one warning."""
+    try:
+        from pipelines.data.batches import ray_internals
+
+        ray_internals.check()
+    except ImportError as error:
+        warnings.warn(
+            f"Records are streamed with plain Ray Data, which is slower: what makes it fast does not fit the installed Ray ({error})",
+            stacklevel=2,
+        )
+        return None
+    return ray_internals
 
 
-def read(source: Datasource, rows_ahead: int) -> Dataset:
-    """The rows of a source with a single task, in blocks of one row.
+def read(source: Datasource, rows_ahead: int, context: DataContext) -> Dataset:
+    """The rows of a source with a single task, in blocks of one row; `rows_ahead` are read while those who take them are busy.
 
-    Ray Data looks ten times a second what its tasks have made, and lets each make two blocks until then: 20 rows a second would be
-    all that any number of actors gets. Here a task makes `rows_ahead`.
+    Args:
+        context: the current one; it is changed.
     """
-    arguments = {"_generator_backpressure_num_objects": 2 * rows_ahead}  # a block is two objects
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # of Ray 2.64, for this argument
-        return ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0, ray_remote_args=arguments)
-
-
-class Endless(BackpressurePolicy):
-    """Holds the source back when enough rows wait for an actor, and forgets blocks that are done.
-
-    Ray Data itself holds a source back by the bytes of its blocks. A plan has next to none, and would be read for as long as actors
-    are slower than it, at the cost of most of a core and of memory.
-    """
-
-    def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
-        """0 = none for now, None = no limit (of this policy). Asked in every step of Ray Data's loop, by the thread of that loop."""
-        if isinstance(op, MapOperator):
-            forget(op)
-        if not isinstance(op, TaskPoolMapOperator):
-            return None
-        (actors,) = op.output_dependencies
-        waiting = self._topology[actors].total_enqueued_input_blocks()
-        return 0 if waiting >= self._data_context.get_config(_ROWS_AHEAD) else None
-
-
-def forget(op: MapOperator) -> None:
-    """Drops what Ray Data keeps of blocks that have left an operator (statistics, places in the order), some kB of each.
-
-    It is for a summary at the end, which a training run does not have.
-    """
-    op._output_blocks_stats.clear()
-    queue = op._output_queue
-    if isinstance(queue, ReorderingBundleQueue):
-        for key in [key for key in queue._inner if key < queue._current_key]:
-            del queue._inner[key]
-        queue._finalized_keys = {key for key in queue._finalized_keys if key >= queue._current_key}
+    if (inside := internals()) is None:
+        return ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0)
+    inside.configure(context, rows_ahead)
+    return inside.read(source, rows_ahead)

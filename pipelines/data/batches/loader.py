@@ -69,11 +69,11 @@ class TrainLoader:
         self.collate: MMCollator = cast(Any, model).build_collator(
             sequence_length, "to_max" if data.pad_to_max else None, include_metadata=False
         )
-        self._states = {s: stream.state() for s, stream in self._streams().items()}
+        self._states = {s: stream.state() for s, stream in self.streams().items()}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches from the current state on; `data.prefetch` of them are made ahead in a thread."""
-        streams = self._streams()
+        streams = self.streams()
         for number, state in self._states.items():
             streams[number].restore(state)
         if self.streamed:
@@ -88,7 +88,7 @@ class TrainLoader:
 
     def examples(self) -> list[dict[str, Any]]:
         """This rank's rows of the first global batch, not collated, made in this process (for looking at them)."""
-        return [self.builder(stream.next()).example for stream in self._streams().values()]
+        return [self.builder(stream.next()).example for stream in self.streams().values()]
 
     def state_dict(self) -> States:
         """State of the rank's own streams after the batch last yielded."""
@@ -99,11 +99,12 @@ class TrainLoader:
         states = {int(s): state for s, state in states.items()}
         if missing := [s for s in self.owned if s not in states]:
             raise ConfigError(f"the checkpoint has no data state of streams {missing}: merge the states of all its ranks")
-        for number, stream in self._streams().items():
+        for number, stream in self.streams().items():
             stream.restore(states[number])
         self._states = {s: list(states[s]) for s in self.owned}
 
-    def _streams(self) -> dict[int, Stream]:
+    def streams(self) -> dict[int, Stream]:
+        """New walks through this rank's streams, from their beginning."""
         return {s: Stream(self.plan, s, self._packer(), self.builder.measure) for s in self.owned}
 
     def _packer(self) -> Packer[Draw] | None:

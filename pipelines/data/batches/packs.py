@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +16,7 @@ from pipelines.data import schema
 from pipelines.data.batches.plan import Draw, Stream
 from pipelines.data.batches.prepared import PreparedDataset
 from pipelines.data.builder import example_rng
+from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.preparation.inventory import Inventory
 from pipelines.data.records.fetching import Opened, fetched
 from pipelines.data.rejects import Rejected
@@ -40,11 +42,11 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, draw: Draw) -> dict[str, Any]:
-        """What `finish` takes, media still as references; raises `Rejected`."""
+    def read(self, draw: Draw) -> dict[str, Any]:
+        """What `build` takes, media still as references; raises `Rejected`."""
         ...
 
-    def finish(self, draw: Draw, opened: dict[str, Any]) -> dict[str, Any]:
+    def build(self, draw: Draw, example: dict[str, Any]) -> dict[str, Any]:
         """The preprocessed example of a draw; raises `Rejected`."""
         ...
 
@@ -68,10 +70,10 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.data)
 
-    def open(self, draw: Draw) -> dict[str, Any]:
+    def read(self, draw: Draw) -> dict[str, Any]:
         return self.data[draw.row]
 
-    def finish(self, draw: Draw, example: dict[str, Any]) -> dict[str, Any]:
+    def build(self, draw: Draw, example: dict[str, Any]) -> dict[str, Any]:
         return example if self.weight is None else {**example, "loss_masks": np.float32(self.weight) * (example["loss_masks"] > 0)}
 
     def measure(self, draw: Draw) -> tuple[int, int]:
@@ -90,18 +92,18 @@ class Streamed:
 
     records: Records
     builder: Any
-    """An `ExampleBuilder` (in decode actors, one that isolates videos)."""
+    """An `ExampleBuilder`, or an `IsolatedBuilder` in decode actors."""
     seed: int
     inventory: Inventory | None = None
 
     def __len__(self) -> int:
         return len(self.records) if self.inventory is None else len(self.inventory.usable)
 
-    def open(self, draw: Draw) -> dict[str, Any]:
+    def read(self, draw: Draw) -> dict[str, Any]:
         return self.builder.example(self.records[self._row(draw)])
 
-    def finish(self, draw: Draw, opened: dict[str, Any]) -> dict[str, Any]:
-        return self.builder.build(opened, self._rng(draw))
+    def build(self, draw: Draw, example: dict[str, Any]) -> dict[str, Any]:
+        return self.builder.build(example, self._rng(draw))
 
     def measure(self, draw: Draw) -> tuple[int, int]:
         if self.inventory is None:
@@ -130,13 +132,28 @@ class PackBuilder:
     def __init__(self, datasets: list[Any], limits: tuple[int, int] | None = None):
         self.datasets, self.limits = datasets, limits
 
+    def isolated(self) -> PackBuilder:
+        """The same for a process of its own: videos are decoded in a helper process, one for all datasets. Their arrays are valid until
+        `release`."""
+        streamed = [dataset for dataset in self.datasets if isinstance(dataset, Streamed)]
+        builders = iter(IsolatedBuilder.sharing([dataset.builder for dataset in streamed], lend=True))
+        made = copy.copy(self)
+        made.datasets = [dataclasses.replace(d, builder=next(builders)) if isinstance(d, Streamed) else d for d in self.datasets]
+        return made
+
+    def release(self) -> None:
+        """The rows of an isolated builder are not needed any more: the next take the place of their videos."""
+        for dataset in self.datasets:
+            if isinstance(dataset, Streamed) and isinstance(dataset.builder, IsolatedBuilder):
+                dataset.builder.release()
+
     def __call__(self, pack: list[Draw]) -> Row:
         """The row of a pack."""
         return next(self.rows([pack]))
 
     def rows(self, packs: list[list[Draw]], pool: concurrent.futures.Executor | None = None) -> Iterator[Row]:
         """The rows of some packs. With a pool of threads, remote images are fetched ahead."""
-        opened = (self._open(draw) for pack in packs for draw in pack)
+        opened = (self._read(draw) for pack in packs for draw in pack)
         ready = fetched(opened, pool) if pool else opened
         for pack in packs:
             yield self._row(pack, ready)
@@ -151,7 +168,7 @@ class PackBuilder:
             try:
                 if isinstance(opened, Rejected):
                     raise opened
-                example = self.datasets[draw.dataset].finish(draw, opened)
+                example = self.datasets[draw.dataset].build(draw, opened)
                 self._check_fits(examples, example)
             except Rejected as reason:
                 rejected.append((source, row, reason.reason, reason.detail))
@@ -168,9 +185,9 @@ class PackBuilder:
             return 1, 0
         return tokens, crops
 
-    def _open(self, draw: Draw) -> Opened:
+    def _read(self, draw: Draw) -> Opened:
         try:
-            return self.datasets[draw.dataset].open(draw)
+            return self.datasets[draw.dataset].read(draw)
         except Rejected as reason:
             return reason
 

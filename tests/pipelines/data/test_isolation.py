@@ -34,6 +34,16 @@ class Preprocessor:
         return {"input_ids": np.array([os.getpid()]), "loss_masks": np.ones(1, np.float32)}
 
 
+class Numbered(Preprocessor):
+    """Gives a number of its own, too."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, example, rng):
+        return super().__call__(example, rng) | {"labels": np.array([self.number])}
+
+
 @pytest.fixture
 def isolated(golden):
     builder = IsolatedBuilder(ExampleBuilder(Preprocessor(), 10**6), timeout_s=60, videos_per_process=3)
@@ -65,10 +75,10 @@ def test_decoder_crashes_hangs_and_leaks(isolated, video):
     assert first not in processes
     with pytest.raises(Rejected, match="cannot be preprocessed: ValueError: no such thing"):
         example(isolated, "fail", video=video)
-    isolated.timeout_s = 1
+    isolated.decoder.timeout_s = 1
     with pytest.raises(Rejected, match="takes too long"):
         example(isolated, "hang", video=video)
-    isolated.timeout_s = 60
+    isolated.decoder.timeout_s = 60
     assert process(isolated, "ok", video=video) not in processes
     isolated.close()
     assert not multiprocessing.active_children()
@@ -76,7 +86,7 @@ def test_decoder_crashes_hangs_and_leaks(isolated, video):
 
 def test_pixels_come_back_whole_and_belong_to_the_caller(isolated, video):
     sizes = [2 << 20, 2 << 10, 8 << 20, 0, 4 << 20]  # memory grows, is used again, and is not needed
-    isolated.videos_per_process = len(sizes)
+    isolated.decoder.videos_per_process = len(sizes)
     made = [example(isolated, f"pixels {size}", video=video)["images"] for size in sizes]
     for images, size in zip(made, sizes, strict=True):
         np.testing.assert_array_equal(images, np.arange(size, dtype=np.uint8).reshape(2, -1))
@@ -84,18 +94,27 @@ def test_pixels_come_back_whole_and_belong_to_the_caller(isolated, video):
 
 
 def test_lent_pixels_stay_until_they_are_released(isolated, video):
-    isolated.lend, isolated.videos_per_process = True, 4  # the last of them are lent by another process
+    isolated.decoder.lend, isolated.decoder.videos_per_process = True, 4  # the last of them are lent by another process
     sizes = [1 << 20, 3 << 20, 0, 6 << 20, 2 << 10, 5 << 20]
     made = [example(isolated, f"pixels {size}", video=video)["images"] for size in sizes]
     for images, size in zip(made, sizes, strict=True):
         np.testing.assert_array_equal(images, np.arange(size, dtype=np.uint8).reshape(2, -1))
         assert not images.flags.writeable or not size
-    lent = isolated._helper.lent
+    lent = isolated.decoder.lent
     assert lent > 5 << 20
     isolated.release()
     again = example(isolated, "pixels 4096", video=video)["images"]
     np.testing.assert_array_equal(again, np.arange(4096, dtype=np.uint8).reshape(2, -1))
-    assert isolated._helper.lent < 8192, "the place is used again"
+    assert isolated.decoder.lent < 8192, "the place is used again"
+
+
+def test_builders_share_a_process(video):
+    shared = IsolatedBuilder.sharing([ExampleBuilder(preprocessor, 10**6) for preprocessor in map(Numbered, range(3))])
+    made = [example(builder, "ok", video=video) for builder in (*shared, *shared)]
+    assert len({int(one["input_ids"][0]) for one in made}) == 1
+    assert [int(one["labels"][0]) for one in made] == [0, 1, 2, 0, 1, 2]
+    shared[1].close()
+    assert not multiprocessing.active_children()
 
 
 def _hang(ready, video):

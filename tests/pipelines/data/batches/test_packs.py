@@ -16,10 +16,10 @@ class Numbers:
     def __init__(self, name, bad):
         self.name, self.bad = name, bad
 
-    def open(self, draw):
+    def read(self, draw):
         return {}
 
-    def finish(self, draw, opened):
+    def build(self, draw, example):
         if draw.row in self.bad:
             raise Rejected("record: bad", str(draw.row))
         ids = np.arange(3)

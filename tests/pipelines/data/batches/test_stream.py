@@ -6,31 +6,21 @@ import itertools
 import time
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import ray
 
 from jobs.inventory import main as take_inventory
 from molmo_core.config import ConfigError
 from molmo_core.models.base import BaseModelConfig
+from molmo_core.preprocessing.collator import tensors
 from pipelines.cluster import connect
-from pipelines.data.batches import endless
+from pipelines.data.batches import blocks, endless, ray_internals
 from pipelines.data.batches.loader import TrainLoader
 from pipelines.data.batches.packs import PackBuilder
 from pipelines.data.batches.plan import Stream
-from pipelines.data.batches.stream import (
-    _CALL_PACKS,
-    _LARGE_ARRAYS,
-    BatchActor,
-    PlanSource,
-    _block,
-    _blocks,
-    _unpack,
-    stream_batches,
-)
+from pipelines.data.batches.stream import BatchMaker, PlanSource, Sizes, stream_batches
 from pipelines.data.config import DataConfig
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +40,7 @@ def loader(data, model, rank=0, world=1):
 
 def local(made: TrainLoader, steps: int) -> list:
     """The loader's first batches, made in this process."""
-    streams = made._streams().values()
+    streams = made.streams().values()
     return [made.collate([made.builder(stream.next()).example for stream in streams]) for _ in range(steps)]
 
 
@@ -58,6 +48,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
+@slow
 @pytest.mark.parametrize("packing", [None, {"buffer_size": 8, "max_crops": 8}], ids=["single", "packed"])
 def test_rows_come_in_the_plans_order_and_resume(cluster, model, good_records, packing, tmp_path):
     data = DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "packing": packing, "actors": 2})
@@ -78,27 +69,42 @@ def test_rows_come_in_the_plans_order_and_resume(cluster, model, good_records, p
     assert [same(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 12
 
 
-def test_a_new_pipeline_goes_on_where_the_last_one_stopped(cluster, model, good_records, monkeypatch):
-    monkeypatch.setattr("pipelines.data.batches.stream._PIPELINE_BLOCKS", 1)  # of eight steps of four packs
-    started = []
-    monkeypatch.setattr("pipelines.data.batches.stream._blocks", lambda *given: started.append(1) or _blocks(*given))
-    made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "actors": 1}), model)
-    batches = iter(made)
-    found = list(itertools.islice(batches, 20))
+def streamed(made: TrainLoader, steps: int, sizes: Sizes) -> list:
+    """The loader's first batches, made by actors."""
+    batches = stream_batches(made.streams(), made.builder, made.collate, ranks=1, actors=1, max_reject_rate=0, sizes=sizes)
+    found = [batch for batch, _ in itertools.islice(batches, steps)]
     batches.close()
-    assert len(started) >= 3
-    assert [same(a, b) for a, b in zip(found, local(made, 20), strict=True)] == [True] * 20
+    return found
 
 
+@slow
+def test_a_new_pipeline_takes_over_where_the_last_one_ended(cluster, model, good_records, monkeypatch):
+    started, read = [], endless.read
+    monkeypatch.setattr(endless, "read", lambda *given: started.append(1) or read(*given))
+    made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}}), model)
+    found = streamed(made, 20, Sizes(call_packs=12, pipeline_calls=3))  # nine steps of four packs
+    assert len(started) == 3
+    assert [same(a, tensors(b)) for a, b in zip(local(made, 20), found, strict=True)] == [True] * 20
+
+
+@slow
+def test_plain_ray_data_gives_the_same_batches(cluster, model, good_records, monkeypatch):
+    monkeypatch.setattr(endless, "internals", lambda: None)
+    made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}}), model)
+    found = streamed(made, 20, Sizes(pipeline_calls=2))
+    assert [same(a, tensors(b)) for a, b in zip(local(made, 20), found, strict=True)] == [True] * 20
+
+
+@slow
 def test_ray_data_keeps_nothing_of_blocks_that_are_done(cluster, model, good_records, monkeypatch):
-    kept, forget = [], endless.forget
+    kept, forget = [], ray_internals.forget
 
     def counted(op):
         queue = op._output_queue
         kept.append(max(len(op._output_blocks_stats), len(getattr(queue, "_inner", ())), len(getattr(queue, "_finalized_keys", ()))))
         forget(op)
 
-    monkeypatch.setattr(endless, "forget", counted)
+    monkeypatch.setattr(ray_internals, "forget", counted)
     made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "actors": 1}), model)
     batches = iter(made)
     for _ in range(320):  # 40 blocks of eight steps
@@ -107,6 +113,7 @@ def test_ray_data_keeps_nothing_of_blocks_that_are_done(cluster, model, good_rec
     assert 0 < max(kept) < 25
 
 
+@slow
 def test_the_plan_is_not_read_ahead_without_end(cluster, model, good_records, tmp_path):
     planned = tmp_path / "planned"
 
@@ -130,9 +137,12 @@ def test_the_plan_is_not_read_ahead_without_end(cluster, model, good_records, tm
         next(batches)
     batches.close()
     ahead = planned.stat().st_size - 40 * len(streams)
-    assert ahead < 28 * _CALL_PACKS, "eight rows that wait for the actor, eight in the generator, and what the actor and this process hold"
+    assert ahead < 28 * Sizes().call_packs, (
+        "eight rows that wait for the actor, eight in the generator, and what the actor and this process hold"
+    )
 
 
+@slow
 def test_two_ranks_share_the_global_batch(cluster, model, good_records):
     data = DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "pad_to_max": True, "actors": 1})
     (whole,) = local(loader(data, model), 1)
@@ -144,6 +154,7 @@ def test_two_ranks_share_the_global_batch(cluster, model, good_records):
     np.testing.assert_array_equal(np.concatenate([p["input_ids"] for p in parts]), whole["input_ids"])
 
 
+@slow
 def test_bad_records_cost_one_example_until_there_are_too_many(cluster, model, good_records, make):
     rows = [make.chat("0.png"), make.chat("missing.png"), make.chat("1.png")]
     path = make.write_jsonl(good_records.parent / "some.jsonl", rows)
@@ -161,31 +172,17 @@ def test_bad_records_cost_one_example_until_there_are_too_many(cluster, model, g
 
 
 @pytest.mark.parametrize(("call_packs", "block_bytes"), [(3, 48 << 20), (5, 1), (32, 3 << 20), (32, 48 << 20)])
-def test_batches_are_the_same_however_their_steps_are_cut(cluster, model, good_records, monkeypatch, call_packs, block_bytes):
-    monkeypatch.setattr("pipelines.data.batches.stream._CALL_PACKS", call_packs)
-    monkeypatch.setattr("pipelines.data.batches.stream._BLOCK_BYTES", block_bytes)
+def test_batches_are_the_same_however_their_steps_are_cut(model, good_records, call_packs, block_bytes):
+    sizes = Sizes(call_packs, block_bytes, pipeline_calls=64 // call_packs)
     made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}}), model)
-    (task,) = PlanSource(made._streams()).get_read_tasks(1)
-    actor = BatchActor([ray.put(made.builder)], made.collate)
+    actor = BatchMaker(made.builder, made.collate, sizes)
     parts, found = [], []
-    for part, *_, states in itertools.chain.from_iterable(map(_unpack, itertools.chain.from_iterable(map(actor, task.read_fn())))):
-        parts.append(part)
-        if states is not None:
-            found.append(made.collate.join(parts))
-            parts = []
-            if len(found) == 16:
-                break
-    assert [same(a, b) for a, b in zip(found, local(made, 16), strict=True)] == [True] * 16
-
-
-def test_blocks_give_back_what_they_were_made_of():
-    large = np.random.RandomState(0).randint(0, 255, (2, 3000, 200), np.uint8)
-    batches = [{"images": large, "input_ids": np.arange(3)}, {"images": large[:, ::2], "image_masks": np.zeros((0, 4), np.float32)}, {}]
-    batches += [{"images": large[i % 2 :]} for i in range(_LARGE_ARRAYS)]
-    made = [(batch, {"a": i}, [("a", i, "r", "d")], str(i)) for i, batch in enumerate(batches)]
-    table = pa.concat_tables([_block(made), _block(made[:1]), _block(made[1:])])
-    for block in (table.slice(1), table.combine_chunks().slice(1)):
-        for (batch, *rest), (expected, *others) in zip(_unpack(block), made, strict=True):
-            assert rest == others
-            assert same(batch, expected)
-            assert [a.dtype for a in batch.values()] == [a.dtype for a in expected.values()]
+    for table in itertools.chain.from_iterable(map(actor, PlanSource(made.streams(), sizes).rows())):
+        for part in blocks.read(table.combine_chunks()):
+            parts.append({name: array.copy() for name, array in part.arrays.items()})  # the next but one block takes their place
+            if part.states is not None:
+                found.append(made.collate.join(parts))
+                parts = []
+    assert not parts, "the last row ends a step"
+    assert len(found) >= 16
+    assert [same(a, tensors(b)) for a, b in zip(local(made, len(found)), found, strict=True)] == [True] * len(found)
