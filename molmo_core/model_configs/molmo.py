@@ -90,6 +90,6 @@ class MolmoConfig(BaseModelConfig):
         self, sequence_length: int | None, pad_mode: Literal["to_max"] | None = None, include_metadata: bool = True
     ) -> MMCollator:
         """What joins preprocessed examples to a batch; `pad_mode="to_max"` pads to `sequence_length`, None to the longest."""
-        from molmo_core.preprocessing.collator import build_collator
+        from molmo_core.preprocessing.collator import MMCollator
 
-        return build_collator(sequence_length, pad_mode, include_metadata)
+        return MMCollator(sequence_length, pad_mode, include_metadata)

@@ -133,8 +133,3 @@ def _pad(key: str, arrays: Sequence[np.ndarray | None], value: float, length: in
         if array is not None:
             row[tuple(slice(n) for n in array.shape)] = array
     return batch
-
-
-def build_collator(sequence_length: int | None, pad_mode: PadMode, include_metadata: bool = True) -> MMCollator:
-    """The collator of all models (their configuration's `build_collator` calls this)."""
-    return MMCollator(sequence_length, pad_mode, include_metadata)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from molmo_core.preprocessing.collator import MEDIA_PADDING, SEQUENCE_PADDING, MMCollator, build_collator
+from molmo_core.preprocessing.collator import MEDIA_PADDING, SEQUENCE_PADDING, MMCollator
 
 
 def example(length, crops=0, tree=False, masks=False, **more):
@@ -44,7 +44,7 @@ def test_padding_to_the_longest():
 
 
 def test_padding_to_the_maximum():
-    batch = build_collator(8, "to_max", include_metadata=False)([example(3, crops=1), example(5, crops=3)])
+    batch = MMCollator(8, "to_max", include_metadata=False)([example(3, crops=1), example(5, crops=3)])
     assert batch["input_ids"].shape == (2, 8)
     assert batch["images"].shape == (2, 3, 4, 6)
     assert "metadata" not in batch

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from molmo_core.config import read_yaml
 from molmo_core.nn.configs import LlmConfig, VitConfig
-from molmo_core.preprocessing.collator import build_collator
+from molmo_core.preprocessing.collator import MMCollator
 from molmo_core.preprocessing.configs import DataFormatter, MolmoPreprocessorConfig
 from molmo_core.preprocessing.preprocessor import build_preprocessor
 from molmo_core.preprocessing.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def test_batch_equals_the_reference(golden, tokenizer, folder):
     preprocessor = _preprocessor(golden, folder, tokenizer, for_inference=False)
     examples = [preprocessor(e | {"image": images[f"image{i}"]}) for i, e in enumerate(EXAMPLES)]
 
-    batch = {k: v.numpy() for k, v in build_collator(None, None, include_metadata=False)(examples).items()}
+    batch = {k: v.numpy() for k, v in MMCollator(None, None, include_metadata=False)(examples).items()}
 
     assert set(batch) == set(expected)
     for key in ("input_ids", "labels", "position_ids", "pooled_patches_idx"):
@@ -92,7 +92,7 @@ def test_prompt_equals_the_reference(golden, tokenizer, folder):
     preprocessor = _preprocessor(golden, folder, tokenizer, for_inference=True)
     question = {k: v for k, v in EXAMPLES[0].items() if k != "answer"}
 
-    batch = build_collator(None, None, include_metadata=False)([preprocessor(question | {"image": images["image0"]})])
+    batch = MMCollator(None, None, include_metadata=False)([preprocessor(question | {"image": images["image0"]})])
 
     assert set(batch) == set(expected)
     for key in ("input_ids", "position_ids", "pooled_patches_idx"):

@@ -143,7 +143,7 @@ class Vit:
 tokenizer = Tokenizer.load(sys.argv[1], first_special_id=448)
 preprocess = build_preprocessor(tokenizer, Vit(), DataFormatter(), MolmoPreprocessorConfig(overlap_margins=(1, 1)), for_inference=False)
 example = preprocess({"style": "demo", "question": "?", "answer": "a", "image": np.zeros((9, 9, 3), np.uint8)})
-collate = collator.build_collator(None, None)
+collate = collator.MMCollator(None, None)
 print(sorted({"torch", "ray", "mlflow", "transformers"} & set(sys.modules)))
 collate([example])
 print("torch" in sys.modules)
