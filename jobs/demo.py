@@ -35,7 +35,7 @@ from pipelines.serving import client
 from pipelines.serving.app import serving
 from pipelines.serving.config import ServeConfig
 from pipelines.training.config import TrainConfig
-from pipelines.training.trainer import TrainResult, train
+from pipelines.training.trainer import TrainResult, run_training
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FILES = {
@@ -86,7 +86,7 @@ def demo(overrides: list[str] | None = None) -> dict[str, Any]:
         # The model's file names the tokenizer that the preparation has just trained, so it is read only now.
         training = TrainConfig.load(FILES["train"], changes["train"])
         stage("Train", f"a tiny Molmo from random weights, {training.num_workers} workers with FSDP")
-        trained = train(training)
+        trained = run_training(training)
         if trained.checkpoint is None:
             console.print("The demo ends here; started again, it begins anew.")
             raise KeyboardInterrupt

@@ -1,30 +1,41 @@
-"""Train a model on prepared data or records, on any number of workers; a stopped run goes on when started again."""
+"""Train a model on prepared data or records, on any number of workers; a stopped run continues when started again."""
 
 from __future__ import annotations
 
 import math
+import sys
+
+import typer
 
 from jobs.command import ConfigPath, Overrides, job
 from pipelines.training.config import TrainConfig
+
+FAILED_EXIT_CODE = 1
 
 
 def main(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a model with Ray Train (FSDP), from records or a prepared dataset to a checkpoint folder that can be served.
 
-    Progress goes to the terminal, numbers and pictures to MLflow. A run of the same `name` and `storage` goes on from its last checkpoint;
-    Ctrl-C or SIGTERM saves one first.
+    Progress goes to the terminal, numbers and pictures to MLflow. A run of the same `name` and `storage` continues from its last
+    checkpoint; Ctrl-C or SIGTERM saves one first, and the exit code is then 130 or 143.
     """
     settings = TrainConfig.load(config, overrides)
     # Only now what takes seconds to import: a mistake in the configuration is shown at once.
     from pipelines import cluster, tracking
-    from pipelines.training.trainer import train
+    from pipelines.training.errors import TrainingError
+    from pipelines.training.trainer import run_training
 
-    with cluster.connect(num_cpus=cpus_needed(settings, cluster.cores())):
-        result = train(settings)
+    try:
+        result = run_training(settings, num_cpus=cpus_needed(settings, cluster.cores()))
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(FAILED_EXIT_CODE) from None
     print(f"{'trained' if result.finished else 'stopped at'} {result.step} of {result.steps} steps in {result.seconds:.0f} s")
     if result.checkpoint:
         print(f"model    {result.checkpoint}")
     print(f"MLflow   {tracking.tracking_uri()} run {result.run_id}")
+    if result.stopped_by:
+        raise typer.Exit(128 + result.stopped_by)
 
 
 def cpus_needed(settings: TrainConfig, cores: int) -> int:

@@ -14,6 +14,8 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,8 @@ def connect(
     else:
         _start(num_cpus, num_gpus, object_store_memory, common)
     try:
-        yield
+        with contextlib.nullcontext() if address else _watched():
+            yield
     finally:
         gc.collect()  # what holds objects of this cluster goes before it
         started = [] if address else _workers()
@@ -100,6 +103,31 @@ def reading(results: Iterable[Any]) -> Iterator[Iterator[Any]]:
         yield iterator
     finally:
         iterator.close()  # type: ignore[attr-defined]  # a generator
+
+
+# Ends the processes whose ids it is given, if they outlive the process at the other end of its input.
+_WATCH = f"""
+import contextlib, psutil, sys
+watched = []
+for pid in sys.argv[1:]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        watched.append(psutil.Process(int(pid)))
+sys.stdin.read()
+for left in psutil.wait_procs(watched, timeout={EXIT_TIMEOUT_S})[1]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        left.kill()
+"""
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """A process that ends the cluster's agents if this one is killed: they notice it, but first wait a minute for their dead server."""
+    pids = [str(process.pid) for process in psutil.Process().children(recursive=True)]
+    with subprocess.Popen([sys.executable, "-c", _WATCH, *pids], stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            watcher.kill()
 
 
 def _workers() -> list[psutil.Process]:

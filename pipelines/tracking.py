@@ -10,7 +10,6 @@ import fcntl
 import logging
 import os
 import re
-import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +18,12 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# MLflow would ask a server that does not answer seven times, two minutes each.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import mlflow
+import requests
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.utils import validation
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 RUNS = Path("runs")
+ANSWER_S = 5.0
 CHECKPOINT_FOLDER = "checkpoint"
 EVALUATION = "evaluation/"
 """Metrics of evaluations begin with this; they are shares of 1."""
@@ -170,14 +174,13 @@ def client() -> mlflow.MlflowClient:
 
 def _check_answers(uri: str) -> None:
     """MLflow itself would try again for minutes."""
-    address = urlsplit(uri)
-    if not address.scheme.startswith("http"):
+    if not uri.startswith(("http://", "https://")):
         return
-    port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        socket.create_connection((address.hostname or "", port), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise TrackingError(f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers there ({error})") from None
+        requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_TIMEOUT_S)  # any answer will do
+    except requests.RequestException as error:
+        problem = "it takes too long" if isinstance(error, requests.Timeout) else "connection refused, or no such host"
+        raise TrackingError(f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers there ({problem})") from None
 
 
 class Run:
@@ -211,9 +214,9 @@ class Run:
         for start in range(0, len(flat), validation.MAX_PARAMS_TAGS_PER_BATCH):
             self.client.log_batch(self.id, params=flat[start : start + validation.MAX_PARAMS_TAGS_PER_BATCH])
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Logs numbers under any names (as `key` writes them)."""
-        now = get_current_time_millis()
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0, when: int | None = None) -> None:
+        """Logs numbers under any names (as `key` writes them); `when`: milliseconds since 1970, None = now."""
+        now = when or get_current_time_millis()
         found = [Metric(key(name), float(value), now, step) for name, value in metrics.items()]
         for start in range(0, len(found), validation.MAX_METRICS_PER_BATCH):
             self.client.log_batch(self.id, metrics=found[start : start + validation.MAX_METRICS_PER_BATCH])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from molmo_core.checkpoint.checksums import check_folder
 from molmo_core.checkpoint.folder import Published, local_folder, locate
 from molmo_core.checkpoint.layouts import detect_layout, published_links
 from molmo_core.checkpoint.links import Link, LoadReport, Model, load_tensors, model_tensors, same_names
@@ -29,12 +30,15 @@ def load_model(path: str | Path, dtype: torch.dtype | str | None = None, device:
         A `molmo_core.models.base.ModelBase`.
 
     Raises:
-        CheckpointError: no such checkpoint, an unknown layout, pickled weights, or tensors that do not fit.
+        CheckpointError: no such checkpoint, an unknown layout, pickled weights, tensors that do not fit, or a file that is
+            not as it was written (where the folder has checksums).
         ValueError: `dtype` is not a floating-point type.
     """
     dtype, found = model_dtype(dtype), locate(path)
     config = BaseModelConfig.load(found)
-    reader = SafetensorsReader(found.folder if isinstance(found, Published) else found.parent)
+    folder = found.folder if isinstance(found, Published) else found.parent
+    check_folder(folder)
+    reader = SafetensorsReader(folder)
     with torch.device("meta"):
         model = config.build_model()
     load_tensors(model, reader, checkpoint_links(model, reader, found), strict=True, dtype=dtype, device=device)
@@ -65,9 +69,11 @@ def load_checkpoint(model: Model, path: str | Path, strict: bool = True) -> Load
         strict: every tensor must be there and be used; False reports what was not.
 
     Raises:
-        CheckpointError: naming every missing, unexpected and mis-shaped tensor; or the file is a pickle.
+        CheckpointError: naming every missing, unexpected and mis-shaped tensor; or the file is a pickle, or not as it was written
+            (where the folder has checksums).
     """
     path = local_folder(path)
+    check_folder(path)
     reader = SafetensorsReader(path)
     return load_tensors(model, reader, checkpoint_links(model, reader, locate(path) if path.is_dir() else path), strict)
 

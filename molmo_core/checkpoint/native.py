@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from molmo_core.checkpoint.checksums import write_checksums
 from molmo_core.checkpoint.folder import CONFIG_NAME, CheckpointError
 from molmo_core.checkpoint.links import Model, export_specs, exporter, model_tensors, same_names
 from molmo_core.checkpoint.safetensors_stream import write_safetensors
@@ -51,6 +52,7 @@ def save_checkpoint(model: Model, path: str | Path, sharded: bool = False, dtype
             write_safetensors(folder, specs, tensor, limit)
             tokenizer.save(folder / TOKENIZER_NAME)
             _portable(model.config).save(folder / CONFIG_NAME)
+            write_checksums(folder)
     if dist.is_initialized():
         dist.barrier()
 

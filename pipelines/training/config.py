@@ -11,6 +11,8 @@ from molmo_core.registry import BaseModelConfig, config_class
 from pipelines.data.config import DataConfig
 from pipelines.model_folder import model_folder
 
+MAX_NAME_BYTES = 200
+"""Of a run's name: file systems take 255, and folders beside the run's have longer names."""
 Precision = Literal["fp32", "amp_bf16", "bf16"]
 
 
@@ -168,6 +170,8 @@ class TrainConfig(BaseConfig):
         for name in ("steps", "global_batch_size", "sequence_length", "log_interval"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable() or len(self.name.encode()) > MAX_NAME_BYTES:
+            raise ConfigError(f"name={self.name[:300]!r} must be the name of a folder: printable, no slash, at most {MAX_NAME_BYTES} bytes")
         if not (self.ft_connector or self.ft_vit or self.ft_llm):
             raise ConfigError("nothing to train: ft_connector, ft_vit and ft_llm are all false")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from pipelines.training.optim import freeze
 
 # Below this number of parameters the whole model is one unit of FSDP: gathering all of it once costs less than many small messages.
 ONE_UNIT = 50_000_000
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -87,3 +90,19 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def first(make: Callable[[], T]) -> T:
+    """What the first rank makes, on all ranks."""
+    values = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""From the workers to the driver: numbers, pictures, errors; and back: the wish to stop.
+"""From the workers to the driver: numbers, pictures, errors; in the other direction: the request to stop.
 
 The first worker sends events to an inbox (a small actor beside the driver), the driver empties it. So a terminal, `ray job logs` and
 MLflow are all fed from one place, and workers on other nodes need access to none of them.
@@ -14,8 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Event = tuple[str, int, Any]
-"""Kind, step, content. Kinds: `step`, `metrics`, `samples`, `resumed`, `checkpoint`, `stopped`, `failed`, `done`."""
+from pipelines.training.events import Event, Step
 
 HEARTBEAT_S = 0.5
 
@@ -26,6 +25,7 @@ class Inbox:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.stop = False
+        self.controller: Any = None
 
     def put(self, event: Event) -> bool:
         """Adds an event; returns whether the driver wants the run to stop."""
@@ -38,6 +38,13 @@ class Inbox:
 
     def request_stop(self) -> None:
         self.stop = True
+
+    def set_controller(self, controller: Any) -> None:
+        """Takes Ray Train's controller (an actor's handle), by which a run can be ended while its workers start."""
+        self.controller = controller
+
+    def get_controller(self) -> Any:
+        return self.controller
 
 
 def start_inbox() -> Any:
@@ -55,19 +62,19 @@ class Reporter:
         self._pending: Any | None = None
         self._last = 0.0
 
-    def send(self, kind: str, step: int, content: Any = None) -> None:
+    def send(self, event: Event) -> None:
         if self.inbox is not None:
             self._hear()
-            self._pending = self.inbox.put.remote((kind, step, content))
+            self._pending = self.inbox.put.remote(event)
             self._last = time.monotonic()
 
     def heartbeat(self, step: int) -> None:
-        """Says how far the run is, at most twice a second, and hears whether it shall stop."""
+        """Reports progress, at most twice a second, and learns whether the run should stop."""
         if self.inbox is None:
             return
         self._hear()
         if self._pending is None and time.monotonic() - self._last > HEARTBEAT_S:
-            self.send("step", step)
+            self.send(Step(step))
 
     def _hear(self) -> None:
         """Takes the answer to the latest event if it is there. A later event carries the same answer, so none is waited for."""
@@ -110,7 +117,9 @@ class ProgressBar:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         self.step(step)
-        numbers = f"loss {values['loss']:.3f}  acc {values['accuracy']:.1%}  {values['tokens_per_second']:,.0f} tokens/s"
+        numbers = f"loss {values['loss']:.3f}  acc {values['accuracy']:.1%}"
+        if "tokens_per_second" in values:
+            numbers += f"  {values['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in values:
             numbers += f"  MFU {values['mfu']:.1%}"
         if self._bar is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from pipelines.data.sources import open_records
 from pipelines.evaluation.config import ScoringConfig
 from pipelines.evaluation.questions import Question, media_of, questions, score
 from pipelines.training.config import TrainConfig
-from pipelines.training.parallel import all_sum, autocast, rank, world_size
+from pipelines.training.parallel import all_sum, autocast, first, rank, world_size
 
+NO_ANSWER = "media: unreadable URL"
+"""The rejection of an image that may come another time."""
 SCORING = ScoringConfig()
 
 
@@ -55,34 +58,45 @@ class Validator:
 class Sampler:
     """Greedy answers to a question of each of the first records; every rank computes the same ones."""
 
-    def __init__(self, config: TrainConfig, model: ModelBase):
+    def __init__(self, config: TrainConfig, model: ModelBase, note: Callable[[str], None]):
+        """`note` is called with a line for each record whose media do not come; every rank calls this."""
         assert config.samples is not None
         self.settings, self.precision, self.model = config.samples, config.precision, model
         preprocess = config.model.build_preprocessor(for_inference=True, is_training=False)  # type: ignore[attr-defined]
         self.collate = config.model.build_collator(None, None, include_metadata=False)  # type: ignore[attr-defined]
         builder = ExampleBuilder(preprocess, MAX_IMAGE_PIXELS)
         records = open_records(self.settings.records)
-        self.questions: list[Question] = []
-        self.prompts: list[dict[str, Any]] = []
-        try:
+
+        def read() -> list[tuple[int, Question, dict[str, Any]]]:
+            found = []
             for i in range(min(self.settings.count, len(records))):
-                example = read_record(records[i])
-                question = _of_type(questions(example), i)
-                builder.decode(example)
-                self.questions.append(question)
-                self.prompts.append(preprocess({**media_of(example), **question.task}))
-        except Rejected as error:
-            raise ConfigError(f"samples.records: {self.settings.records}: record {i}: {error}") from None
+                try:
+                    example = read_record(records[i])
+                    question = _of_type(questions(example), i)
+                    builder.decode(example)
+                    found.append((i, question, preprocess({**media_of(example), **question.task})))
+                except Rejected as error:
+                    message = f"samples.records: {self.settings.records}: record {i}: {error}"
+                    if error.reason != NO_ANSWER:
+                        raise ConfigError(message) from None
+                    note(f"{message}. The samples do without it.")
+            return found
+
+        self.samples = first(read)
+        """Record, its question, and the prompt: the same ones on every rank, whatever a server answers when."""
 
     @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:
         """A result for each record, in the form of an evaluation's; every rank calls it."""
+        if not self.samples:
+            return []
+        prompts = [prompt for *_, prompt in self.samples]
         self.model.eval()
         with autocast(self.precision, self.model.device):
-            texts = self.model.generate(**self.collate(self.prompts), max_new_tokens=self.settings.max_new_tokens).text
+            texts = self.model.generate(**self.collate(prompts), max_new_tokens=self.settings.max_new_tokens).text
         back_to_training(self.model)
         results = []
-        for i, (question, prompt, text) in enumerate(zip(self.questions, self.prompts, texts)):
+        for (i, question, prompt), text in zip(self.samples, texts):
             sizes = prompt.get("metadata", {}).get("image_sizes")
             points = score(question, text, SCORING, tuple(sizes[0]) if sizes else (100, 100))
             answer = {"question": question.text, "type": question.type, "answers": question.answers, "prediction": text, "score": points}

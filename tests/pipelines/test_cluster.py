@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 
 import psutil
 import pytest
@@ -69,3 +70,25 @@ def test_workers_that_outlive_their_cluster_are_ended(monkeypatch):
     with subprocess.Popen(["sleep", "600"]) as worker:
         cluster._end([psutil.Process(worker.pid)])
         assert worker.wait(timeout=30) == -signal.SIGKILL
+
+
+KILLED = """
+import psutil, ray, time
+from pipelines import cluster
+with cluster.connect(num_cpus=1, object_store_memory=128 << 20):
+    ray.get(ray.remote(lambda: 1).remote())
+    print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_outlives_a_process_that_is_killed_by_30_s():
+    """Ray's agents would, by a minute."""
+    with subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) as driver:
+        started = [psutil.Process(int(pid)) for pid in driver.stdout.readline().split()]
+        assert len(started) >= 4
+        driver.kill()
+        driver.wait()
+        _, alive = psutil.wait_procs(started, timeout=30)
+        assert [process.cmdline() for process in alive] == []

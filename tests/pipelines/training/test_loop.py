@@ -1,7 +1,10 @@
-"""The loop in one process, without Ray: what a step computes, what is logged, when it stops."""
+"""The loop in one process, without Ray: what a step computes, what is logged, when it stops, what is saved."""
 
 import functools
+import itertools
+import json
 import math
+import time
 
 import pytest
 import ray.train
@@ -9,8 +12,12 @@ import ray.train.torch
 import torch
 from batches import RandomLoader, looks, tiny_config
 
+from molmo_core.checkpoint import load_model
 from molmo_core.config import ConfigError
-from pipelines.training import checkpointing, loop
+from pipelines.data.records import media
+from pipelines.training import loop
+from pipelines.training.config import CheckpointConfig
+from pipelines.training.events import Done, Metrics, Note, Samples, Saved, Started, Stopped
 
 
 class Recorder:
@@ -21,28 +28,34 @@ class Recorder:
     def __init__(self):
         self.events = []
 
-    def send(self, kind, step, content=None):
-        self.events.append((kind, step, content))
+    def send(self, event):
+        self.events.append(event)
 
     def heartbeat(self, step):
         pass
 
     def values(self, name):
-        return [content[name] for kind, _, content in self.events if kind == "metrics" and name in content]
+        return [values[name] for values in self.logged() if name in values]
+
+    def logged(self):
+        return [event.values for event in self.events if isinstance(event, Metrics)]
+
+    def only(self, *kinds):
+        return [event for event in self.events if isinstance(event, kinds)]
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Trains in this process; nothing is saved."""
+    """Trains in this process; every call is a run of its own, unless it gives a `name`."""
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
-    models = []
-    monkeypatch.setattr(checkpointing, "save", lambda model, *_, **__: models.append(model))
+    monkeypatch.setattr(ray.train, "report", lambda *_, **__: None)
+    names, models, build = itertools.count(), [], loop.build
+    monkeypatch.setattr(loop, "build", lambda *arguments: models.append(build(*arguments)) or models[-1])
 
     def train(loader=RandomLoader, **changes):
         recorder = Recorder()
-        recorder.model = models
-        loop.train(tiny_config(tmp_path, **changes), loader, recorder)
+        loop.train(tiny_config(tmp_path, **{"name": f"run{next(names)}"} | changes), loader, recorder)
+        recorder.model = models[-1]
         return recorder
 
     return train
@@ -54,12 +67,13 @@ def test_loss_falls_and_everything_is_logged(run):
     assert len(losses) == 15
     assert losses[0] == pytest.approx(math.log(448), rel=0.05)
     assert losses[-1] < 0.75 * losses[0]
-    kinds = [kind for kind, *_ in recorder.events]
-    assert kinds[-2:] == ["checkpoint", "done"]
+    assert recorder.events[-2] == Saved(15)
+    assert isinstance(recorder.events[-1], Done)
     expected = {"loss", "z_loss", "accuracy", "tokens", "tokens_per_second", "data_wait"}
     expected |= {f"{kind}/{group}" for kind in ("lr", "grad_norm") for group in ("connector", "vit", "llm")}
     expected |= {f"lr/{group}_muon" for group in ("connector", "vit", "llm")}
-    assert set(recorder.events[0][2]) == expected
+    assert set(recorder.logged()[0]) == expected - {"tokens_per_second", "data_wait"}, "the first step compiles and loads"
+    assert set(recorder.logged()[1]) == expected
 
 
 class SameBatch(RandomLoader):
@@ -98,13 +112,17 @@ def test_settings_that_must_not_change_the_result(run, changes):
 def test_bfloat16_stays_near(run, precision):
     plain, other = run(steps=3), run(steps=3, precision=precision)
     assert other.values("loss") == pytest.approx(plain.values("loss"), rel=0.02)
-    dtypes = {p.dtype for p in other.model[-1].parameters()}
+    dtypes = {p.dtype for p in other.model.parameters()}
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(run):
-    with pytest.raises(loop.NonFiniteError, match=r"step 4: loss nan, gradient norm connector nan.*data streams \{0: \[4\]"):
-        run(loader=functools.partial(RandomLoader, poison_at=4))
+    poisoned = functools.partial(RandomLoader, poison_at=4)
+    message = r"step 4: loss nan, gradient norm connector nan.*not taken; there is no checkpoint yet\. .*data streams \{0: \[4\]"
+    with pytest.raises(loop.NonFiniteError, match=message):
+        run(loader=poisoned)
+    with pytest.raises(loop.NonFiniteError, match=r"not taken; the last checkpoint is step_000003\. "):
+        run(loader=poisoned, checkpoint=CheckpointConfig(interval=3))
 
 
 def test_a_batch_without_answers_is_an_error(run):
@@ -128,7 +146,7 @@ def test_dropout_of_a_step_depends_on_the_seed_only(run):
 def test_stop_saves_and_ends(run, monkeypatch):
     monkeypatch.setattr(Recorder, "stop_requested", True)
     recorder = run(steps=6)
-    assert [(kind, step) for kind, step, _ in recorder.events] == [("metrics", 1), ("checkpoint", 1), ("stopped", 1)]
+    assert recorder.only(Started, Saved, Stopped, Done) == [Started(0), Saved(1), Stopped(1)]
 
 
 def test_looking_at_the_model_does_not_change_its_training(run, tmp_path):
@@ -137,9 +155,9 @@ def test_looking_at_the_model_does_not_change_its_training(run, tmp_path):
     validated = looked.values("validation/loss")
     assert len(validated) == 2
     assert validated[1] < validated[0]
-    samples = [(step, content) for kind, step, content in looked.events if kind == "samples"]
-    assert [step for step, _ in samples] == [3, 6]
-    questions = [result["questions"][0] for result in samples[0][1]]
+    samples = looked.only(Samples)
+    assert [event.step for event in samples] == [3, 6]
+    questions = [result["questions"][0] for result in samples[0].results]
     assert [question["type"] for question in questions] == ["colour", "yes_no", "colour"]
     assert {"question", "answers", "prediction", "score"} <= set(questions[0])
 
@@ -149,3 +167,70 @@ def test_records_that_cannot_be_sampled_are_named(run, tmp_path):
     (tmp_path / "looks" / "red.png").unlink()
     with pytest.raises(ConfigError, match=r"records.jsonl: record 0: media: missing file"):
         run(steps=1, **settings)
+
+
+def test_an_image_that_does_not_come_costs_a_line(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "ATTEMPTS", 1)
+    settings = looks(tmp_path / "looks")
+    file = tmp_path / "looks" / "records.jsonl"
+    first, *rest = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(record) + "\n" for record in [{**first, "image": "http://127.0.0.1:9/red.png"}, *rest]))
+    recorder = run(steps=3, **settings)
+    assert [note.text for note in recorder.only(Note) if "record 0: media: unreadable URL" in note.text]
+    assert [result["record"] for result in recorder.only(Samples)[0].results] == [1, 2]
+
+
+def test_tokens_are_counted_once_whenever_a_run_is_stopped(run, monkeypatch):
+    """The checkpoint of step 4 lies between two logs."""
+    settings = {"log_interval": 3, "checkpoint": CheckpointConfig(interval=4)}
+    whole = run(steps=6, **settings)
+    with pytest.raises(RuntimeError, match="end of step 5"):
+        run(steps=6, name="broken", loader=functools.partial(Breaking, step=5), **settings)
+    continued = run(steps=6, name="broken", **settings)
+    assert continued.only(Started) == [Started(4)]
+    assert continued.values("tokens") == [whole.values("tokens")[-1]]
+
+
+class Breaking(RandomLoader):
+    def __init__(self, *arguments, step, **settings):
+        super().__init__(*arguments, **settings)
+        self.step = step
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__(), 1):
+            yield batch
+            if number == self.step:
+                raise RuntimeError(f"end of step {number}")
+
+
+def test_rates_are_those_of_the_steps_alone(run, monkeypatch, tmp_path):
+    """Validation and sampling take a second each; the first step, which waits a second for its batch, does not count."""
+    for name in ("Validator", "Sampler"):
+        look = getattr(loop, name).run
+        monkeypatch.setattr(getattr(loop, name), "run", lambda self, look=look: time.sleep(1.0) or look(self))
+    settings = looks(tmp_path / "looks")
+    settings["validation"].interval = settings["samples"].interval = 1
+    recorder = run(steps=3, log_interval=3, loader=SlowStart, **settings)
+    (speed,), (wait,) = recorder.values("tokens_per_second"), recorder.values("data_wait")
+    assert speed > recorder.values("tokens")[0] / 3 / 0.9, "a step takes less than 0.9 s"
+    assert wait < 0.5
+
+
+class SlowStart(RandomLoader):
+    def __iter__(self):
+        time.sleep(1.0)
+        yield from super().__iter__()
+
+
+@pytest.mark.parametrize("steps", [3, 2])
+def test_a_run_that_is_given_fewer_steps_leaves_its_model(run, monkeypatch, steps):
+    """Stopped after 3 of 6 steps and started again with so few steps that nothing is left to train."""
+    with pytest.raises(RuntimeError):
+        run(steps=6, name="cut", loader=functools.partial(Breaking, step=4), checkpoint=CheckpointConfig(interval=3))
+    (done,) = run(steps=steps, name="cut").only(Done)
+    assert done.step == 3
+    assert done.model.endswith("/cut/step_000003/model")
+    trained = run(steps=3)
+    expected, found = trained.model.state_dict(), load_model(done.model).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert run(steps=steps, name="cut").only(Done, Saved) == [done], "a third time: nothing to do"

@@ -50,6 +50,10 @@ def test_a_checkpoint_folder_gives_model_and_weights(file):
         ("device_batch_size=3", "device_batch_size=3 does not divide a worker's share of 4"),
         ("steps=0", "steps=0 must be at least 1"),
         ("optim.schedule.hold=1", r"hold=1.0 must be in \[0, 1\)"),
+        ("name=a/b", "name='a/b' must be the name of a folder"),
+        ("name=..", "name='..' must be the name of a folder"),
+        ("name=''", "name='' must be the name of a folder"),
+        (f"name={'ä' * 101}", "at most 200 bytes"),
         ("model=missing.yaml", "missing.yaml: no such configuration file"),
     ],
 )

@@ -13,8 +13,8 @@ from batches import RandomLoader, looks, tiny_config
 from molmo_core.checkpoint import load_model
 from molmo_core.config import ConfigError
 from pipelines import cluster, tracking
-from pipelines.training.loop import NonFiniteError
-from pipelines.training.trainer import train
+from pipelines.training.errors import NonFiniteError
+from pipelines.training.trainer import run_training
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def storage(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(storage):
     """8 steps on two workers, with validation and samples in between (which the runs that are compared with it do without)."""
-    return train(tiny_config(storage, name="undisturbed", steps=8, num_workers=2, **looks(storage / "looks")), RandomLoader)
+    return run_training(tiny_config(storage, name="undisturbed", steps=8, num_workers=2, **looks(storage / "looks")), RandomLoader)
 
 
 def losses(result):
@@ -61,7 +61,7 @@ def test_a_killed_worker_changes_nothing(undisturbed, storage):
     loader = functools.partial(RandomLoader, die_at=6, marker=str(storage / "died"))
     config = tiny_config(storage, name="killed", steps=8, num_workers=2, max_failures=1)
     config.checkpoint.interval, config.checkpoint.keep = 2, 2
-    result = train(config, loader)
+    result = run_training(config, loader)
     assert (storage / "died").exists()
     assert len(result.metrics) > 8
     assert losses(result) == losses(undisturbed)
@@ -82,18 +82,20 @@ def test_terminated_on_one_worker_and_resumed_on_two(undisturbed, storage):
     started = threading.Event()
     killer = threading.Thread(target=terminate, daemon=True)
     killer.start()
-    first = train(config, functools.partial(Slow, marker=str(storage / "moved" / "slow_")))
+    first = run_training(config, functools.partial(Slow, marker=str(storage / "moved" / "slow_")))
     killer.join()
     assert 1 <= first.step < 8
-    assert (first.finished, first.checkpoint) == (False, None)
-    second = train(tiny_config(storage, name="moved", steps=8, num_workers=2), RandomLoader)
+    assert (first.finished, first.checkpoint, first.stopped_by) == (False, None, signal.SIGTERM)
+    assert tracking.client().get_run(first.run_id).info.status == "KILLED"
+    second = run_training(tiny_config(storage, name="moved", steps=8, num_workers=2), RandomLoader)
     together = losses(first) | losses(second)
     assert list(losses(second)) == list(range(first.step + 1, 9))
     assert list(together) == list(range(1, 9))
     assert list(together.values()) == pytest.approx(list(losses(undisturbed).values()), rel=1e-4)
     assert second.run_id == first.run_id
+    assert tracking.client().get_run(first.run_id).info.status == "FINISHED"
     with pytest.raises(ConfigError, match=r"run with other settings.*\n  seed: 6198 then, 1 now"):
-        train(tiny_config(storage, name="moved", steps=8, seed=1), RandomLoader)
+        run_training(tiny_config(storage, name="moved", steps=8, seed=1), RandomLoader)
 
 
 class Slow(RandomLoader):
@@ -110,6 +112,6 @@ class Slow(RandomLoader):
 
 def test_errors_reach_the_driver_without_retries(storage):
     with pytest.raises(NonFiniteError, match="step 2: loss nan"):
-        train(tiny_config(storage, name="poisoned", steps=8, num_workers=1), functools.partial(RandomLoader, poison_at=2))
+        run_training(tiny_config(storage, name="poisoned", steps=8, num_workers=1), functools.partial(RandomLoader, poison_at=2))
     with pytest.raises(ConfigError, match=r"num_workers=4 with 1 CPUs each do not fit into the cluster \(3 CPUs"):
-        train(tiny_config(storage, name="large", num_workers=4), RandomLoader)
+        run_training(tiny_config(storage, name="large", num_workers=4), RandomLoader)

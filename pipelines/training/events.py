@@ -1,0 +1,74 @@
+"""What the workers tell the driver (`progress` carries it, `trainer.Driver` handles it)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """A line for people."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """The model is there and the first step begins, after step `step`."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Step `step` is done (sent at most twice a second)."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    step: int
+    values: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Answers of the model, in the form of an evaluation's results."""
+
+    step: int
+    results: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """The checkpoint of step `step` is whole and in its place."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped:
+    """The run ends before its last step, as it was asked to; `step` is saved."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """The run has reached its last step."""
+
+    step: int
+    model: str
+    """Folder, or URL, of the trained model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """The run cannot continue, and another try would end the same way."""
+
+    error: Exception
+
+
+Event = Note | Started | Step | Metrics | Samples | Saved | Stopped | Done | Failed

@@ -1,0 +1,121 @@
+"""The folder of a run: who may run in it, and what is left there when a run cannot begin."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from batches import tiny_config
+
+from molmo_core.config import ConfigError
+from pipelines import tracking
+from pipelines.data.config import DataConfig
+from pipelines.training.run_folder import RUN_FILE, RunFolder
+from pipelines.training.trainer import run_training
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def database(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from batches import tiny_config
+from pipelines.training.run_folder import RunFolder
+with RunFolder(tiny_config(sys.argv[2], name="twice")).lock():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("storage", ["{}", "s3://bucket/runs?region=us-east-1"])
+def test_a_second_training_is_refused_until_the_first_has_died(tmp_path, storage, monkeypatch):
+    storage = storage.format(tmp_path)
+    command = [sys.executable, "-c", HOLD, str(Path(__file__).parent), storage]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    config = tiny_config("-", name="twice")
+    config.storage = storage
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        started = time.monotonic()
+        message = rf"/twice: another training of this name runs \(process {first.pid} on \S+, since 20..-.*name=\.\.\."
+        with pytest.raises(ConfigError, match=message):
+            run_training(config)
+        assert time.monotonic() - started < 1
+        with RunFolder(tiny_config(tmp_path, name="other")).lock():
+            pass
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    with RunFolder(config).lock():
+        pass
+
+
+def test_a_run_that_cannot_begin_leaves_its_folder_free(tmp_path, monkeypatch):
+    """Refused by MLflow after the run was made there: the folder can be used with other settings afterwards."""
+    config = tiny_config(tmp_path, name="run")
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.Run, "log_params", _refused)
+        with pytest.raises(ConfigError, match=r"MLflow \(sqlite.*refuses the run 'run': no such name"):
+            RunFolder(config).open_run()
+    assert not (tmp_path / "run" / RUN_FILE).exists()
+    runs = tracking.client().search_runs([tracking.client().get_experiment_by_name("tests").experiment_id])
+    assert [run.info.status for run in runs] == ["FAILED"]
+    config.seed = 1
+    RunFolder(config).open_run().finish()
+
+
+def _refused(self, params):
+    raise tracking.MlflowException("no such name")
+
+
+@pytest.mark.parametrize("dataset", ["vqa@v2", "a b", "ä", "x" * 400, "a/b", "a.b", "#%&"])
+def test_any_name_of_a_dataset_can_be_logged(tmp_path, dataset):
+    config = tiny_config(tmp_path, name="run", data=DataConfig.new(datasets={dataset: {"path": "-"}}))
+    run = RunFolder(config).open_run()
+    run.finish()
+    params = run.client.get_run(run.id).data.params
+    assert "-" in [value for key, value in params.items() if key.startswith("data.datasets") or "sha" in key]
+    assert json.loads((tmp_path / "run" / RUN_FILE).read_text())["mlflow_run"] == run.id
+    assert RunFolder(config).open_run().id == run.id
+
+
+def test_a_lost_tracking_database_does_not_forbid_to_continue(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, name="run")
+    first = RunFolder(config).open_run()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new.db")
+    folder = RunFolder(config)
+    second = folder.open_run()
+    assert second.id != first.id
+    assert re.search(f"run {first.id} is not in .*new.db.*from here on is in a new run", folder.notes[0])
+    assert RunFolder(config).open_run().id == second.id
+
+
+def test_other_settings_and_damage_are_refused(tmp_path):
+    RunFolder(tiny_config(tmp_path, name="run")).open_run().finish()
+    with pytest.raises(ConfigError, match=r"(?s)run with other settings.*seed: 6198 then, 1 now"):
+        RunFolder(tiny_config(tmp_path, name="run", seed=1)).check()
+    (tmp_path / "run" / RUN_FILE).write_text('{"mlflow')
+    with pytest.raises(ConfigError, match=r"run/run.json is damaged"):
+        RunFolder(tiny_config(tmp_path, name="run")).open_run()
+
+
+def test_a_storage_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"storage: nowhere://x: .*nowhere"):
+        RunFolder(tiny_config("nowhere://x", name="run"))
+    for storage in ("/proc/x", "/sys/x", tmp_path / "file"):
+        (tmp_path / "file").touch()
+        with (
+            pytest.raises(ConfigError, match=rf"storage: {storage}/run cannot be written: "),
+            RunFolder(tiny_config(storage, name="run")).lock(),
+        ):
+            pass
