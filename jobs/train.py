@@ -41,11 +41,11 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
 def cpus_needed(settings: TrainConfig, cores: int) -> int:
     """CPUs of a cluster that is started for this run: its workers and one for what works beside them, or, for actors that decode
     streamed records, all cores of the machine if these are more."""
-    from pipelines.data.batches.prepared import streams
+    from pipelines.data.batches.prepared import is_streamed
 
     data = [settings.data, *([settings.validation.data] if settings.validation else [])]
     least = math.ceil(settings.num_workers * settings.cpus_per_worker) + 1
-    return max(least, cores) if any(map(streams, data)) else least
+    return max(least, cores) if any(map(is_streamed, data)) else least
 
 
 app = job(main)

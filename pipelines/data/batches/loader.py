@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from molmo_core.registry import BaseModelConfig
 
 
-# Streamed batches lie in the object store, which nobody may write to, and torch cannot say so of a tensor.
+# Streamed batches are read-only memory of the object store; torch has no read-only tensors.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 

@@ -23,7 +23,7 @@ def is_prepared(path: str) -> bool:
     return "://" not in path and any((Path(path) / name).is_file() for name in (DATASET, "prepare.json"))
 
 
-def streams(data: DataConfig) -> bool:
+def is_streamed(data: DataConfig) -> bool:
     """Whether any dataset of a run is records, which actors decode while it trains."""
     return not all(reads_prepared(config) for group in data.all_groups().values() for config in group.datasets.values())
 
