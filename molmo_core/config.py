@@ -162,10 +162,11 @@ def check_numbers(config: BaseConfig, name: str, may_be_zero: tuple[str, ...] = 
     Raises:
         ConfigError: the first number outside.
     """
+    hints = _hints(type(config))
     for field in dataclasses.fields(config):
         key, value = f"{name}.{field.name}", getattr(config, field.name)
         least = 0 if field.name in may_be_zero else 1
-        if field.type in ("int", "int | None") and value is not None and value < least:
+        if hints[field.name] in (int, int | None) and value is not None and value < least:
             raise ConfigError(f"{key}={value} must be at least {least}")
         if "dropout" in field.name and not 0 <= value < 1:
             raise ConfigError(f"{key}={value} is a probability below 1: 0 <= p < 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,16 +58,17 @@ def generate(
     if num_beams < 1 or (num_beams > 1 and not sampling.greedy):
         raise ValueError(f"num_beams={num_beams}: beam search needs at least 1 beam and do_sample=False")
     batch = prepare_inputs(model, {"input_ids": input_ids, "images": images, **inputs})
-    _check_lengths(min_new_tokens, max_new_tokens)
-    eos = _end_tokens(model, eos_token_id, batch["input_ids"].device)
+    if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(f"min_new_tokens={min_new_tokens}, max_new_tokens={max_new_tokens}: need 0 <= min <= max and max >= 1")
     pad = PAD_TOKEN_ID if pad_token_id is None else pad_token_id
+    ends = _Ends(_end_tokens(model, eos_token_id, batch["input_ids"].device), pad, min_new_tokens, max_new_tokens)
     decoder = Decoder(model, max_new_tokens)
     if num_beams > 1:
-        search = _search(decoder, batch, BeamSearch(num_beams, eos, pad), eos, min_new_tokens, max_new_tokens)
-        texts = _texts(model, search.tokens[:, 0], eos)
+        search = _search(decoder, batch, BeamSearch(num_beams, ends.tokens, pad), ends)
+        texts = _texts(model, search.tokens[:, 0], ends)
         return OLMoGenerateOutput(search.tokens[:, 0], texts, search.scores[:, 0], search.tokens, search.scores, decoder.internal)
-    tokens, scores = _sample(decoder, batch, sampling, eos, pad, min_new_tokens, max_new_tokens, seed)
-    return OLMoGenerateOutput(tokens, _texts(model, tokens, eos), scores, internal=decoder.internal)
+    tokens, scores = _sample(decoder, batch, sampling, ends, seed)
+    return OLMoGenerateOutput(tokens, _texts(model, tokens, ends), scores, internal=decoder.internal)
 
 
 def prepare_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -158,56 +159,55 @@ class Decoder:
         return bool(finished.all())
 
 
+class _Ends(NamedTuple):
+    """When rows end."""
+
+    tokens: torch.Tensor
+    """int64 [n], each ends a row."""
+    pad: int
+    """Written after the end."""
+    least: int
+    most: int
+    """New tokens of a row."""
+
+    def allowed(self, scores: torch.Tensor, count: int) -> torch.Tensor:
+        """Logits or log-probabilities [B, E] of the token after `count` new ones; -inf where it would end the row too early."""
+        return scores if count >= self.least else scores.index_fill(1, self.tokens, -torch.inf)
+
+
 def _sample(
-    decoder: Decoder,
-    batch: dict[str, Any],
-    sampling: SamplingConfig,
-    eos: torch.Tensor,
-    pad: int,
-    min_new_tokens: int,
-    max_new_tokens: int,
-    seed: int | None,
+    decoder: Decoder, batch: dict[str, Any], sampling: SamplingConfig, ends: _Ends, seed: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """New tokens int64 [B, T], `pad` after the end of a row, and the log-probability float32 [B] of each row under the model."""
-    device = eos.device
+    """New tokens int64 [B, T], padded after the end of a row, and the log-probability float32 [B] of each row under the model."""
+    device = ends.tokens.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     logits = decoder.prefill(batch)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=device)
     columns, scores = [], torch.zeros(len(logits), device=device)
-    for count in range(max_new_tokens):
-        allowed = logits if count >= min_new_tokens else logits.index_fill(1, eos, -torch.inf)
-        tokens = next_token(allowed, sampling, generator)
+    for count in range(ends.most):
+        tokens = next_token(ends.allowed(logits, count), sampling, generator)
         scores += logits.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1).masked_fill(finished, 0)
-        columns.append(tokens.masked_fill(finished, pad))
-        finished = finished | torch.isin(tokens, eos)
-        if count + 1 == max_new_tokens or decoder.all_done(finished):
+        columns.append(tokens.masked_fill(finished, ends.pad))
+        finished = finished | torch.isin(tokens, ends.tokens)
+        if count + 1 == ends.most or decoder.all_done(finished):
             break
         logits = decoder.step(tokens)
     return torch.stack(columns, dim=1), scores
 
 
-def _search(
-    decoder: Decoder, batch: dict[str, Any], search: BeamSearch, eos: torch.Tensor, min_new_tokens: int, max_new_tokens: int
-) -> BeamSearch:
+def _search(decoder: Decoder, batch: dict[str, Any], search: BeamSearch, ends: _Ends) -> BeamSearch:
     log_probs = decoder.prefill(batch).log_softmax(-1)
-    rows = len(log_probs)
-    search.start(log_probs.index_fill(1, eos, -torch.inf) if min_new_tokens else log_probs)
-    decoder.reorder(torch.arange(rows, device=eos.device).repeat_interleave(search.num_beams))
-    offsets = torch.arange(rows, device=eos.device).unsqueeze(1) * search.num_beams
-    for count in range(1, max_new_tokens):
+    rows, device = len(log_probs), log_probs.device
+    search.start(ends.allowed(log_probs, 0))
+    decoder.reorder(torch.arange(rows, device=device).repeat_interleave(search.num_beams))
+    offsets = torch.arange(rows, device=device).unsqueeze(1) * search.num_beams
+    for count in range(1, ends.most):
         if decoder.all_done(search.finished):
             break
         log_probs = decoder.step(search.tokens[:, :, -1].flatten().clamp(min=0)).log_softmax(-1)
-        if count < min_new_tokens:
-            log_probs = log_probs.index_fill(1, eos, -torch.inf)
-        parents = search.step(log_probs.view(rows, search.num_beams, -1))
+        parents = search.step(ends.allowed(log_probs, count).view(rows, search.num_beams, -1))
         decoder.reorder((offsets + parents).flatten())
     return search
-
-
-def _check_lengths(min_new_tokens: int, max_new_tokens: int) -> None:
-    if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(f"min_new_tokens={min_new_tokens}, max_new_tokens={max_new_tokens}: need 0 <= min <= max and max >= 1")
 
 
 def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None, device: torch.device) -> torch.Tensor:
@@ -216,10 +216,10 @@ def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None, device: to
     return torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), dtype=torch.int64, device=device)
 
 
-def _texts(model: Any, tokens: torch.Tensor, eos: torch.Tensor) -> list[str]:
-    ends = set(eos.tolist())
+def _texts(model: Any, tokens: torch.Tensor, ends: _Ends) -> list[str]:
+    end_tokens = set(ends.tokens.tolist())
     texts = []
     for row in tokens.tolist():
-        end = next((i for i, token in enumerate(row) if token in ends), len(row))
+        end = next((i for i, token in enumerate(row) if token in end_tokens), len(row))
         texts.append(model.tokenizer.decode(row[:end]))
     return texts

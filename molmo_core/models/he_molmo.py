@@ -13,9 +13,8 @@ import torch
 
 from molmo_core.inputs import Inputs
 from molmo_core.model_configs.he_molmo import HeMolmoConfig
-from molmo_core.models.image_inputs import FeatureTarget, add_features
+from molmo_core.models.image_features import FeatureTarget, add_features, share_low_embedding
 from molmo_core.models.molmo import Embedded, Molmo
-from molmo_core.models.video_olmo import share_low_embedding
 from molmo_core.nn.attention import Attention, Whole
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import Pass, TransformerOutput

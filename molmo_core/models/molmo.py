@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from molmo_core.inputs import Inputs, Targets, as_batch
 from molmo_core.model_configs.molmo import MolmoConfig
 from molmo_core.models.base import ModelBase
-from molmo_core.models.image_inputs import FeatureTarget, add_features, pooled_idx_of_tokens, tokens_of_input_idx
+from molmo_core.models.image_features import FeatureTarget, add_features, pooled_idx_of_tokens, tokens_of_input_idx
 from molmo_core.nn.attention import Attention, Cached, Mask, Whole
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.kv_cache import KVCache

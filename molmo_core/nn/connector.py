@@ -97,7 +97,7 @@ class MolmoVisionBackbone(nn.Module):
         Returns:
             For each index tensor: features [B, n, d] and valid bool [B, n] (a token with no patch at all is not valid).
         """
-        return self.pool_all(self.encode(images, image_masks), *pooled_idx)
+        return self.pool(self.encode(images, image_masks), *pooled_idx)
 
     def encode(self, images: torch.Tensor, image_masks: torch.Tensor | None = None) -> torch.Tensor:
         """Patch features [B, crops·patches, P] of the selected layers, with the padding embedding."""
@@ -126,12 +126,10 @@ class MolmoVisionBackbone(nn.Module):
         idx = torch.zeros(batch, 1, window, dtype=torch.int64, device=parameter.device)
         return self(images, masks, idx)[0][0]
 
-    def pool(self, features: torch.Tensor, idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pools and projects: features [B, patches, P], idx int64 [B, n, k] -> [B, n, d], valid bool [B, n]."""
-        return self.pool_all(features, idx)[0]
+    def pool(self, features: torch.Tensor, *pooled_idx: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pools and projects: features [B, patches, P], each idx int64 [B, n, k] -> [B, n, d], valid bool [B, n].
 
-    def pool_all(self, features: torch.Tensor, *pooled_idx: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`pool` for several index tensors. The projector runs once: all ranks of a sharded model must call it equally often.
+        The projector runs once: all ranks of a sharded model must call it equally often.
 
         Raises:
             ValueError: an index of a patch that is not there (CPU only: on a GPU the look would wait for the device).

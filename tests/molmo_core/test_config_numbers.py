@@ -1,11 +1,12 @@
 """Numbers that no model has are refused where the configuration is read, by key, not later by a shape or a division."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from molmo_core.config import ConfigError
+from molmo_core.config import BaseConfig, ConfigError, check_numbers
 from molmo_core.models.base import BaseModelConfig
 
 CASES = [
@@ -54,3 +55,22 @@ def test_rates_of_frames_are_positive(golden: Path) -> None:
 def test_errors_of_older_spellings_name_the_file(golden: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"mixed-res/config\.yaml: {message}"):
         BaseModelConfig.load(golden / "video-olmo/mixed-res/config.yaml", [override])
+
+
+@dataclasses.dataclass
+class Sizes(BaseConfig):
+    """Its annotations are types, not strings: this file does not postpone their evaluation."""
+
+    rows: int = 1
+    columns: int | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "sizes")
+
+
+@pytest.mark.parametrize("key", ["rows", "columns"])
+def test_checks_do_not_depend_on_how_annotations_are_stored(key: str) -> None:
+    assert Sizes.__annotations__["rows"] is int
+    assert getattr(Sizes.new(**{key: 3}), key) == 3
+    with pytest.raises(ConfigError, match=rf"sizes\.{key}=0 must be at least 1"):
+        Sizes.new(**{key: 0})

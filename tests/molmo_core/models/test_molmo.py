@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_molmo import PATCH, VOCABULARY, collate, example, tiny_config, tiny_model
 
-from molmo_core.models.image_inputs import pooled_idx_of_tokens, tokens_of_input_idx
+from molmo_core.models.image_features import tokens_of_input_idx
 from molmo_core.models.molmo import Molmo, MolmoConfig
 from molmo_core.nn.attention import Whole
 from molmo_core.nn.connector import patchify
@@ -198,19 +198,6 @@ def test_hidden_states_and_attentions(model):
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=30, deadline=None)
-@given(tilings=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), max_size=3), resize=st.booleans(), pooling=st.integers(1, 2))
-def test_rebuilt_indices_are_the_preprocessors(tilings, resize, pooling):
-    mode = "resize" if resize else "overlap-and-resize-c2"
-    config = tiny_config(mm_preprocessor={"crop_mode": mode, "overlap_margins": (1, 1), "pooling_w": pooling, "pooling_h": pooling})
-    e = example(config, [None if resize else Tiling(*t) for t in tilings])
-    if not tilings:
-        return
-    ids = torch.tensor(e["input_ids"])[None]
-    rebuilt = pooled_idx_of_tokens(ids, len(e["images"]), config.image_tokens, config.image_settings())
-    assert rebuilt[0].tolist() == e["pooled_patches_idx"].tolist()
 
 
 def test_images_without_an_index(model):

@@ -107,7 +107,7 @@ def test_pooling(kind, masked):
     idx = torch.randint(0, 20, (2, 5, width))
     idx[0, 1, width // 2 :] = -1
     idx[1, 4] = -1
-    pooled, valid = backbone.pool(features, idx)
+    pooled, valid = backbone.pool(features, idx)[0]
     assert valid.tolist() == [[bool((idx[b, n] >= 0).any()) for n in range(5)] for b in range(2)]
     assert torch.isfinite(pooled).all()
     for b in range(2):
@@ -132,7 +132,7 @@ def test_masked_pooling_does_not_depend_on_the_width_of_the_index():
     backbone = make(pooling_attention_mask=True)
     features, idx = torch.randn(1, 20, 32), torch.randint(0, 20, (1, 6, 4))
     wide = torch.nn.functional.pad(idx, (0, 5), value=-1)
-    torch.testing.assert_close(backbone.pool(features, idx)[0], backbone.pool(features, wide)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(backbone.pool(features, idx)[0][0], backbone.pool(features, wide)[0][0], atol=1e-5, rtol=1e-5)
 
 
 def test_several_indices_in_one_call():
@@ -141,8 +141,8 @@ def test_several_indices_in_one_call():
     low, high = torch.randint(0, 32, (1, 3, 4)), torch.randint(0, 32, (1, 5, 1))
     (a, _), (b, _) = backbone(images, None, low, high)
     features = backbone.encode(images)
-    torch.testing.assert_close(a, backbone.pool(features, low)[0])
-    torch.testing.assert_close(b, backbone.pool(features, high)[0])
+    torch.testing.assert_close(a, backbone.pool(features, low)[0][0])
+    torch.testing.assert_close(b, backbone.pool(features, high)[0][0])
 
 
 @pytest.mark.parametrize("changes", [{}, {"image_projector": "linear"}, {"image_pooling_2d": "stack"}, {"image_padding_embed": "regress"}])
