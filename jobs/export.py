@@ -10,12 +10,15 @@ import typer
 
 from jobs.command import job
 from molmo_core.checkpoint.export import export_and_verify
+from pipelines.model_folder import model_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def main(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder (own or published), or a hub repository.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder (own or published), hub repository, or models:/name@alias.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist yet.")],
     format: Annotated[
         Literal["huggingface", "native"], typer.Option(help="huggingface: the published layout; native: this project's own.")
@@ -25,7 +28,7 @@ def main(
     ] = None,
 ) -> None:
     """Exports a checkpoint, reads it back and compares its answers with the original's."""
-    export_and_verify(checkpoint, out, format, DTYPES[dtype] if dtype else None)
+    export_and_verify(model_folder(checkpoint), out, format, DTYPES[dtype] if dtype else None)
 
 
 app = job(main)

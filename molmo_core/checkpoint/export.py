@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from molmo_core.checkpoint.native import SHARD_BYTES, atomic_folder, save_checkp
 from molmo_core.checkpoint.published_config import read_published_config
 from molmo_core.checkpoint.published_export import published_layout_of, write_published_files
 from molmo_core.checkpoint.safetensors_stream import write_safetensors
+from molmo_core.checkpoint.tensor_comparison import compare_tensors
 from molmo_core.config import flatten
 
 ExportFormat = Literal["huggingface", "native"]
@@ -104,7 +106,7 @@ def _check_new(out: Path) -> None:
         raise CheckpointError(f"{out} exists; an export goes to a new folder")
 
 
-def _stored_tensors(model: Any, layout: Layout) -> dict[str, torch.Tensor]:
+def _stored_tensors(model: Any, layout: Layout | None) -> dict[str, torch.Tensor]:
     """The model's tensors; of Molmo2 without encoder blocks above the last one used, which its releases lack and no reader builds."""
     tensors = model_tensors(model)
     if layout != "molmo2":
@@ -163,23 +165,42 @@ def verify_export(
 def export_and_verify(
     checkpoint: str | Path, out: str | Path, format: ExportFormat, dtype: torch.dtype | None = None, log: Callable[[str], Any] = print
 ) -> list[Verification]:
-    """Loads a checkpoint, exports it, reads it back. Only one copy of the model is in memory at a time.
+    """Loads a checkpoint, exports it, reads it back: every tensor, and the logits of a question.
+
+    Only one copy of the model is in memory at a time. The export takes its name when it is verified; otherwise nothing is left.
 
     Raises:
-        CheckpointError: `out` exists; or the export, read back, gives other logits (it is left in place to be looked at).
+        CheckpointError: `out` exists; the layout cannot express the model; or what was written is not what the checkpoint holds or
+            computes: the tensors by name, and what to do.
+        ValueError: `dtype` is not a type that a model computes in.
     """
-    _check_new(Path(out))  # before a large checkpoint is read
+    out = Path(out)
+    _check_new(out)  # before a large checkpoint is read
     model = load_model(checkpoint, dtype)
     batch, expected = reference_logits(model)
-    written = export_checkpoint(model, out, format)
-    log(f"wrote {written} ({sum(f.stat().st_size for f in written.rglob('*') if f.is_file()) / 1e6:,.1f} MB, {format} layout)")
-    del model
-    results = verify_export(written, batch, expected, dtype)
-    for result in results:
-        log(str(result))
-    if not all(result.passed for result in results):
-        raise CheckpointError(f"{out}: the export does not compute what the checkpoint computes")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        written = export_checkpoint(model, Path(folder) / out.name, format)
+        left_out = frozenset(model_tensors(model)) - frozenset(_stored_tensors(model, _layout(model, format)))
+        del model
+        try:
+            comparison = compare_tensors(checkpoint, written, left_out)
+            results = verify_export(written, batch, expected, dtype)
+        except CheckpointError as error:
+            raise CheckpointError(f"{out}: not written, {str(error).replace(str(written), str(out))}") from error
+        failed = [str(result) for result in results if not result.passed]
+        if failed:
+            lines = "\n  ".join(failed)
+            raise CheckpointError(f"{out}: not written, the export does not compute what the checkpoint computes\n  {lines}")
+        os.replace(written, out)
+    log(f"wrote {out} ({sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:,.1f} MB, {format} layout)")
+    for line in (comparison, *results):
+        log(str(line))
     return results
+
+
+def _layout(model: Any, format: ExportFormat) -> Layout | None:
+    return published_layout_of(model.config) if format == "huggingface" else None
 
 
 def _compare(reader: str, logits: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Verification:

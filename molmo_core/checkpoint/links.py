@@ -95,11 +95,7 @@ def load_tensors(
         CheckpointError: one error that names every missing, unexpected and mis-shaped tensor.
     """
     tensors = model_tensors(model)
-    targets: dict[str, list[Link]] = {}
-    for link in links:
-        if not link.export_only:
-            targets.setdefault(link.native, []).append(link)
-    report = _check(tensors, targets, reader, {link.other for link in links}, strict)
+    targets, report = by_native(links), check_fit(tensors, links, reader, strict)
     names = [name for name in targets if name in tensors and name not in report.missing]
     owners = _owners(model)
     for name in sorted(names, key=lambda n: reader.position(targets[n][0].other)):
@@ -155,10 +151,29 @@ def exporter(tensors: Mapping[str, torch.Tensor], links: list[Link]) -> Callable
     return build
 
 
-def _check(
-    tensors: Mapping[str, torch.Tensor], targets: dict[str, list[Link]], reader: SafetensorsReader, known: set[str], strict: bool
-) -> LoadReport:
-    specs = reader.specs
+def by_native(links: list[Link]) -> dict[str, list[Link]]:
+    """The parts of each of the model's tensors (second copies left out)."""
+    parts: dict[str, list[Link]] = {}
+    for link in links:
+        if not link.export_only:
+            parts.setdefault(link.native, []).append(link)
+    return parts
+
+
+def read_native(tensor: torch.Tensor, parts: list[Link], reader: SafetensorsReader) -> torch.Tensor:
+    """A tensor of the model, on the CPU and of the type that is stored; of `tensor` only the shape counts."""
+    out = torch.empty(tensor.shape, dtype=reader.specs[parts[0].other].dtype)
+    _assemble(out, parts, reader)
+    return out
+
+
+def check_fit(tensors: Mapping[str, torch.Tensor], links: list[Link], reader: SafetensorsReader, strict: bool = True) -> LoadReport:
+    """Whether a checkpoint holds the tensors of a model, in their shapes.
+
+    Raises:
+        CheckpointError: one error that names every mis-shaped and, if `strict`, missing and unexpected tensor.
+    """
+    specs, targets, known = reader.specs, by_native(links), {link.other for link in links}
     missing, misfits = [], []
     for name, tensor in tensors.items():
         parts = targets.get(name)

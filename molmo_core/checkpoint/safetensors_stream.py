@@ -262,5 +262,9 @@ def _header(names: list[str], specs: Mapping[str, TensorSpec]) -> bytes:
 def _bytes(tensor: torch.Tensor | None, name: str, spec: TensorSpec) -> memoryview:
     if tensor is None or tuple(tensor.shape) != spec.shape:
         raise ValueError(f"{name}: expected shape {spec.shape}, got {None if tensor is None else tuple(tensor.shape)}")
-    flat = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous().reshape(-1)
+    tensor = tensor.detach().cpu()
+    flat = tensor.to(spec.dtype).contiguous().reshape(-1)
+    if spec.dtype != tensor.dtype and not flat.isfinite().all() and tensor.isfinite().all():
+        kind = str(spec.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name}: values up to {tensor.abs().max():.3g} are infinite in {kind}; store it as bfloat16 or float32")
     return flat.view(torch.uint8).numpy().data
