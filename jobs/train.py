@@ -22,9 +22,12 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     settings = TrainConfig.load(config, overrides)
     # Only now what takes seconds to import: a mistake in the configuration is shown at once.
     from pipelines import cluster, tracking
+    from pipelines.data.batches import endless
     from pipelines.training.errors import TrainingError
     from pipelines.training.trainer import run_training
 
+    if streams_records(settings):
+        endless.internals()  # its warning would otherwise be in the workers' logs only
     try:
         result = run_training(settings, num_cpus=cpus_needed(settings, cluster.cores()))
     except TrainingError as error:
@@ -38,14 +41,18 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
         raise typer.Exit(128 + result.stopped_by)
 
 
+def streams_records(settings: TrainConfig) -> bool:
+    """Whether actors decode records while this run trains or validates."""
+    from pipelines.data.batches.prepared import is_streamed
+
+    return is_streamed(settings.data) or (settings.validation is not None and is_streamed(settings.validation.data))
+
+
 def cpus_needed(settings: TrainConfig, cores: int) -> int:
     """CPUs of a cluster that is started for this run: its workers and one for what works beside them, or, for actors that decode
     streamed records, all cores of the machine if these are more."""
-    from pipelines.data.batches.prepared import is_streamed
-
-    data = [settings.data, *([settings.validation.data] if settings.validation else [])]
     least = math.ceil(settings.num_workers * settings.cpus_per_worker) + 1
-    return max(least, cores) if any(map(is_streamed, data)) else least
+    return max(least, cores) if streams_records(settings) else least
 
 
 app = job(main)

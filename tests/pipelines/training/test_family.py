@@ -17,7 +17,7 @@ from pipelines import cluster
 from pipelines.data.batches.loader import TrainLoader
 from pipelines.data.config import DataConfig
 from pipelines.training.config import ValidationConfig
-from pipelines.training.trainer import train
+from pipelines.training.trainer import run_training
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,7 @@ def losses(result):
 @pytest.mark.parametrize("model", MODELS)
 def test_three_steps(storage, model):
     config = config_of(storage, model, name=model)
-    result = train(config, Direct)
+    result = run_training(config, Direct)
     found = losses(result)
     assert (result.step, result.finished, len(found)) == (3, True, 3)
     assert all(map(math.isfinite, found))
@@ -101,7 +101,7 @@ def test_streamed_records_while_validation_is_streamed_too(storage):
     """Decode actors of two pipelines beside the worker: the same numbers as without them."""
     changes = {"steps": 2, "num_workers": 1}
     validation = ValidationConfig(data=config_of(storage, "molmo").data, interval=1, batches=1)
-    streamed = train(config_of(storage, "molmo", name="streamed", validation=validation, **changes))
-    direct = train(config_of(storage, "molmo", name="direct", **changes), Direct)
+    streamed = run_training(config_of(storage, "molmo", name="streamed", validation=validation, **changes))
+    direct = run_training(config_of(storage, "molmo", name="direct", **changes), Direct)
     assert losses(streamed) == losses(direct)
     assert len([values for _, values in streamed.metrics if "validation/loss" in values]) == 2
