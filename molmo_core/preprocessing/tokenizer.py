@@ -7,6 +7,8 @@ vocabulary (padding tokens up to E, then the special ones), which is the layout 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Iterable
 from functools import lru_cache
@@ -119,6 +121,12 @@ class Tokenizer:
                     f"expects {token_id}; check llm.embedding_size and llm.vocab_size"
                 )
         return tokenizer
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that give the same ids for every text and every special token, wherever they were read from."""
+        parts = [self.backend.to_str(), self.eos_token, self.bos_token, self.layout, self.first_special_id]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @property
     def vocab_size(self) -> int:

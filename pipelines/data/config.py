@@ -31,7 +31,8 @@ class PrepareConfig(BaseConfig):
     """Model configuration whose preprocessor and tokenizer are used."""
     format: RecordFormat = "auto"
     tokenizer: TokenizerTraining | None = None
-    """Train a tokenizer on the records first and use it instead of the model's."""
+    """Train a tokenizer on the records first and use it instead of that of the model's configuration file. None = the model's own. A
+    checkpoint folder always keeps its own: its weights know no other."""
     sequence_length: int | None = None
     """Longest example in tokens: later annotations are dropped first. None = the model's max_sequence_length."""
     shard_rows: int = 256
@@ -47,6 +48,12 @@ class PrepareConfig(BaseConfig):
     seed: int = 0
 
     PATHS: ClassVar[tuple[str, ...]] = ("records", "model")
+
+    @classmethod
+    def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(data.get("model"), dict):
+            raise ConfigError("prepare: model is the path of a configuration or checkpoint; change settings in a copy of that file")
+        return data
 
     def __post_init__(self) -> None:
         least = {"shard_rows": 1, "limit": 1, "actors": 1, "sequence_length": 2, "max_image_pixels": 1, "max_reject_rate": 0}
@@ -80,7 +87,8 @@ class DatasetConfig(BaseConfig):
     """Loss weight of every message, in place of the model's `loss_token_weighting`; the `weight` of a record or an annotation multiplies it
     (in a prepared dataset, where they are one number, it takes the place of both)."""
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of the preprocessor for this dataset, e.g. `{p_high_res: 0.3, max_frames: 64}` (streamed records only)."""
+    """Settings of the preprocessor for this dataset, e.g. `{p_high_res: 0.3, max_frames: 64}`; a prepared one must have been made with
+    them."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("path",)
 

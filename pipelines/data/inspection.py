@@ -28,11 +28,11 @@ class Inspector:
     """Draws preprocessed examples.
 
     Args:
-        tokenizer, settings: of the model (settings None = text only).
+        tokenizer, settings: of the model.
         mask: from (input_ids, subsegment_ids or None, loss_masks) of one row to bool [S, S], True = may attend.
     """
 
-    def __init__(self, tokenizer: Tokenizer, settings: ImageSettings | None, mask: Any):
+    def __init__(self, tokenizer: Tokenizer, settings: ImageSettings, mask: Any):
         self.tokenizer, self.settings, self.mask = tokenizer, settings, mask
 
     def page(self, rows: Sequence[dict[str, Any]], title: str) -> str:
@@ -63,7 +63,7 @@ class Inspector:
 
     def pictures(self, example: dict[str, Any]) -> str:
         """Every crop with its pooled tokens; on whole images and frames the answers' points, on the first the outlines of the others."""
-        if "images" not in example or self.settings is None:
+        if "images" not in example:
             return ""
         crops = [self._pixels(patches) for patches in example["images"]]
         pooled = self._pooled(example, example["images"].shape[1])
@@ -135,8 +135,7 @@ class Inspector:
 
     def _pixels(self, patches: np.ndarray) -> np.ndarray:
         """uint8 [h, w, 3] of a crop's patches [n, p·p·3]."""
-        rows, cols = self.settings.crop_grid if self.settings else (1, 1)
-        p = self.settings.patch_size if self.settings else 1
+        (rows, cols), p = self.settings.crop_grid, self.settings.patch_size
         pixels = patches.reshape(rows, cols, p, p, 3).transpose(0, 2, 1, 3, 4).reshape(rows * p, cols * p, 3)
         if pixels.dtype != np.uint8:  # already normalised: stretched to what can be seen
             low, high = float(pixels.min()), float(pixels.max())
@@ -145,8 +144,7 @@ class Inspector:
 
     def _pooled(self, example: dict[str, Any], patches: int) -> list[list[str]]:
         """Outlines of the pooled tokens of every crop."""
-        _, cols = self.settings.crop_grid if self.settings else (1, 1)
-        p = self.settings.patch_size if self.settings else 1
+        (_, cols), p = self.settings.crop_grid, self.settings.patch_size
         shapes: list[list[str]] = [[] for _ in example["images"]]
         for name in (n for n in _POOLED if n in example):
             for k, index in enumerate(example[name]):
@@ -165,7 +163,7 @@ class Inspector:
     def _outlines(self, example: dict[str, Any], content: tuple[float, float, float, float]) -> str:
         """Where the high-resolution crops lie on the whole image (single images only: of several, the crops do not say which is whose)."""
         sizes = (example.get("metadata") or {}).get("image_sizes") or []
-        if self.settings is None or len(sizes) != 1 or len(example["images"]) < 2:
+        if len(sizes) != 1 or len(example["images"]) < 2:
             return ""
         (width, height), settings = sizes[0], self.settings
         tiling = image_tiling(height, width, settings)
@@ -207,19 +205,19 @@ class Inspector:
     def _whole_crops(self, example: dict[str, Any]) -> list[int]:
         """Number of the crop that shows each image whole."""
         sizes = (example.get("metadata") or {}).get("image_sizes") or []
-        if self.settings is None or len(sizes) < 2:
+        if len(sizes) < 2:
             return [0]
         counts = [image_token_counts(height, width, self.settings)[1] for width, height in sizes]
         return [0, *np.cumsum(counts)[:-1].tolist()] if sum(counts) == len(example["images"]) else [0]
 
     def _circle(self, point: Point, content: tuple[float, float, float, float]) -> str:
         x, y = self._place(point.x / 1000, point.y / 1000, content)
-        radius = (self.settings.crop_size[1] if self.settings else 100) / 40
+        radius = self.settings.crop_size[1] / 40
         return f'<circle class="point" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
 
     def _place(self, x: float, y: float, content: tuple[float, float, float, float]) -> tuple[float, float]:
         """Pixels in the whole-image crop of a place given in shares of the image."""
-        height, width = self.settings.crop_size if self.settings else (1, 1)
+        height, width = self.settings.crop_size
         top, left, bottom, right = content
         return width * (left + x * (right - left)), height * (top + y * (bottom - top))
 

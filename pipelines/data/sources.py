@@ -27,7 +27,7 @@ from pipelines.data.records.record_file import local_path
 from pipelines.data.records.tables import HuggingFace, Parquet
 from pipelines.data.rejects import Rejected
 
-__all__ = ["Record", "Records", "Rejected", "Source", "open_records"]
+__all__ = ["Record", "Records", "Rejected", "Source", "find_records", "open_records"]
 
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".tar": "webdataset"}
 _HINT = (
@@ -91,6 +91,12 @@ class Records:
         return self.sources[s], i - self._bounds[s]
 
 
+def find_records(path: str) -> list[str]:
+    """The record files of a file, a folder or a glob; none is opened. Raises ConfigError if nothing is there."""
+    with _explained(path):
+        return _expand(local_path(path))
+
+
 def open_records(path: str, format: str = "auto") -> Records:
     """Opens a file, a folder or a glob of record files.
 
@@ -101,9 +107,7 @@ def open_records(path: str, format: str = "auto") -> Records:
     Raises:
         ConfigError: nothing there, or a form that is not supported.
     """
-    with _explained(path):
-        paths = _expand(local_path(path))
-    records = Records([_open(p, format) for p in paths])
+    records = Records([_open(p, format) for p in find_records(path)])
     if not len(records):
         raise ConfigError(f"{path}: no records in it")
     return records

@@ -17,6 +17,7 @@ from pipelines.data.batches.loader import TrainLoader
 from pipelines.data.sources import open_records
 from pipelines.evaluation.picture import draw_answers
 from pipelines.model_folder import fixed_model, model_folder
+from pipelines.training.belonging import check_belonging
 from pipelines.training.config import TrainConfig, pinned
 from pipelines.training.events import Done, Event, Failed, Metrics, Note, Samples, Saved, Started, Step, Stopped
 from pipelines.training.fit import Fit
@@ -64,8 +65,8 @@ def run_training(config: TrainConfig, make_loader: Callable[..., Any] = TrainLoa
         num_cpus: CPUs of a cluster that is started here (see `cluster.connect`).
 
     Raises:
-        ConfigError: settings that do not fit the folder's run, the data or the cluster; another training of this name runs; the
-            tracking server does not answer.
+        ConfigError: settings that do not fit the folder's run, the data (`check_belonging`) or the cluster; another training of this name
+            runs; the tracking server does not answer.
         TrainingError: the loss or a gradient is not finite (NonFiniteError), or the storage takes no more checkpoints.
         ray.train.TrainingFailedError: workers failed more often than `max_failures`.
     """
@@ -73,6 +74,8 @@ def run_training(config: TrainConfig, make_loader: Callable[..., Any] = TrainLoa
     folder = RunFolder(config)
     with folder.lock():
         folder.check()
+        if make_loader is TrainLoader:  # another one reads what it likes
+            check_belonging(config)
         with cluster.connect(num_cpus=num_cpus):
             config = prepared(config)
             with Driver(config, folder) as driver:

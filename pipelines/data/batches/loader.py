@@ -86,9 +86,10 @@ class TrainLoader:
             self._states = states
             yield tensors(batch)
 
-    def examples(self) -> list[dict[str, Any]]:
-        """This rank's rows of the first global batch, not collated, made in this process (for looking at them)."""
-        return [self.builder(stream.next()).example for stream in self.streams().values()]
+    def examples(self, count: int) -> list[dict[str, Any]]:
+        """This rank's first `count` rows in the order in which they are trained on, not collated, made in this process (for looking at)."""
+        streams = list(self.streams().values())
+        return [self.builder(streams[k % len(streams)].next()).example for k in range(count)]
 
     def state_dict(self) -> States:
         """State of the rank's own streams after the batch last yielded."""
@@ -132,8 +133,6 @@ def open_dataset(
                 f"dataset {name!r}: {more:,} examples have more crops or frames than packing.max_crops={data.packing.max_crops} "
                 f"(most {prepared.crops.max():,}); raise it, or prepare them with fewer"
             )
-        if config.overrides:
-            raise ConfigError(f"dataset {name!r}: overrides apply to streamed records only; prepare it with such a model instead")
         return Prepared(prepared, config.message_weight)
     records = open_records(config.path, config.format)
     changed = cast(Any, with_overrides(model, config.overrides, name))

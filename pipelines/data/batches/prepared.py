@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from molmo_core.config import ConfigError
 from pipelines.data import schema
 from pipelines.data.config import DataConfig, DatasetConfig
+from pipelines.data.preparation.checksums import BLOCK, BlockCheck
 from pipelines.data.preparation.shards import shard_path
 
 DATASET, INDEX = "dataset.json", "index.parquet"
@@ -38,9 +39,11 @@ class PreparedDataset:
 
     Attributes:
         tokens, crops: int64 [n], length and number of crops or frames of each example.
+        made_for: the `model` and its `settings` for which it was prepared (`example_settings`).
 
     Raises:
-        ConfigError: no such dataset, an unfinished one, or one of another schema version.
+        ConfigError: no such dataset, an unfinished one, one of another schema version, or shards that are missing or cut. A shard that is
+            damaged otherwise is found when an example of it is first read.
     """
 
     def __init__(self, folder: str | Path):
@@ -51,6 +54,12 @@ class PreparedDataset:
         info = json.loads((self.folder / DATASET).read_text())
         if info["version"] != schema.VERSION:
             raise ConfigError(f"{self.folder}: schema version {info['version']}, this code reads {schema.VERSION}; prepare it again")
+        self.made_for: dict[str, Any] | None = info.get("made_for")
+        for number, size in enumerate(info.get("bytes", ())):
+            path = shard_path(self.folder, number, ".arrow")
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                raise damaged(path, "missing" if found is None else f"{found:,} bytes of {size:,}")
         index = pq.read_table(self.folder / INDEX)
         self.tokens = index.column("tokens").to_numpy()
         self.crops = index.column("crops").to_numpy()
@@ -74,18 +83,40 @@ class PreparedDataset:
         return {**self.__dict__, "_shards": {}}
 
 
+def damaged(path: Path, what: str) -> ConfigError:
+    """A shard that is not what was written."""
+    return ConfigError(f"{path}: damaged ({what}). Run `python -m jobs.prepare` again with the same settings: it makes this shard anew")
+
+
 class _Shard:
-    """A memory-mapped Arrow file; record batches are mapped when first used."""
+    """A memory-mapped Arrow file; record batches are mapped, and their bytes checked, when first used."""
 
     def __init__(self, path: Path):
-        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._columns: list[schema.Columns] = []
-        self._bounds = [0]
+        self._path = path
+        self._whole = pa.memory_map(str(path)).read_buffer()
+        view = memoryview(self._whole)
+        expected = json.loads(path.with_suffix(".json").read_text()).get("checksums")
+        self._check = BlockCheck(view, expected) if expected is not None else None
+        self._verify(0, 1)  # the schema, and where its batches are
+        self._verify(len(view) - 1, len(view))
+        self._file = pa.ipc.open_file(pa.BufferReader(self._whole))
+        self._batches: list[pa.RecordBatch] = []
+        self._columns: dict[int, schema.Columns] = {}
+        self._bounds, self._ends = [0], [0]  # rows before each batch, bytes up to its end
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         while self._bounds[-1] <= i:
-            batch = schema.Columns(self._file.get_batch(len(self._columns)))
-            self._columns.append(batch)
+            batch = self._file.get_batch(len(self._batches))
+            buffers = [b for column in batch.columns for b in column.buffers() if b is not None and b.size]
+            self._batches.append(batch)
             self._bounds.append(self._bounds[-1] + batch.num_rows)
+            self._ends.append(max((b.address + b.size - self._whole.address for b in buffers), default=self._ends[-1]))
         number = int(np.searchsorted(self._bounds, i, side="right")) - 1
+        if number not in self._columns:
+            self._verify(self._ends[number], self._ends[number + 1])
+            self._columns[number] = schema.Columns(self._batches[number])
         return self._columns[number].row(i - self._bounds[number])
+
+    def _verify(self, start: int, stop: int) -> None:
+        if self._check is not None and (block := self._check.damaged(start, stop)) is not None:
+            raise damaged(self._path, f"the bytes from {block * BLOCK:,} on are not those that were written")

@@ -50,6 +50,12 @@ def inventory_path(records: str) -> Path:
     return path / "inventory.parquet" if path.is_dir() else path.with_name(f"{path.name.replace('*', '_')}.inventory.parquet")
 
 
+def require_inventory(path: Path) -> None:
+    """Raises ConfigError if there is no inventory at `path`."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: packing streamed records needs their inventory: run `python -m jobs.inventory CONFIG` first")
+
+
 def measure_media(example: dict[str, Any]) -> dict[str, Any]:
     """Sizes of an example's images, or frames, rate and times of its video; or the reason why it cannot be used."""
     row: dict[str, Any] = {}
@@ -137,8 +143,7 @@ class Inventory:
     """
 
     def __init__(self, records: Records, path: Path):
-        if not path.is_file():
-            raise ConfigError(f"{path}: packing streamed records needs their inventory: run `python -m jobs.inventory CONFIG` first")
+        require_inventory(path)
         table = pq.read_table(path)
         if (table.schema.metadata or {}).get(b"records", b"").decode() != json.dumps(records.stamp):
             raise ConfigError(f"{path}: an inventory of other records (or they changed): run `python -m jobs.inventory CONFIG` again")

@@ -2,105 +2,146 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
-import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from molmo_core.checkpoint.published_config import PROCESSOR_FILES
 from molmo_core.config import ConfigError
-from molmo_core.preprocessing.data_formatter import Formatter
-from molmo_core.registry import BaseModelConfig
 from pipelines.cluster import quiet, reading
-from pipelines.data import schema
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.config import PrepareConfig
+from pipelines.data.example_settings import example_settings
 from pipelines.data.isolation import IsolatedBuilder
-from pipelines.data.preparation import easy_vqa
-from pipelines.data.preparation.report import write_report
+from pipelines.data.preparation import books, easy_vqa
+from pipelines.data.preparation.claim import claimed, open_folder
 from pipelines.data.preparation.shards import read_summary, withdraw, write_shard
-from pipelines.data.preparation.train_tokenizer import train_tokenizer
+from pipelines.data.preparation.train_tokenizer import model_for
 from pipelines.data.records.fetching import THREADS
-from pipelines.data.records.reading import read_record
-from pipelines.data.rejects import Rejected, Rejects, TooManyRejected
-from pipelines.data.sources import Records, open_records
-from pipelines.files import write_table, write_text
+from pipelines.data.rejects import Rejects, TooManyRejected
+from pipelines.data.sources import open_records
 from pipelines.model_folder import model_folder
-
-STATE, DATASET, INDEX, REPORT, REJECTED = "prepare.json", "dataset.json", "index.parquet", "report.json", "rejected.parquet"
-STOPPED = "stopped.txt"
-"""Left by a run that stopped because too many records were unusable."""
-LINE_EVERY_S = 30.0
-_TOKENIZER_RECORDS = 100_000
+from pipelines.progress import RecordProgress
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Runs a preparation, or what is left of it. Ray must be connected.
+    """Runs a preparation, or what is left of it. Ray must be connected. Returns and raises as `Preparation`."""
+    return Preparation(config).run()
 
-    Returns:
-        The report (also written to `report.json`).
+
+class Preparation:
+    """A preparation whose settings, records, model and folder are checked (and whose tokenizer is trained, if it has one of its own).
+    Only `run` needs Ray.
+
+    Attributes:
+        config: with what the model decides.
+        report: of the finished preparation that the folder holds, None while something is left to do.
 
     Raises:
-        ConfigError: the folder holds another preparation, or the records cannot be opened.
-        TooManyRejected: a source is worse than `max_reject_rate`.
+        ConfigError: the folder holds another preparation or cannot be written, or records or model cannot be opened.
     """
-    config.require_paths()
-    started = time.perf_counter()
-    folder = Path(config.output).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = _easy_vqa(folder, config.limit) if config.records == "easy-vqa" else config.records
-    records = open_records(path, config.format)
-    total = min(len(records), config.limit or len(records))
-    shards = -(-total // config.shard_rows)
-    _claim(folder, config, records)
-    model = _model(folder, config, records, total)
-    config = dataclasses.replace(config, sequence_length=config.sequence_length or model.llm.max_sequence_length)
-    preprocessor = model.build_preprocessor(for_inference=False, is_training=True, max_seq_len=config.sequence_length)
 
-    rejects = Rejects(config.max_reject_rate)
-    _try_media_again(folder, shards)
-    done = {k: summary for k in range(shards) if (summary := read_summary(folder, k))}
-    for summary in done.values():
-        rejects.add(summary["rows_in"], summary["rejected"])
-    todo = [k for k in range(shards) if k not in done]
-    if not todo and (folder / REPORT).is_file():
-        return json.loads((folder / REPORT).read_text())
-    before, shown = rejects.seen.total(), started
-    try:
-        with _progress() as progress:
-            bar = progress.add_task("prepare", total=total, completed=before, rejected=rejects.total)
-            for summary in _run(config, folder, records, preprocessor, todo, total):
-                done[summary["shard"]] = summary
-                rejects.add(summary["rows_in"], summary["rejected"])
-                seen = rejects.seen.total()
-                progress.update(bar, completed=seen, rejected=rejects.total)
-                if not progress.console.is_terminal and time.perf_counter() - shown > LINE_EVERY_S:  # a log shows no bar until the end
-                    shown = time.perf_counter()
-                    print(f"prepare: {seen:,} of {total:,} records, {rejects.total:,} rejected", file=sys.stderr, flush=True)
-                rejects.check()
-        rejects.check(at_end=True)
-    except TooManyRejected as error:
-        _write_rejected(folder, done)
-        write_text(folder / STOPPED, str(error))
-        raise TooManyRejected(
-            f"{error}. All rejected rows so far: {folder / REJECTED}. Start again when missing media are there (they are tried again), "
-            f"with a larger max_reject_rate, or in an empty folder if the records change"
-        ) from None
-    return finish(folder, config, done, total, rejects.seen.total() - before, time.perf_counter() - started)
+    def __init__(self, config: PrepareConfig):
+        config.require_paths()
+        if not model_folder(config.model).is_file():  # a checkpoint: its weights belong to its tokenizer
+            config = dataclasses.replace(config, tokenizer=None)
+        self.folder = Path(config.output).resolve()
+        if config.records == "easy-vqa":
+            open_folder(self.folder)
+        self.records = open_records(_easy_vqa(self.folder, config.limit) if config.records == "easy-vqa" else config.records, config.format)
+        self.total = min(len(self.records), config.limit or len(self.records))
+        open_folder(self.folder)
+        with claimed(self.folder, config, self.records):
+            model = model_for(self.folder, config, self.records, self.total)
+            self.config = dataclasses.replace(config, sequence_length=config.sequence_length or model.llm.max_sequence_length)
+            self.preprocessor = model.build_preprocessor(for_inference=False, is_training=True, max_seq_len=self.config.sequence_length)
+            self.made_for = {"model": config.model, "settings": example_settings(model, self.preprocessor)}
+        self._try_media_again()
+        shards = range(-(-self.total // config.shard_rows))
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:  # a shard is read for its checksums
+            found = pool.map(lambda k: read_summary(self.folder, k), shards)
+            self.done = {k: summary for k, summary in zip(shards, found) if summary is not None}
+        self.todo = [k for k in shards if k not in self.done]
+        report = self.folder / books.REPORT
+        self.report: dict[str, Any] | None = json.loads(report.read_text()) if not self.todo and report.is_file() else None
+
+    def run(self) -> dict[str, Any]:
+        """Makes what is left; nothing if all is there. Ray must be connected.
+
+        Returns:
+            The report (also written to `report.json`).
+
+        Raises:
+            ConfigError: a shard cannot be written.
+            TooManyRejected: a source is worse than `max_reject_rate`.
+        """
+        if self.report is not None:
+            return self.report
+        started = time.perf_counter()
+        rejects = Rejects(self.config.max_reject_rate)
+        for summary in self.done.values():
+            rejects.add(summary["rows_in"], summary["rejected"])
+        before = rejects.seen.total()
+        try:
+            with RecordProgress("prepare", self.total, before) as progress:
+                for summary in self._made():
+                    self.done[summary["shard"]] = summary
+                    rejects.add(summary["rows_in"], summary["rejected"])
+                    progress.update(rejects.seen.total(), f"{rejects.total:,} rejected")
+                    rejects.check()
+            rejects.check(at_end=True)
+        except TooManyRejected as error:
+            raise books.stop(self.folder, self.done, error) from None
+        made, seconds = rejects.seen.total() - before, time.perf_counter() - started
+        self.report = books.close(self.folder, self.done, self.total, self.config.sequence_length, self.made_for, made, seconds)
+        return self.report
+
+    @property
+    def records_done(self) -> int:
+        """Records in committed shards."""
+        return sum(sum(summary["rows_in"].values()) for summary in self.done.values())
+
+    def _made(self) -> Iterator[dict[str, Any]]:
+        """Makes the missing shards on Ray Data actors; yields their summaries as they come."""
+        if not self.todo:
+            return
+        config, todo = self.config, self.todo
+        builder = ExampleBuilder(self.preprocessor, config.max_image_pixels)
+        actors = config.actors or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        quiet()
+        dataset = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo)).map_batches(
+            ShardWriter,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=min(actors, len(todo))),
+            fn_constructor_args=(str(self.folder), ray.put(self.records), ray.put(builder), config.shard_rows, self.total, config.seed),
+            num_cpus=1,
+        )
+        with reading(dataset.iter_rows()) as rows:
+            for row in rows:
+                summary = json.loads(row["summary"])
+                if "failed" in summary:
+                    raise ConfigError(
+                        f"{self.folder}: shard {summary['shard']} cannot be made: {summary['failed']}. Finished shards are kept: when the "
+                        f"cause is gone, run the same command again to continue"
+                    )
+                yield summary
+
+    def _try_media_again(self) -> None:
+        """After a stop because of too many rejected records: media that were missing then may be there now."""
+        if (self.folder / books.STOPPED).is_file():
+            for k in range(-(-self.total // self.config.shard_rows)):
+                summary = read_summary(self.folder, k)
+                if summary and any(reason.startswith("media:") for _, _, reason, _ in summary["rejected"]):
+                    withdraw(self.folder, k)
+            (self.folder / books.STOPPED).unlink()
 
 
 class ShardWriter:
@@ -117,31 +158,15 @@ class ShardWriter:
         self.pool = concurrent.futures.ThreadPoolExecutor(THREADS)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        summaries = []
-        for shard in batch.column("shard").to_pylist():
-            rows = range(shard * self.shard_rows, min(self.total, (shard + 1) * self.shard_rows))
-            summaries.append(write_shard(self.folder, shard, rows, self.records, self.builder, self.seed, self.pool))
-        return pa.table({"summary": [json.dumps(s) for s in summaries]})
+        return pa.table({"summary": [json.dumps(self.make(shard)) for shard in batch.column("shard").to_pylist()]})
 
-
-def _run(config: PrepareConfig, folder: Path, records: Records, preprocessor: Any, todo: list[int], total: int) -> Iterator[dict[str, Any]]:
-    """Makes the missing shards on Ray Data actors; yields their summaries as they come."""
-    if not todo:
-        return
-    builder = ExampleBuilder(preprocessor, config.max_image_pixels)
-    actors = config.actors or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    quiet()
-    dataset = ray.data.from_items([{"shard": k} for k in todo], override_num_blocks=len(todo)).map_batches(
-        ShardWriter,
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(actors, len(todo))),
-        fn_constructor_args=(str(folder), ray.put(records), ray.put(builder), config.shard_rows, total, config.seed),
-        num_cpus=1,
-    )
-    with reading(dataset.iter_rows()) as rows:
-        for row in rows:
-            yield json.loads(row["summary"])
+    def make(self, shard: int) -> dict[str, Any]:
+        """The summary of a shard, or why it could not be written."""
+        rows = range(shard * self.shard_rows, min(self.total, (shard + 1) * self.shard_rows))
+        try:
+            return write_shard(self.folder, shard, rows, self.records, self.builder, self.seed, self.pool)
+        except OSError as error:  # no space left, no permission, a disk that is gone: not to be tried again by Ray
+            return {"shard": shard, "failed": f"{type(error).__name__}: {error}"}
 
 
 def _easy_vqa(folder: Path, limit: int | None) -> str:
@@ -149,119 +174,3 @@ def _easy_vqa(folder: Path, limit: int | None) -> str:
     for split in ("train", "test"):
         easy_vqa.write(split, folder / "records" / f"{split}.jsonl", limit)
     return str(folder / "records" / "train.jsonl")
-
-
-def _model(folder: Path, config: PrepareConfig, records: Records, total: int) -> Any:
-    """The model configuration, with the tokenizer that was asked for."""
-    if config.tokenizer is None:
-        return BaseModelConfig.load(model_folder(config.model))
-    target = folder / "tokenizer"
-    if not target.is_dir():
-        model: Any = BaseModelConfig.load(model_folder(config.model))
-        texts = _texts(records, min(total, _TOKENIZER_RECORDS), Formatter(model.data_formatter), np.random.RandomState(config.seed))
-        temporary = folder / ".tokenizer.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        train_tokenizer(texts, config.tokenizer.vocab_size, temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.replace(target)
-    return BaseModelConfig.load(model_folder(config.model), overrides=[f"llm.tokenizer.identifier={target}"])
-
-
-def _texts(records: Records, total: int, formatter: Formatter, rng: np.random.RandomState) -> Iterator[str]:
-    """The texts of the records as the model will read and write them, roles included."""
-    for i in range(total):
-        try:
-            for annotation in formatter(read_record(records[i]), rng, image_sizes=[(1000, 1000)]):
-                yield from annotation.messages
-        except (Rejected, ValueError):
-            continue  # reported when its shard is made
-
-
-def _try_media_again(folder: Path, shards: int) -> None:
-    """After a stop because of too many rejected records: media that were missing then may be there now."""
-    if (folder / STOPPED).is_file():
-        for k in range(shards):
-            summary = read_summary(folder, k)
-            if summary and any(reason.startswith("media:") for _, _, reason, _ in summary["rejected"]):
-                withdraw(folder, k)
-        (folder / STOPPED).unlink()
-
-
-def _claim(folder: Path, config: PrepareConfig, records: Records) -> None:
-    """Notes what is being made here; refuses a folder that holds something else."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "actors", "max_reject_rate")}
-    sources = records.stamp
-    text = json.dumps([schema.VERSION, settings, _model_text(config.model), sources], sort_keys=True)
-    state = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "settings": settings, "sources": sources}
-    path = folder / STATE
-    if path.is_file():
-        found = json.loads(path.read_text())
-        if found["fingerprint"] != state["fingerprint"]:
-            old, new = found["settings"], settings
-            changed = [k for k in new if old.get(k) != new[k]] or ["the records" if found["sources"] != sources else "the model"]
-            raise ConfigError(f"{folder}: holds another preparation ({', '.join(changed)} changed); choose another output or delete it")
-        return
-    write_text(path, json.dumps(state, indent=2) + "\n")
-
-
-def _model_text(model: str) -> str:
-    """What a preparation takes of a model: its configuration, and the tokenizer of a model folder."""
-    path = model_folder(model)
-    names = ("config.yaml", "tokenizer/tokenizer.json", "config.json", "tokenizer.json", *PROCESSOR_FILES)
-    files = [path] if path.is_file() else [path / name for name in names]
-    return model if not path.exists() else "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
-
-
-def _write_rejected(folder: Path, done: dict[int, dict[str, Any]]) -> None:
-    rows = [row for k in sorted(done) for row in done[k]["rejected"]]
-    kinds = {"source": pa.string(), "row": pa.int64(), "reason": pa.string(), "detail": pa.string()}
-    table = pa.table({name: pa.array([row[i] for row in rows], kind) for i, (name, kind) in enumerate(kinds.items())})
-    write_table(table, folder / REJECTED)
-
-
-def finish(folder: Path, config: PrepareConfig, done: dict[int, dict[str, Any]], total: int, made: int, seconds: float) -> dict[str, Any]:
-    """Checks the books, then writes index, rejected rows and report. `made` records took `seconds`; others were made before a stop."""
-    rejects = Rejects(config.max_reject_rate)
-    ordered = [done[k] for k in sorted(done)]
-    for summary in ordered:
-        rejects.add(summary["rows_in"], summary["rejected"])
-    rows_in, rows_out = rejects.seen.total(), sum(s["rows_out"] for s in ordered)
-    if rows_in != total or rows_in != rows_out + rejects.total:
-        raise RuntimeError(f"{folder}: {total} records, but {rows_in} in = {rows_out} out + {rejects.total} rejected")
-    _write_rejected(folder, done)
-    rejected = [row for s in ordered for row in s["rejected"]]
-    tokens = [n for s in ordered for n in s["tokens"]]
-    crops = [n for s in ordered for n in s["crops"]]
-    index = {"shard": [s["shard"] for s in ordered for _ in s["tokens"]], "tokens": tokens, "crops": crops}
-    write_table(pa.table({k: pa.array(v, pa.int64()) for k, v in index.items()}), folder / INDEX)
-    report = {
-        "rows_in": rows_in,
-        "rows_out": rows_out,
-        "rows_rejected": rejects.total,
-        "rejected_by_reason": rejects.by_reason(),
-        "seconds": round(seconds, 2),
-        "rows_per_second": round(made / max(seconds, 1e-9), 1),
-        "sequence_length": config.sequence_length or max(tokens, default=0),
-        "truncated": sum(s["truncated"] for s in ordered),
-        "fields_not_used": dict(sum((collections.Counter(s["fields_not_used"]) for s in ordered), collections.Counter()).most_common()),
-        "tokens": sum(tokens),
-        "longest": max(tokens, default=0),
-        "crops": sum(crops),
-        "bytes": sum(s["bytes"] for s in ordered),
-        "shards": len(ordered),
-    }
-    write_report(folder, report, tokens, crops, rejected)
-    write_text(folder / DATASET, json.dumps({"version": schema.VERSION, "rows": rows_out, "shards": len(ordered)}) + "\n")
-    write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    return report
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("records · {task.fields[rejected]} rejected ·"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from pipelines.data import schema
 from pipelines.data.builder import example_rng
+from pipelines.data.preparation.checksums import checksums
 from pipelines.data.records.fetching import Opened, fetched
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import Record, Records
@@ -51,7 +52,7 @@ def write_shard(
 
     Returns:
         Its summary: rows_in, rows_out, rejected [[source, row, reason, detail], ...], truncated, fields_not_used {name: rows},
-        tokens and crops of each example, bytes, seconds.
+        tokens and crops of each example, bytes, checksums (of the file's blocks), seconds.
     """
     started = time.perf_counter()
     rejected: list[list[Any]] = []
@@ -107,6 +108,7 @@ def write_shard(
         "tokens": tokens,
         "crops": crops,
         "bytes": path.stat().st_size,
+        "checksums": checksums(path),
         "seconds": round(time.perf_counter() - started, 3),
     }
     write_text(shard_path(folder, shard, ".json"), json.dumps(summary))
@@ -119,6 +121,9 @@ def withdraw(folder: Path, shard: int) -> None:
 
 
 def read_summary(folder: Path, shard: int) -> dict[str, Any] | None:
-    """Summary of a committed shard, None if it has yet to be made."""
-    path = shard_path(folder, shard, ".json")
-    return json.loads(path.read_text()) if path.is_file() and shard_path(folder, shard, ".arrow").is_file() else None
+    """Summary of a committed shard; None if it has yet to be made, or is missing, cut or damaged."""
+    path, data = shard_path(folder, shard, ".json"), shard_path(folder, shard, ".arrow")
+    if not (path.is_file() and data.is_file()):
+        return None
+    summary = json.loads(path.read_text())
+    return summary if data.stat().st_size == summary["bytes"] and checksums(data) == summary["checksums"] else None

@@ -1,14 +1,52 @@
-"""A small byte-level BPE tokenizer trained on the records, for models that start from nothing."""
+"""A small byte-level BPE tokenizer trained on the records, for models that start from nothing; and the model with it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from molmo_core.preprocessing.data_formatter import Formatter
+from molmo_core.registry import BaseModelConfig
+from pipelines.data.config import PrepareConfig
+from pipelines.data.records.reading import read_record
+from pipelines.data.rejects import Rejected
+from pipelines.data.sources import Records
+from pipelines.model_folder import model_folder
+
 EOS = "<|endoftext|>"
+_RECORDS = 100_000
+
+
+def model_for(folder: Path, config: PrepareConfig, records: Records, total: int) -> Any:
+    """The configuration of the model for which `total` records are prepared in a folder, with the tokenizer that was asked for: its own,
+    or one in `folder/tokenizer`, trained on the records unless it is there."""
+    if config.tokenizer is None:
+        return BaseModelConfig.load(model_folder(config.model))
+    target = folder / "tokenizer"
+    if not target.is_dir():
+        model: Any = BaseModelConfig.load(model_folder(config.model))
+        texts = _texts(records, min(total, _RECORDS), Formatter(model.data_formatter), np.random.RandomState(config.seed))
+        temporary = folder / ".tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        train_tokenizer(texts, config.tokenizer.vocab_size, temporary)
+        temporary.replace(target)
+    return BaseModelConfig.load(model_folder(config.model), overrides=[f"llm.tokenizer.identifier={target}"])
+
+
+def _texts(records: Records, total: int, formatter: Formatter, rng: np.random.RandomState) -> Iterator[str]:
+    """The texts of the records as the model will read and write them, roles included."""
+    for i in range(total):
+        try:
+            for annotation in formatter(read_record(records[i]), rng, image_sizes=[(1000, 1000)]):
+                yield from annotation.messages
+        except (Rejected, ValueError):
+            continue  # reported when its shard is made
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.inspect import attention_mask
 from molmo_core.models.base import BaseModelConfig
 from molmo_core.preprocessing.packing import pack
 from pipelines.data.inspection import Inspector, _content
+from pipelines.data.inspection_rows import attention_mask
 
 TREE = [
     {"style": "demo", "question": "Point to the dogs.", "answer": '<point x="25.0" y="75.0" alt="dogs">dogs</point>'},

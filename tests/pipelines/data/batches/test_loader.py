@@ -17,8 +17,8 @@ from pipelines.data.batches.loader import TrainLoader, prefetched
 from pipelines.data.batches.packs import PackBuilder, Prepared
 from pipelines.data.batches.plan import Draw
 from pipelines.data.batches.prepared import PreparedDataset
-from pipelines.data.config import DataConfig, PrepareConfig
-from pipelines.data.preparation.prepare import finish
+from pipelines.data.config import DataConfig
+from pipelines.data.preparation.books import close
 from pipelines.data.preparation.shards import write_shard
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import Record
@@ -84,7 +84,7 @@ def folders(tmp_path_factory):
         folder = tmp_path_factory.mktemp(n)
         shards = range(-(-size // 8))
         done = {k: write_shard(folder, k, range(k * 8, min(size, k * 8 + 8)), Numbers(size), Maker(), 0) for k in shards}
-        report = finish(folder, PrepareConfig(output=str(folder)), done, size, size, 1.0)
+        report = close(folder, done, size, None, {}, size, 1.0)
         assert report["rows_rejected"] == size // 7
         made.append(folder)
     return made
@@ -176,7 +176,7 @@ def test_message_weight_of_records_multiplies_theirs(golden, tmp_path):
     tree = {"message_list": [qa, {**qa, "weight": 0.5}, qa]}
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (qa, tree)))
     config = DataConfig.from_dict({"datasets": {"x": {"path": str(tmp_path / "x.jsonl"), "message_weight": 0.2}}})
-    rows = TrainLoader(config, model, 2, LENGTH, 0, 0, 1).examples()
+    rows = TrainLoader(config, model, 2, LENGTH, 0, 0, 1).examples(2)
     found = {float(weight) for row in rows for weight in np.unique(row["loss_masks"])}
     assert found == {0.0, float(np.float32(0.1)), float(np.float32(0.2))}, "not divided by the root of three annotations"
 
@@ -192,7 +192,7 @@ def test_overrides_of_a_dataset_reach_its_frames(golden, tmp_path, given, frames
         row = {"video": str(golden / "video-olmo" / "video.mp4"), "style": "demo", "question": "What is it?", "answer": "A square."}
         (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
         config = DataConfig.from_dict({"datasets": {"x": {"path": str(tmp_path / "x.jsonl"), "overrides": given}}})
-        (example,) = TrainLoader(config, model, 1, 4096, 0, 0, 1).examples()
+        (example,) = TrainLoader(config, model, 1, 4096, 0, 0, 1).examples(1)
         assert len(example["images"]) == frames
         assert model.max_frames == 6, "the model's own configuration stays"
 

@@ -38,7 +38,7 @@ def test_lengths_are_exact(golden, good_records):
     for row in range(40):
         for epoch in range(2):
             draw = Draw(0, row, epoch)
-            assert dataset.measure(draw) == schema.size(dataset.finish(draw, dataset.open(draw)))
+            assert dataset.measure(draw) == schema.size(dataset.build(draw, dataset.read(draw)))
 
 
 def test_unusable_records_are_found_and_never_drawn(make, tmp_path):
