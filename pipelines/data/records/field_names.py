@@ -58,7 +58,7 @@ UNCLEAR = _words("""
     target reference source negative positive rejected chosen output generated augmented crop cropped
 """)
 """Words of pictures that may not be the one that is asked about."""
-_LETTERS = _words("a b c d e f g h i j")
+LETTERS = _words("a b c d e f g h i j")
 """Names of the columns of options in some data sets."""
 
 
@@ -84,7 +84,7 @@ def understood(name: str) -> FieldName:
     named = [word for word in words if not word.isdecimal()]
     stem = [word for word in named if word not in _CARRIES]
     describes = bool(named) and (named[-1] in DESCRIBES or name.lower() in _DESCRIBES_WHOLE)
-    column = len(words) == 1 and words[0] in _LETTERS
+    column = len(words) == 1 and words[0] in LETTERS
     return FieldName(
         frozenset(words),
         describes,

@@ -57,7 +57,8 @@ def _example(row: Fields, source: str, counts: Counter[str]) -> dict[str, Any]:
     if row.left:
         unread.judge(row, counts, own, count)
     if own is None:
-        unread.check_no_medium(metadata, "metadata")
+        for name, value in metadata.items():
+            unread.check_no_medium(value, name if name == "id" else f"metadata.{name}")
     _check_media(example, own, form)
     if "messages" in example:
         example = task.checked(example)
@@ -83,7 +84,7 @@ def _metadata(row: Fields) -> dict[str, Any]:
 def _check_media(example: dict[str, Any], own: str | None, form: ModuleType) -> None:
     """That nothing is asked about a picture or a video that the record does not have."""
     if own is None and form is pixmo:
-        raise Rejected("record: no medium", "a PixMo row needs its picture: image_url or image")
+        raise Rejected("record: no medium", "there is no picture that it is about: write image or image_url")
     for item in example.get("message_list", [example]):
         style = item.get("style", example.get("style")) or ""
         needed = medium_needed(item, style)

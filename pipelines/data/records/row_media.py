@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.records import unread
-from pipelines.data.records.content import Medium
+from pipelines.data.records.content import Medium, is_base64
 from pipelines.data.records.fields import Fields, seconds, text
 from pipelines.data.rejects import Rejected
 
@@ -40,8 +40,8 @@ class Inline:
 
 def read_media(row: Fields, inline: Inline, resolve: Resolver, counts: Counter[str]) -> dict[str, Any]:
     """`image`, `images` or `video` with its clip and subtitles, wherever the row says so; nothing if it has no media."""
-    name, value = _found(row, inline)
-    if name in ("video", "videos"):
+    name, value, kind = _found(row, inline)
+    if kind == "video":
         _check_places(inline, videos=1)
         given = Fields(value, f"{name}.") if isinstance(value, dict) else Fields({})
         clip = _clip(row, given)
@@ -49,9 +49,12 @@ def read_media(row: Fields, inline: Inline, resolve: Resolver, counts: Counter[s
         unread.judge(given, counts, inside=True)
         return {"video": resolve(reference, name), **clip, **_subtitles(row, clip, counts)}
     for field in ("subtitles", "subtitle", "start", "end", "clip_start", "clip_end"):
-        if row.take(field) not in (None, [], "", 0):
+        edge = row.left.get(field)
+        if edge == 0:
+            row.take(field)  # the beginning: as it is
+        elif edge:
             raise Rejected("record: bad field", f"{field}: there is no video that it belongs to")
-    if not name:
+    if kind is None:
         _check_places(inline)
         return {}
     several = value if name == "images" or isinstance(value, list) else [value]
@@ -76,8 +79,8 @@ def kind_and_count(media: dict[str, Any]) -> tuple[Medium | None, int]:
     return ("image", len(media.get("images", [0]))) if media else (None, 0)
 
 
-def _found(row: Fields, inline: Inline) -> tuple[str, Any]:
-    """Name and value of the field that holds the row's media; no name if there are none."""
+def _found(row: Fields, inline: Inline) -> tuple[str, Any, Medium | None]:
+    """Name and value of the field that holds the row's media, and their kind; None if there are none."""
     found = row.take_all(*_FIELDS)
     videos = row.take("videos")
     if videos:
@@ -99,8 +102,9 @@ def _found(row: Fields, inline: Inline) -> tuple[str, Any]:
     if not found and row.left and (candidate := unread.find_medium(row)):
         field, kind = candidate
         value = row.take(field)
-        return ("video" if kind == "video" else field), (value[0] if isinstance(value, list | tuple) else value)
-    return next(iter(found.items()), ("", None))
+        return field, (value[0] if isinstance(value, list | tuple) else value), kind
+    name, value = next(iter(found.items()), ("", None))
+    return name, value, ("video" if name.startswith("video") else "image") if found else None
 
 
 def _check_places(inline: Inline, images: int = 0, videos: int = 0) -> None:
@@ -168,6 +172,8 @@ def resolver(source: str) -> Resolver:
             raise Rejected("record: bad field", f"{field}: a path, a URL or bytes is needed, found {kind}")
         if "://" in value or value.startswith("data:"):
             return value
+        if is_base64(value):
+            return "data:;base64," + "".join(value.split())
         return posixpath.join(base, value) if remote else str(Path(base, value))
 
     return resolve

@@ -14,13 +14,16 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from molmo_core.preprocessing.task_fields import READ_FIELDS
 from pipelines.data.records import field_names
 from pipelines.data.records.content import Medium, is_base64, medium
 from pipelines.data.records.field_names import FieldName, understood
 from pipelines.data.records.fields import Fields
 from pipelines.data.rejects import Rejected
 
-_CODE = re.compile(r"\S{0,64}")
+_CODE = re.compile(r"\S{0,64}|\d{4}-\d\d-\d\d \S{0,64}")
+_TASK_FIELDS = frozenset({"messages", "conversations", "message_list", "caption"}).union(*READ_FIELDS.values())
+_A = {"image": "an image", "video": "a video"}
 _HELP = "if it only describes the record, move it into metadata"
 
 
@@ -63,8 +66,6 @@ def find_medium(row: Fields) -> tuple[str, Medium] | None:
         reason = f"is this the {kind} that is asked about? then write {kind}"
     elif isinstance(value, list | tuple) and len(value) > 1:
         reason = f"of several {kind}s the order counts: write images, or one video"
-    elif is_base64(value):
-        reason = "base64 needs its kind: write data:image/png;base64,... as image"
     else:
         return field, kind
     raise Rejected("record: unread medium", f"{row.where}{field}: {reason}")
@@ -72,8 +73,8 @@ def find_medium(row: Fields) -> tuple[str, Medium] | None:
 
 def check_no_medium(value: Any, field: str) -> None:
     """That a row without media has none where only descriptions stand (id, metadata)."""
-    if (kind := medium(value)) is not None:
-        raise Rejected("record: unread medium", f"{field}: holds or names media ({kind}), but the record has none: write {kind}")
+    if (kind := medium(value)) is not None and kind != "audio":
+        raise Rejected("record: unread medium", f"{field}: holds or names {_A[kind]}, but the record has none: write {kind}")
 
 
 def _media(left: dict[str, Any]) -> Iterator[tuple[str, Medium]]:
@@ -102,16 +103,17 @@ def _check(field: str, value: Any, where: str, own: Medium | None, number: int, 
         raise Rejected(
             "record: unread medium",
             f"{where}{field}: this {kind} is not read{' beside the others' if own else ''}; media are image, images, video or parts of "
-            f"messages; {_HELP}",
+            f"messages{f'; {_HELP}' if own else ''}",
         )
     if kind is not None or (name.describes and (own or inside or name.speaks_of is None)):
         return
     if own is None and not inside and name.speaks_of in ("image", "video") and not isinstance(value, bool) and value != 0:
         raise Rejected(
-            "record: unread medium", f"{where}{field} speaks of a {name.speaks_of}, but the record has none: write {name.speaks_of}"
+            "record: unread medium", f"{where}{field} speaks of {_A[name.speaks_of]}, but the record has none: write {name.speaks_of}"
         )
     if inside or not (_is_number_of(field, name, value) or (_is_code(value) and not name.changes)):
-        raise Rejected("record: unread field", f"{where}{field}: not read, and it may change the meaning; {_advice(name)}, or {_HELP}")
+        reason = f"{where}{field}: not read, and it may change the meaning"
+        raise Rejected("record: unread field", f"{reason}; {_advice(field, name)}, or {_HELP}")
 
 
 def _is_origin(name: FieldName, value: Any, kind: Medium, own: Medium | None, number: int) -> bool:
@@ -146,12 +148,14 @@ def _is_code(value: Any) -> bool:
     return not isinstance(value, dict | bytes) and not hasattr(value, "__array_interface__")
 
 
-def _advice(name: FieldName) -> str:
+def _advice(field: str, name: FieldName) -> str:
+    if field in _TASK_FIELDS:
+        return "a record is one task: write several as a message_list"
     for words, advice in (
         (field_names.TRAINS, "write weight (0 = no loss, 1 = as usual)"),
         (field_names.SYSTEM, "write system beside messages or a question"),
-        (field_names.OPTIONS, "write options and answer_idx"),
-        (field_names.ANSWERS, "write it as the answer"),
+        (field_names.OPTIONS | field_names.LETTERS, "write options and answer_idx"),
+        (field_names.ANSWERS, "if it is the answer, write it as answer"),
     ):
         if name.words & words:
             return advice

@@ -31,20 +31,25 @@ def read_choices(row: Fields) -> dict[str, Any]:
     if isinstance(value, dict):
         task = _named(value, f"{row.where}{name}")
     options = task.get("options", task.get("unlabelled_options"))
-    if not isinstance(options, list | tuple):
-        return task | row.take_all("answer_idx")  # `check_task` says what is wrong
+    if not isinstance(options, list | tuple) or not options:
+        raise Rejected("record: bad field", f"{row.where}{name} must be a non-empty list of strings, got {reprlib.repr(value)}")
     numbers = row.take_all(*_NUMBERS)
     answers = row.take_all("answer", "answers")
     if len(numbers) > 1 or len(answers) > 1:
         raise Rejected("record: bad field", f"{row.where}{' and '.join(numbers if len(numbers) > 1 else answers)}: give only one of them")
-    if numbers:
-        task["answer_idx"] = next(iter(numbers.values()))
+    index = next(iter(numbers.values()), None)
     for field, answer in answers.items():
-        names = None if "unlabelled_options" in task else task.get("option_names", string.ascii_uppercase)
-        meant = _meant(answer, [str(option) for option in options], names, f"{row.where}{field}")
-        if task.setdefault("answer_idx", meant) != meant:
-            raise Rejected("record: bad field", f"{row.where}{field} means option {meant}, but answer_idx is {task['answer_idx']!r}")
-    return task
+        meant = _meanings(answer, [str(option) for option in options], task)
+        found = f"{row.where}{field} {reprlib.repr(answer)}"
+        if index is not None and index not in meant:
+            raise Rejected(
+                "record: bad field", f"{found} is not option {index!r} of the {name}, as {next(iter(numbers))} says: write one of them"
+            )
+        if index is None and len(meant) != 1:
+            why = f"could mean the {name} {', '.join(map(str, sorted(meant)))}" if meant else f"is none of the {name}"
+            raise Rejected("record: bad field", f"{found} {why}: write answer_idx, the number of the right one, from 0")
+        index = meant.pop() if index is None else index
+    return task if index is None else task | {"answer_idx": index}
 
 
 def _named(value: dict[str, Any], where: str) -> dict[str, Any]:
@@ -58,8 +63,8 @@ def _named(value: dict[str, Any], where: str) -> dict[str, Any]:
     return {"options": list(pairs.values()), "option_names": list(pairs)}
 
 
-def _meant(answer: Any, options: list[str], names: Any, where: str) -> int:
-    """The number of the option that an answer means: its number, its text, its letter, or its letter and text."""
+def _meanings(answer: Any, options: list[str], task: dict[str, Any]) -> set[int]:
+    """The numbers of the options that an answer can mean: by its number, its text, its letter, or its letter and text."""
     if isinstance(answer, list | tuple) and len(answer) == 1:
         answer = answer[0]
     words = str(answer).strip()
@@ -68,13 +73,10 @@ def _meant(answer: Any, options: list[str], names: Any, where: str) -> int:
     }
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         meant.add(answer)
-    elif isinstance(answer, str) and names is not None and (letter := _LETTER.fullmatch(words)):
-        listed = [str(name).strip() for name in names][: len(options)]
+    elif isinstance(answer, str) and "unlabelled_options" not in task and (letter := _LETTER.fullmatch(words)):
+        names = task.get("option_names", string.ascii_uppercase)
+        listed = [str(name).strip() for name in names][: len(options)] if isinstance(names, str | list | tuple) else []
         place = next((i for i, name in enumerate(listed) if name.casefold() == letter[1].casefold()), None)
         if place is not None and letter["words"] in (None, options[place].strip()):
             meant.add(place)
-    if len(meant) != 1:
-        why = f"could mean the options {', '.join(map(str, sorted(meant)))}" if meant else "is none of the options"
-        advice = "write answer_idx, the number of the right option, from 0"
-        raise Rejected("record: bad field", f"{where} {reprlib.repr(answer)} {why}: {advice}")
-    return meant.pop()
+    return meant

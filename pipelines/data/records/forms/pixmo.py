@@ -67,13 +67,15 @@ def _captions(row: Fields) -> list[dict[str, Any]]:
 
 def _question(row: Fields, inline: Inline, counts: Counter[str]) -> dict[str, Any]:
     """Ask-Model-Anything, Cap-QA, whose question may hold the turns before the answer, and whatever else asks about a picture."""
-    if {"points", "inline_text", "alt_text"} & row.left.keys() or "<|POINT|>" in str(row.left.get("parsed_response")):
+    fields = row.left.keys()
+    explained = "points" in fields and not fields.isdisjoint(_ANSWERS)
+    if explained or {"inline_text", "alt_text"} & fields or "<|POINT|>" in str(row.left.get("parsed_response")):
         raise Rejected(
             "record: not supported",
             "an answer that points (point explanations): write message_list with answer, <|POINT|> for each tag, and answer_annotations",
         )
     question, given = text(row.take("question"), "question"), row.take_all(*_ANSWERS)
-    if not given and not {"answers", "answer_idx", "answer_index", "count"} & row.left.keys():
+    if not given and not {"answers", "answer_idx", "answer_index", "count", "points"} & row.left.keys():
         raise Rejected("record: no answer", f"none of answer, answers, answer_idx, response; fields: {sorted(row.left)}")
     if len(set(map(str, given.values()))) > 1:
         raise Rejected("record: bad field", f"{' and '.join(given)} differ: give only one of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections import Counter
 from typing import Any
 
@@ -34,8 +35,8 @@ def read_points(value: Any, row: Fields, counts: Counter[str]) -> dict[str, Any]
             percent = all(isinstance(point, dict) for point in value)
             pairs = [_pair(point, f"{where}[{i}].", counts) if isinstance(point, dict) else point for i, point in enumerate(value)]
         points = [[float(x), float(y)] for x, y in pairs]
-    except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise Rejected("record: bad points", f"{where}: {_FORMS} is needed ({error!r})") from None
+    except (TypeError, KeyError, ValueError, OverflowError):
+        raise Rejected("record: bad points", f"{where}: {_FORMS} is needed, found {reprlib.repr(value)}") from None
     if not all(map(math.isfinite, (v for point in points for v in point))):
         raise Rejected("record: bad points", f"{where}: NaN or Infinity among them")
     return {"points": points, **(scale or ({"point_scale": 100} if percent else {}))}
