@@ -31,7 +31,7 @@ def read_choices(row: Fields) -> dict[str, Any]:
     if isinstance(value, dict):
         task = _named(value, f"{row.where}{name}")
     options = task.get("options", task.get("unlabelled_options"))
-    if not isinstance(options, list | tuple) or not options:
+    if not isinstance(options, list | tuple) or not options or not all(isinstance(option, str | int | float) for option in options):
         raise Rejected("record: bad field", f"{row.where}{name} must be a non-empty list of strings, got {reprlib.repr(value)}")
     numbers = row.take_all(*_NUMBERS)
     answers = row.take_all("answer", "answers")
