@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.command import job
-from jobs.register import RegisterConfig, register
 from molmo_core.config import ConfigError, nearest
 from pipelines import cluster, tracking
 from pipelines.data.config import PrepareConfig
@@ -31,6 +30,8 @@ from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.evaluate import PICTURE, evaluate, record
 from pipelines.evaluation.questions import Question, media_of, questions
+from pipelines.registry.config import RegisterConfig
+from pipelines.registry.register import register
 from pipelines.serving import client
 from pipelines.serving.app import serving
 from pipelines.serving.config import ServeConfig

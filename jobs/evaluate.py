@@ -2,35 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from jobs.command import ConfigPath, Overrides, job
 from pipelines import cluster, tracking
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.evaluate import PICTURE, evaluate, record
+from pipelines.evaluation.evaluate import PICTURE, evaluate, read_report, record
 
 
 def describe(report: dict[str, Any]) -> str:
     """The report as a small table."""
-    lines = [f"{'questions':<16}{'number':>8}  {'score':>7}"]
-    overall = [("all", {"questions": report["questions"], "score": report["overall"]})] if report["questions"] else []
-    for kind, figures in [*overall, *report["types"].items()]:
-        lines.append(f"{kind:<16}{figures['questions']:>8,}  {figures['score']:>7.1%}")
+    apart = [kind for kind, figures in report["types"].items() if figures["metric"] == "pointing"]
+    overall = {"questions": report["questions"], "metric": "mean", "score": report["overall"]}
+    rows = {"all but pointing" if apart else "all": overall} if report["questions"] else {}
+    lines = [f"{'questions':<24}{'number':>8}  {'score':>7}  metric"]
+    for kind, figures in [*rows.items(), *report["types"].items()]:
+        lines.append(f"{kind:<24}{figures['questions']:>8,}  {figures['score']:>7.1%}  {figures['metric']}")
     if report["rejected"]:
-        lines.append(f"{report['rejected']} of {report['records']} records could not be used (see predictions.jsonl)")
+        reasons = ", ".join(f"{number:,} x {reason}" for reason, number in report["reasons"].items())
+        lines.append(f"{report['rejected']:,} of {report['records']:,} records could not be used ({reasons}); see predictions.jsonl")
     return "\n".join(lines)
 
 
-def main(config: ConfigPath, overrides: Overrides = None) -> None:
+def save_in_mlflow(report: dict[str, Any], settings: EvaluateConfig) -> str:
+    """Records an evaluation as an MLflow run and returns its id.
+
+    Raises:
+        TrackingError: MLflow did not take it; the report in `output` is not touched.
+    """
+    try:
+        with tracking.Run("evaluation", settings.model) as run:
+            run.log_params(settings.as_dict())
+            record(report, settings, run)
+    except Exception as error:  # of a database, a server or a disk
+        raise tracking.TrackingError(
+            f"the evaluation is done and in {settings.output}, but MLflow did not record it ({type(error).__name__}: {error}).\n"
+            "Once MLflow works, the same command with --record records it without evaluating again."
+        ) from error
+    return run.id
+
+
+def main(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    record_only: Annotated[bool, typer.Option("--record", help="Evaluate nothing; record the report in `output` in MLflow.")] = False,
+) -> None:
     """Answers the questions of records with a model on all workers and scores the answers."""
     settings = EvaluateConfig.load(config, overrides)
-    with cluster.connect():
-        report = evaluate(settings)
-    with tracking.Run("evaluation", settings.model) as run:
-        run.log_params(settings.as_dict())
-        record(report, settings, run)
-    print(f"{settings.model} on {settings.records}, {report['seconds']} s\n\n{describe(report)}\n")
-    print(f"Report, predictions and {PICTURE} are in {settings.output}; MLflow run {run.id}")
+    if record_only:
+        report = read_report(settings)
+    else:
+        tracking.client()  # a wrong address is told now, not after the work
+        with cluster.connect():
+            report = evaluate(settings)
+    print(f"{settings.model} on {settings.records}, {report['seconds']} s\n\n{describe(report)}\n", flush=True)
+    print(f"Report, predictions and {PICTURE} are in {settings.output}", flush=True)
+    print(f"MLflow   {tracking.tracking_uri()} run {save_in_mlflow(report, settings)}")
 
 
 app = job(main)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from molmo_core.config import ConfigError
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is whole whenever it is there."""
@@ -27,3 +29,12 @@ def is_temporary(path: Path | str) -> bool:
     """Whether a local path is inside the copy of its working directory that Ray unpacks for a submitted job, and deletes afterwards."""
     parts = Path(path).absolute().parts
     return any(part == "working_dir_files" and inner.startswith("_ray_pkg_") for part, inner in itertools.pairwise(parts))
+
+
+def check_lasting(path: Path | str, setting: str) -> None:
+    """Raises ConfigError for a local path that is temporary in that sense."""
+    if "://" not in str(path) and is_temporary(path):
+        raise ConfigError(
+            f"{setting}={path}: is in the copy of a submitted job's working directory, which Ray deletes; "
+            "give the full path of a folder that all nodes share"
+        )

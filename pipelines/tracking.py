@@ -240,7 +240,13 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED")
+        status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED"
+        try:
+            self.finish(status)
+        except MlflowException as failure:
+            if error is None:
+                raise
+            error.add_note(f"MLflow's run {self.id} could not be ended as {status}: {failure.message}")
 
 
 def _experiment(opened: mlflow.MlflowClient, name: str) -> str:

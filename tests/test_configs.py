@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.register import RegisterConfig
 from molmo_core.config import BaseConfig, ConfigError
 from molmo_core.models.base import BaseModelConfig
 from pipelines.data.config import PrepareConfig
 from pipelines.evaluation.config import EvaluateConfig
+from pipelines.registry.config import RegisterConfig
 from pipelines.serving.config import ServeConfig
 from pipelines.training.config import TrainConfig
 

@@ -49,7 +49,7 @@ class ExampleBuilder:
         the names of the fields that were not used."""
         return {**self.defaults, **read_record(record, counts)}
 
-    def build(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+    def build(self, example: dict[str, Any], rng: np.random.RandomState | None) -> dict[str, Any]:
         """Decodes and preprocesses an `example`; raises `Rejected`."""
         metadata = example.pop("metadata")
         self.decode(example)

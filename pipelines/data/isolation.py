@@ -69,7 +69,7 @@ class IsolatedBuilder:
         """As the builder's."""
         return self.builder.example(record, counts)
 
-    def build(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+    def build(self, example: dict[str, Any], rng: np.random.RandomState | None) -> dict[str, Any]:
         """As the builder's, but for videos."""
         return self.decoder.build(self._number, example, rng) if "video" in example else self.builder.build(example, rng)
 
@@ -103,7 +103,7 @@ class VideoDecoder:
         self._helper: _Helper | None = None
         self._count = 0
 
-    def build(self, number: int, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
+    def build(self, number: int, example: dict[str, Any], rng: np.random.RandomState | None) -> dict[str, Any]:
         """What builder `number` makes of an example with a video; raises `Rejected`."""
         for _ in range(_ATTEMPTS):
             helper = self._process()
@@ -167,7 +167,7 @@ class _Helper:
             raise RuntimeError(f"the process that decodes videos does not start ({self.end()}); its messages are in this process's log")
 
     def build(
-        self, number: int, example: dict[str, Any], rng: np.random.RandomState, timeout_s: float, lend: bool
+        self, number: int, example: dict[str, Any], rng: np.random.RandomState | None, timeout_s: float, lend: bool
     ) -> dict[str, Any] | Rejected:
         """What a builder makes of an example; its arrays are copies, or lent.
 

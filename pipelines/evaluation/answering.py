@@ -34,7 +34,8 @@ def answer(model: Any, groups: Sequence[Sequence[Example]], collate: Collate, ma
         the texts, ordered as the prompts; they equal those of `model.generate` for each prompt alone.
     """
     lengths = [shared_prefix(group, model.tokenizer.image_token_ids) for group in groups]
-    if 0 in lengths:  # media behind the question: nothing to share
+    # Media behind the question leave nothing to share, and image tokens that see the question cannot be read before it.
+    if 0 in lengths or getattr(model.config, "bi_directional_attn", None) == "image_to_question":
         return _separately(model, groups, collate, max_new_tokens)
     prefixes = [_part(group[0], slice(0, length)) for group, length in zip(groups, lengths)]
     rows = [(i, example) for i, group in enumerate(groups) for example in group]

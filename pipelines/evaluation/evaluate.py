@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from molmo_core.config import ConfigError
 from pipelines import tracking
-from pipelines.cluster import reading
+from pipelines.cluster import quiet, reading
+from pipelines.data.rejects import Rejects
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.picture import draw_answers
 from pipelines.evaluation.worker import Worker
+from pipelines.files import check_lasting, write_text
 from pipelines.model_folder import fixed_model
 
+OVERALL = "overall"
 REPORT, PREDICTIONS, PICTURE = "report.json", "predictions.jsonl", "answers.png"
-REJECTS_FROM_RECORDS = 100
-"""The share of rejected records is judged over at least so many."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -33,21 +34,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         the report, also written to `report.json`: `questions` (number), `overall` (mean score of all questions but pointing),
-        `types` ({type: {questions, metric, score}}), `records`, `rejected`, `seconds`.
+        `types` ({type: {questions, metric, score}}), `records`, `rejected`, `reasons` ({reason: number}), `seconds`.
 
     Raises:
-        ConfigError: no such model or records, or too many records that cannot be used.
+        ConfigError: no such model or records, an output that cannot be written, or too many records that cannot be used.
     """
     started = time.perf_counter()
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(config)
     records = open_records(config.records, config.format)
     total = min(len(records), config.limit or len(records))
     model = fixed_model(config.model)
     workers = config.workers or _capacity(config)
     batches = -(-total // config.records_per_batch)
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the bar below counts what matters here
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet()
     # The numbers come from here, not from a read task, which would want a CPU that the workers hold.
     numbers = ray.data.from_items([{"id": i} for i in range(total)], override_num_blocks=batches)
     stage = numbers.map_batches(
@@ -60,15 +59,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         num_gpus=config.gpus_per_worker,
     )
     results: dict[int, dict[str, Any]] = {}
-    right = asked = rejected = 0.0
+    right = asked = 0.0
+    rejects = Rejects(config.max_reject_rate)
     with _progress() as progress, reading(stage.iter_rows()) as rows:
         bar = progress.add_task("evaluate", total=total, score="")
         for row in rows:
             result = json.loads(row["result"])
             results[result["record"]] = result
-            if "rejected" in result:
-                rejected += 1
-                _check_rejected(rejected, len(results), config, result)
+            why = [tuple(result[key] for key in ("source", "row", "rejected", "detail"))] if "rejected" in result else []
+            rejects.add({result["source"]: 1}, why)
+            rejects.check()
             for question in result.get("questions", ()):
                 right, asked = right + question["score"], asked + 1
             progress.update(bar, advance=1, score=f"{right / asked:.1%}" if asked else "")
@@ -77,18 +77,39 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise RuntimeError(f"{config.records}: {total} records, but results of {len(ordered)}")
     report = summarise(ordered, config)
     report["seconds"] = round(time.perf_counter() - started, 1)
-    (folder / PREDICTIONS).write_text("".join(json.dumps(result, ensure_ascii=False) + "\n" for result in ordered))
-    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / PREDICTIONS, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in ordered))
+    write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     draw_answers(ordered, records, config.samples).save(folder / PICTURE)
+    return report
+
+
+def read_report(config: EvaluateConfig) -> dict[str, Any]:
+    """The report that an evaluation left in `output`.
+
+    Raises:
+        ConfigError: there is none of this model.
+    """
+    path = Path(config.output) / REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such report; evaluate first") from None
+    if report["model"] != config.model:
+        raise ConfigError(f"{path} is of {report['model']}, not of {config.model}")
     return report
 
 
 def record(report: dict[str, Any], config: EvaluateConfig, run: tracking.Run) -> None:
     """Adds an evaluation to an MLflow run: its scores as metrics, report and picture as artifacts."""
-    scores = {kind: figures["score"] for kind, figures in report["types"].items()} | {"overall": report["overall"]}
+    scores = {_metric_name(kind): figures["score"] for kind, figures in report["types"].items()} | {OVERALL: report["overall"]}
     run.log_metrics({f"{tracking.EVALUATION}{name}": value for name, value in scores.items() if value is not None})
     for name in (REPORT, PICTURE):
         run.log_file(Path(config.output) / name, "evaluation")
+
+
+def _metric_name(kind: str) -> str:
+    """A question type as it is, unless it would be taken for the overall score."""
+    return f"type/{kind}" if re.fullmatch(f"(type/)*{OVERALL}", kind) else kind
 
 
 def summarise(results: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
@@ -99,16 +120,28 @@ def summarise(results: list[dict[str, Any]], config: EvaluateConfig) -> dict[str
             scores[question["type"], question["metric"]].append(question["score"])
     # Pointing is another kind of task; the mean over answers to questions stays comparable to published figures without it.
     answers = [value for (_, metric), values in scores.items() if metric != "pointing" for value in values]
+    reasons = collections.Counter(result["rejected"] for result in results if "rejected" in result)
     return {
         "model": config.model,
         "records": len(results),
-        "rejected": sum("rejected" in result for result in results),
+        "rejected": sum(reasons.values()),
+        "reasons": dict(reasons.most_common()),
         "questions": len(answers),
         "overall": _mean(answers),
         "types": {
             kind: {"questions": len(values), "metric": metric, "score": _mean(values)} for (kind, metric), values in sorted(scores.items())
         },
     }
+
+
+def _folder(config: EvaluateConfig) -> Path:
+    folder = Path(config.output)
+    check_lasting(folder, "output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={config.output}: cannot be written: {error}") from None
+    return folder
 
 
 def _mean(values: list[float]) -> float | None:
@@ -124,14 +157,6 @@ def _capacity(config: EvaluateConfig) -> int:
     if not rooms or min(rooms) < 1:
         raise ConfigError(f"evaluate: the cluster has no room for a worker: {config.cpus_per_worker} CPU, {config.gpus_per_worker} GPU")
     return min(rooms)
-
-
-def _check_rejected(rejected: float, seen: int, config: EvaluateConfig, last: dict[str, Any]) -> None:
-    if rejected > config.max_reject_rate * max(seen, REJECTS_FROM_RECORDS):
-        raise ConfigError(
-            f"{config.records}: {rejected:.0f} of {seen} records cannot be used, more than max_reject_rate={config.max_reject_rate:g} "
-            f"allows; the last is record {last['record']}: {last['rejected']}"
-        )
 
 
 def _progress() -> Progress:

@@ -6,28 +6,43 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from molmo_core.preprocessing.media import load_image
+from molmo_core.preprocessing.media import MediaError
 from molmo_core.preprocessing.points import extract_points
-from pipelines.data.records.media import fetch
+from molmo_core.preprocessing.videos import FrameSettings, load_frames
+from pipelines.data.builder import ExampleBuilder
+from pipelines.data.config import MAX_IMAGE_PIXELS
+from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.records.reading import read_record
+from pipelines.data.rejects import Rejected, unusable
 from pipelines.data.sources import Records
+from pipelines.evaluation.questions import media_of
 
 COLUMNS, SIDE, MARGIN, TEXT_LINES, LINE = 4, 224, 16, 5, 17
 RIGHT, WRONG, INK, GREY = (22, 128, 61), (190, 18, 60), (31, 41, 55), (107, 114, 128)
 WRAP = 34
+FRAMES = FrameSettings(max_frames=4, max_fps=1e9)
+"""Frames of a video, at even distances, in two rows."""
 
 
 def draw_answers(results: Sequence[dict[str, Any]], records: Records, samples: int) -> Image.Image:
-    """A sheet of sample answers: records spread over the set, question types in turn. Green is right, red wrong."""
+    """A sheet of sample answers: records spread over the set, question types in turn. Green is right, red wrong.
+
+    Media that cannot be shown (any more) leave their place to the reason.
+    """
     chosen = choose(results, samples)
     rows = max(1, -(-len(chosen) // COLUMNS))
     cell_width, cell_height = SIDE + 2 * MARGIN, SIDE + TEXT_LINES * LINE + 2 * MARGIN
     sheet = Image.new("RGB", (COLUMNS * cell_width, rows * cell_height), "white")
-    for i, (result, question) in enumerate(chosen):
-        origin = (i % COLUMNS * cell_width + MARGIN, i // COLUMNS * cell_height + MARGIN)
-        _draw(sheet, origin, _image(records, result["record"]), question)
+    viewer = IsolatedBuilder(_Viewer(None, MAX_IMAGE_PIXELS))
+    try:
+        for i, (result, question) in enumerate(chosen):
+            origin = (i % COLUMNS * cell_width + MARGIN, i // COLUMNS * cell_height + MARGIN)
+            _draw(sheet, origin, _shown(viewer, records, result["record"]), question)
+    finally:
+        viewer.close()
     return sheet
 
 
@@ -43,23 +58,44 @@ def choose(results: Sequence[dict[str, Any]], samples: int) -> list[tuple[dict[s
     return picked
 
 
-def _image(records: Records, i: int) -> Image.Image | None:
-    example = read_record(records[i])
-    reference = example.get("image") or next(iter(example.get("images", ())), None)
-    return None if reference is None else Image.fromarray(load_image(fetch(reference)))
+class _Viewer(ExampleBuilder):
+    """Makes pixels to look at of a record's media."""
+
+    def build(self, example: dict[str, Any], rng: np.random.RandomState | None) -> dict[str, Any]:
+        """`pixels` uint8 [h, w, 3] of the first image, or [T, h, w, 3] of a video; none of a text. Raises `Rejected`."""
+        self.decode(example)
+        if "video" in example:
+            try:
+                return {"pixels": load_frames(example["video"], FRAMES, example.get("clip_start"), example.get("clip_end")).pixels}
+            except MediaError as error:
+                raise unusable("video", error) from None
+        image = example.get("image", next(iter(example.get("images", ())), None))
+        return {} if image is None else {"pixels": image}
 
 
-def _draw(sheet: Image.Image, origin: tuple[int, int], image: Image.Image | None, question: dict[str, Any]) -> None:
+def _shown(viewer: IsolatedBuilder, records: Records, i: int) -> np.ndarray | str | None:
+    """Pixels of a record's media, or why there are none."""
+    try:
+        example = media_of(read_record(records[i]))
+        if example.get("images"):
+            example["images"] = example["images"][:1]
+        return viewer.build(example, None).get("pixels")
+    except Rejected as error:
+        return str(error)
+
+
+def _draw(sheet: Image.Image, origin: tuple[int, int], shown: np.ndarray | str | None, question: dict[str, Any]) -> None:
     x, y = origin
     draw = ImageDraw.Draw(sheet)
-    if image is not None:
-        scale = SIDE / max(image.size)
-        # Enlarged pixels stay squares: one sees what the model saw.
-        method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        shown = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), method)
-        sheet.paste(shown, (x, y))
-        draw.rectangle((x - 1, y - 1, x + shown.width, y + shown.height), outline=(209, 213, 219))
-        for point in extract_points(question["prediction"], shown.width, shown.height):
+    if isinstance(shown, str):
+        for k, line in enumerate(textwrap.wrap(f"not shown: {shown}", WRAP)[: SIDE // LINE]):
+            draw.text((x, y + k * LINE), line, fill=GREY, font=ImageFont.load_default(13))
+    elif shown is not None and shown.ndim == 4:
+        for k, frame in enumerate(shown):
+            _paste(sheet, frame, (x + k % 2 * (SIDE // 2), y + k // 2 * (SIDE // 2)), SIDE // 2 - 2)
+    elif shown is not None:
+        width, height = _paste(sheet, shown, origin, SIDE)
+        for point in extract_points(question["prediction"], width, height):
             _mark(draw, x + point.x, y + point.y)
     font = ImageFont.load_default(13)
     colour = RIGHT if question["score"] >= 0.5 else WRONG
@@ -69,6 +105,19 @@ def _draw(sheet: Image.Image, origin: tuple[int, int], image: Image.Image | None
         lines += [(line, GREY) for line in textwrap.wrap(f"expected: {question['answers'][0]}", WRAP)[:1]]
     for k, (line, ink) in enumerate(lines[:TEXT_LINES]):
         draw.text((x, y + SIDE + 6 + k * LINE), line, fill=ink, font=font)
+
+
+def _paste(sheet: Image.Image, pixels: np.ndarray, origin: tuple[int, int], side: int) -> tuple[int, int]:
+    """Pastes a picture as large as fits into a square; returns its (width, height) there."""
+    image = Image.fromarray(pixels)
+    scale = side / max(image.size)
+    # Enlarged pixels stay squares: one sees what the model saw.
+    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    sheet.paste(image.resize(size, method), origin)
+    x, y = origin
+    ImageDraw.Draw(sheet).rectangle((x - 1, y - 1, x + size[0], y + size[1]), outline=(209, 213, 219))
+    return size
 
 
 def _mark(draw: ImageDraw.ImageDraw, x: float, y: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
-from pipelines.data.builder import ExampleBuilder
-from pipelines.data.config import MAX_IMAGE_PIXELS
-from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import ScoringConfig
-from pipelines.evaluation.questions import Question, media_of, questions, score
+from pipelines.evaluation.prompts import Prompt, Prompts
+from pipelines.evaluation.questions import Question, score
 from pipelines.training.config import TrainConfig
 from pipelines.training.parallel import all_sum, autocast, first, rank, world_size
 
@@ -62,19 +61,15 @@ class Sampler:
         """`note` is called with a line for each record whose media do not come; every rank calls this."""
         assert config.samples is not None
         self.settings, self.precision, self.model = config.samples, config.precision, model
-        preprocess = config.model.build_preprocessor(for_inference=True, is_training=False)  # type: ignore[attr-defined]
-        self.collate = config.model.build_collator(None, None, include_metadata=False)  # type: ignore[attr-defined]
-        builder = ExampleBuilder(preprocess, MAX_IMAGE_PIXELS)
         records = open_records(self.settings.records)
+        prompts = Prompts(config.model)
+        self.collate = prompts.collate
 
-        def read() -> list[tuple[int, Question, dict[str, Any]]]:
+        def read() -> list[tuple[int, Prompt]]:
             found = []
             for i in range(min(self.settings.count, len(records))):
                 try:
-                    example = read_record(records[i])
-                    question = _of_type(questions(example), i)
-                    builder.decode(example)
-                    found.append((i, question, preprocess({**media_of(example), **question.task})))
+                    found += [(i, prompt) for prompt in prompts(records[i], functools.partial(_of_type, turn=i))]
                 except Rejected as error:
                     message = f"samples.records: {self.settings.records}: record {i}: {error}"
                     if error.reason != NO_ANSWER:
@@ -82,32 +77,35 @@ class Sampler:
                     note(f"{message}. The samples do without it.")
             return found
 
-        self.samples = first(read)
-        """Record, its question, and the prompt: the same ones on every rank, whatever a server answers when."""
+        try:
+            self.samples = first(read)
+            """Record and prompt: the same ones on every rank, whatever a server answers when."""
+        finally:
+            prompts.close()
 
     @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:
         """A result for each record, in the form of an evaluation's; every rank calls it."""
         if not self.samples:
             return []
-        prompts = [prompt for *_, prompt in self.samples]
+        prompts = [prompt.inputs for _, prompt in self.samples]
         self.model.eval()
         with autocast(self.precision, self.model.device):
             texts = self.model.generate(**self.collate(prompts), max_new_tokens=self.settings.max_new_tokens).text
         back_to_training(self.model)
         results = []
-        for (i, question, prompt), text in zip(self.samples, texts):
-            sizes = prompt.get("metadata", {}).get("image_sizes")
-            points = score(question, text, SCORING, tuple(sizes[0]) if sizes else (100, 100))
+        for (i, prompt), text in zip(self.samples, texts, strict=True):
+            question = prompt.question
+            points = score(question, text, SCORING, prompt.image_size)
             answer = {"question": question.text, "type": question.type, "answers": question.answers, "prediction": text, "score": points}
             results.append({"record": i, "questions": [answer]})
         return results
 
 
-def _of_type(asked: list[Question], turn: int) -> Question:
+def _of_type(asked: list[Question], turn: int) -> list[Question]:
     """One of a record's questions; successive turns take different types."""
     types = sorted({question.type for question in asked})
-    return next(question for question in asked if question.type == types[turn % len(types)])
+    return [question for question in asked if question.type == types[turn % len(types)]][:1]
 
 
 def back_to_training(model: ModelBase) -> None:

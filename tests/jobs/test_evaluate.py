@@ -1,19 +1,105 @@
-"""The evaluation's table for people."""
+"""The evaluation's table for people, and what happens when MLflow does not take a report."""
 
+import contextlib
+import json
+import socket
+
+import pytest
+from mlflow.exceptions import MlflowException
+from PIL import Image
+from typer.testing import CliRunner
+
+from jobs import evaluate as job
 from jobs.evaluate import describe
+from pipelines import tracking
+from pipelines.evaluation.evaluate import PICTURE, REPORT
+
+TYPES = {
+    "colour": {"questions": 1200, "metric": "vqa_score", "score": 0.5},
+    "pointing": {"questions": 9, "metric": "pointing", "score": 1},
+}
+REPORT_OF_M = {
+    "model": "m",
+    "questions": 1200,
+    "overall": 0.5,
+    "types": TYPES,
+    "records": 9,
+    "rejected": 2,
+    "reasons": {"image: undecodable": 2},
+    "seconds": 1,
+}
 
 
-def test_table():
-    types = {
-        "colour": {"questions": 1200, "metric": "vqa_score", "score": 0.5},
-        "pointing": {"questions": 9, "metric": "pointing", "score": 1},
-    }
-    report = {"questions": 1200, "overall": 0.5, "types": types, "records": 9, "rejected": 2}
-    lines = describe(report).splitlines()
-    assert [line.split() for line in lines[1:4]] == [["all", "1,200", "50.0%"], ["colour", "1,200", "50.0%"], ["pointing", "9", "100.0%"]]
-    assert lines[4].startswith("2 of 9 records could not be used")
+def test_the_table_adds_up_and_names_the_metrics():
+    lines = describe(REPORT_OF_M).splitlines()
+    assert [line.rsplit(maxsplit=3) for line in lines[1:4]] == [
+        ["all but pointing", "1,200", "50.0%", "mean"],
+        ["colour", "1,200", "50.0%", "vqa_score"],
+        ["pointing", "9", "100.0%", "pointing"],
+    ]
+    assert lines[4] == "2 of 9 records could not be used (2 x image: undecodable); see predictions.jsonl"
+    without = describe(REPORT_OF_M | {"types": {"colour": TYPES["colour"]}, "rejected": 0}).splitlines()
+    assert [line.split()[0] for line in without] == ["questions", "all", "colour"]
 
 
 def test_pointing_alone():
     report = {"questions": 0, "overall": None, "types": {}, "records": 1, "rejected": 0}
     assert len(describe(report).splitlines()) == 1
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch):
+    """The arguments of an evaluation whose report is on disk, and that uses a database of its own."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / REPORT).write_text(json.dumps(REPORT_OF_M))
+    Image.new("RGB", (4, 4)).save(output / PICTURE)
+    config = tmp_path / "evaluate.yaml"
+    config.write_text(f"model: m\nrecords: r.jsonl\noutput: {output}\n")
+    monkeypatch.setattr(job, "evaluate", lambda _: REPORT_OF_M)
+    monkeypatch.setattr(job.cluster, "connect", contextlib.nullcontext)
+    return [str(config)]
+
+
+def test_an_outage_after_the_work_loses_nothing_and_can_be_made_up_for(evaluated, tmp_path, monkeypatch):
+    def down(*_, **__):
+        raise MlflowException("database is gone")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(tracking.mlflow.MlflowClient, "log_batch", down)
+        outage.setattr(tracking.mlflow.MlflowClient, "set_terminated", down)
+        result = CliRunner().invoke(job.app, evaluated)
+    assert result.exit_code == 2
+    assert "colour" in result.stdout, "the result is shown first"
+    assert "the evaluation is done" in result.stderr
+    assert "database is gone" in result.stderr
+    assert "the same command with --record" in result.stderr
+    assert "Traceback" not in result.output
+
+    monkeypatch.setattr(job, "evaluate", lambda _: pytest.fail("evaluated again"))
+    result = CliRunner().invoke(job.app, [*evaluated, "--record"])
+    assert result.exit_code == 0, result.output
+    run = tracking.client().get_run(result.stdout.split()[-1])
+    assert run.data.metrics == {"evaluation/colour": 0.5, "evaluation/pointing": 1, "evaluation/overall": 0.5}
+    assert {a.path for a in tracking.client().list_artifacts(run.info.run_id, "evaluation")} == {
+        f"evaluation/{REPORT}",
+        f"evaluation/{PICTURE}",
+    }
+
+
+def test_there_must_be_a_report_of_this_model(evaluated, tmp_path):
+    for change, told in (("model=other", "is of m, not of other"), (f"output={tmp_path}/nowhere", "no such report")):
+        result = CliRunner().invoke(job.app, [*evaluated, change, "--record"])
+        assert result.exit_code == 2
+        assert told in result.stderr
+
+
+def test_a_wrong_address_is_told_before_the_work(evaluated, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(job, "evaluate", lambda _: pytest.fail("began"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    result = CliRunner().invoke(job.app, evaluated)
+    assert result.exit_code == 2
+    assert f"http://127.0.0.1:{port}: no MLflow server answers there" in result.stderr

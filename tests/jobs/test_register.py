@@ -5,6 +5,7 @@ from typer.testing import CliRunner
 
 from jobs import register
 from pipelines import tracking
+from pipelines.registry.config import RegisterConfig
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_versions_and_alias(checkpoint, tmp_path):
         assert f"Registered tiny version {version} as models:/tiny@champion" in result.output
     assert tracking.versioned("models:/tiny@champion") == "models:/tiny/2"
     assert (tracking.resolve("models:/tiny@champion") / "model.safetensors").read_bytes() == b"weights"
-    result = register.register(register.RegisterConfig(str(checkpoint), "tiny", alias="candidate"))
+    result = register.register(RegisterConfig(str(checkpoint), "tiny", alias="candidate"))
     assert result == {"name": "tiny", "version": "3", "alias": "candidate", "uri": "models:/tiny@candidate"}
     assert tracking.versioned("models:/tiny@champion") == "models:/tiny/2"
 
@@ -36,4 +37,16 @@ def test_not_a_checkpoint(checkpoint, tmp_path):
     config.write_text("checkpoint: elsewhere\nname: tiny\n")
     result = CliRunner().invoke(register.app, [str(config)])
     assert result.exit_code == 2
-    assert "not a checkpoint folder" in result.stderr
+    assert "elsewhere: no such file or folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"), [("name=a/b", "name='a/b': "), ("alias=two words", "alias='two words': "), ("alias=latest", "reserved")]
+)
+def test_a_name_that_mlflow_refuses_is_told_before_anything_is_written(checkpoint, tmp_path, setting, told):
+    config = tmp_path / "register.yaml"
+    config.write_text("checkpoint: model\nname: tiny\n")
+    result = CliRunner().invoke(register.app, [str(config), setting])
+    assert (result.exit_code, "Traceback" in result.output) == (2, False)
+    assert told in result.stderr
+    assert not (tmp_path / "mlflow.db").exists()

@@ -1,7 +1,11 @@
 """Answers with a shared beginning equal the answers to each question alone."""
 
 import numpy as np
+import pytest
+import torch
 
+from molmo_core.models.base import BaseModelConfig
+from pipelines.evaluation import answering
 from pipelines.evaluation.answering import answer, shared_prefix
 
 QUESTIONS = ["what shape is this?", "is there a red shape?", "what is the color of the circle in the image?", "why"]
@@ -61,3 +65,25 @@ def test_shared_prefix():
     assert shared_prefix([example(1, 4, 9), example(1, 5, 9)], media) == 0, "media after what differs"
     assert shared_prefix([example(1, 4, 9, 5)], media) == 3
     assert shared_prefix([example(2, 5), example(2, 6)], media) == 1
+
+
+@pytest.mark.parametrize("mode", ["image_to_question", "image_tokens", "within_image", None])
+def test_image_tokens_that_see_the_question_are_read_with_it(golden, mode, monkeypatch):
+    """Each question's first logits are those of the prompt read alone: the greatest difference stays in rounding."""
+    torch.manual_seed(0)
+    overrides = [f"llm.tokenizer.identifier={golden / 'tokenizer'}", "llm.vocab_size=1024", "llm.max_sequence_length=16384"]
+    config = BaseModelConfig.load("configs/models/demo.yaml", [*overrides, f"bi_directional_attn={mode or 'null'}"])
+    model = config.build_model().eval()
+    read = []
+    monkeypatch.setattr(answering, "_greedy", lambda _, logits, *__: read.append(logits) or [[0]] * len(logits))
+    alone = []
+    monkeypatch.setattr(answering, "_separately", lambda *_: alone.append(True) or [["x"] * 4])
+    (group,) = prompts(model, images=1, questions=4)
+    collate = config.build_collator(None, None, include_metadata=False)
+    answer(model, [group], collate, 4)
+    assert bool(alone) == (mode == "image_to_question")
+    if not alone:
+        for k, example in enumerate(group):
+            with torch.inference_mode():
+                expected = model(**answering.prepare_inputs(model, collate([example]))).logits[0, -1]
+            assert (read[0][k] - expected).abs().max() < 1e-4

@@ -46,7 +46,9 @@ def test_every_record_once(tiny_model, tiny_checkpoint, records, tmp_path):
     assert (report["records"], report["rejected"], report["questions"]) == (10, 1, 18)
     results = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [result["record"] for result in results] == list(range(10))
-    assert "not an image" in results[5]["rejected"]
+    assert (results[5]["rejected"], results[5]["source"], results[5]["row"]) == ("image: undecodable", str(records), 5)
+    assert "not an image" in results[5]["detail"]
+    assert report["reasons"] == {"image: undecodable": 1}
     preprocess = tiny_model.config.build_preprocessor(for_inference=True, is_training=False)
     for k in (0, 9):
         for asked in results[k]["questions"]:
@@ -64,5 +66,5 @@ def test_limit(tiny_checkpoint, records, tmp_path):
 def test_too_many_bad_records(tiny_checkpoint, records, tmp_path):
     for i in range(3):
         records.parent.joinpath(f"bad{i}.jsonl").write_text(json.dumps({"image": "missing.png", "question": "q", "answer": "a"}))
-    with pytest.raises(ConfigError, match=r"cannot be used.*missing file"):
+    with pytest.raises(ConfigError, match=r"records rejected, more than max_reject_rate=0.01 allows \(. x media: missing file"):
         evaluate(config(tiny_checkpoint, records.parent / "bad*.jsonl", tmp_path))

@@ -98,12 +98,14 @@ def result(record: int, **scores: float) -> dict:
 
 
 def test_summary():
-    report = summarise([result(0, colour=1, pointing=0), result(1, colour=0, shape=1), {"record": 2, "rejected": "x"}], CONFIG)
+    report = summarise(
+        [result(0, colour=1, pointing=0), result(1, colour=0, shape=1), {"record": 2, "rejected": "x", "detail": "y"}], CONFIG
+    )
     assert report["questions"] == 3
     assert report["overall"] == pytest.approx(2 / 3, abs=1e-4)
     assert report["types"]["colour"] == {"questions": 2, "metric": "vqa_score", "score": 0.5}
     assert report["types"]["pointing"]["score"] == 0
-    assert (report["records"], report["rejected"]) == (3, 1)
+    assert (report["records"], report["rejected"], report["reasons"]) == (3, 1, {"x": 1})
 
 
 def test_picture_shows_all_types_and_the_whole_set():
