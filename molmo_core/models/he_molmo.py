@@ -14,7 +14,7 @@ import torch
 from molmo_core.inputs import Inputs
 from molmo_core.model_configs.he_molmo import HeMolmoConfig
 from molmo_core.models.image_features import FeatureTarget, add_features, share_low_embedding
-from molmo_core.models.molmo import Embedded, Molmo
+from molmo_core.models.molmo import Embedded, Look, Molmo
 from molmo_core.nn.attention import Attention, Whole
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import Pass, TransformerOutput
@@ -80,7 +80,7 @@ class HeMolmo(TokenScoring, Molmo):
         numbers = ("low_res_tokens_idx", "high_res_tokens_idx", "high_res_pos_ids")
         return inputs._replace(features={**inputs.features, **{name: inputs.features[name].long() for name in numbers}})
 
-    def embed(self, inputs: Inputs, cache: KVCache | None = None) -> Embedded:
+    def embed(self, inputs: Inputs, cache: KVCache | None = None, look: Look | None = None) -> Embedded:
         """Both passes' embeddings: the first pass runs here. What it has done for good stays in the cache (see `may_reuse_first_pass`)."""
         cache = cache if self.may_reuse_first_pass(inputs) else None
         if inputs.images is None:
@@ -89,7 +89,7 @@ class HeMolmo(TokenScoring, Molmo):
         if self.vision_backbone is None:
             raise ValueError("images were given to a text-only model (vision_backbone is null)")
         config, ids, low_id, given = self.config, inputs.input_ids, self.config.image_tokens.low, inputs.features
-        (low, low_present), (high, high_present) = self.vision_backbone(
+        (low, low_present), (high, high_present) = (look or self.vision_backbone)(
             inputs.images, inputs.image_masks, given["low_res_tokens_idx"], given["high_res_tokens_idx"]
         )
         high = high * high_present[..., None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ from molmo_core.nn.llm import Pass, Transformer, TransformerOutput
 from molmo_core.nn.loss import LossSums, chunked_loss_sums, loss_sums, loss_weights
 from molmo_core.nn.sequence_layout import sequence_layout
 from molmo_core.outputs import OLMoOutput
+
+Look = Callable[..., list[tuple[torch.Tensor, torch.Tensor]]]
+"""Images to features, as `MolmoVisionBackbone.forward`."""
 
 
 class Embedded(NamedTuple):
@@ -153,14 +156,15 @@ class Molmo(ModelBase):
             raise TypeError(f"{type(self).__name__}.forward got unknown input(s) {', '.join(unknown)}")
         return inputs
 
-    def embed(self, inputs: Inputs, cache: KVCache | None = None) -> Embedded:
+    def embed(self, inputs: Inputs, cache: KVCache | None = None, look: Look | None = None) -> Embedded:
         """Token embeddings with the image features added.
 
         Args:
             inputs: see `inputs`. Without images nothing here waits for the device.
             cache: where a model that has to run tokens first (`FILLS_CACHE`) may leave their keys and values; empty, if there are images.
+            look: gives what `vision_backbone` would give for the same arguments (default: the backbone itself).
         """
-        x = self.add_images(self.embed_tokens(inputs.token_ids), inputs)
+        x = self.add_images(self.embed_tokens(inputs.token_ids), inputs, look)
         return Embedded(Pass(x, inputs.positions, inputs.real, inputs.response))
 
     def attention(
@@ -238,7 +242,7 @@ class Molmo(ModelBase):
             idx = pooled_idx_of_tokens(inputs.input_ids, crops, tokens, self.config.image_settings())
         return [FeatureTarget(idx, token_id=tokens.patch)]
 
-    def add_images(self, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    def add_images(self, x: torch.Tensor, inputs: Inputs, look: Look | None = None) -> torch.Tensor:
         """Adds the image features to the embeddings x [B, S, d].
 
         In training the vision tower runs in every step, on a blank crop if the batch has no image: under FSDP its parameters are
@@ -250,7 +254,7 @@ class Molmo(ModelBase):
             return x
         if inputs.images is not None:
             targets = self.feature_targets(inputs, inputs.images.shape[1])
-            results = self.vision_backbone(inputs.images, inputs.image_masks, *(t.pooled_idx for t in targets))
+            results = (look or self.vision_backbone)(inputs.images, inputs.image_masks, *(t.pooled_idx for t in targets))
             for target, (features, present) in zip(targets, results):
                 x = add_features(x, inputs.input_ids, features, present, target)
         elif self.stands_in(inputs):

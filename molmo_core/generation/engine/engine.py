@@ -1,0 +1,259 @@
+"""Generates many answers at once: requests join and leave between two steps, their keys and values are in pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+from collections.abc import Sequence as Items
+from typing import Any, NamedTuple
+
+import torch
+
+from molmo_core.generation.engine.decoding import Decoder, GraphDecoder, PlainDecoder
+from molmo_core.generation.engine.paged import PagedCache
+from molmo_core.generation.engine.pages import PagePool, page_keys
+from molmo_core.generation.engine.requests import End, Event, Failed, Request, SamplingParams, Token, TokenLogprobs
+from molmo_core.generation.engine.runner import Runner
+from molmo_core.generation.engine.sampler import Row, choose, logprobs_of
+from molmo_core.generation.engine.scheduler import Chunk, Plan, Scheduler, Sequence
+
+logger = logging.getLogger(__name__)
+UNKNOWN = -1
+"""Stands for a token that was chosen on the device and not read yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineLimits:
+    """Sizes of an engine."""
+
+    max_running: int = 64
+    """Answers in work at once; others wait."""
+    prefill_tokens: int = 8192
+    """Tokens of prompts that a step reads at most, so that answers in work do not wait long."""
+    cache_bytes: int | None = None
+    """Memory for keys and values; None: on a GPU most of what is free, elsewhere 1 GiB."""
+    feature_bytes: int = 256 << 20
+    """Memory for the features of media that were seen already."""
+    page_size: int = 64
+    """Tokens of a page of the cache: a power of two of at least 16 on a GPU."""
+    graphs: bool = True
+    """On a GPU: decode by CUDA graphs."""
+    overlap: bool = True
+    """With graphs: launch a step before the tokens of the last one were read."""
+
+
+class _Launched(NamedTuple):
+    """A step whose tokens the host has not read."""
+
+    sequences: list[Sequence]
+    counts: list[int]
+    """The number of each token in its answer, from 1."""
+    tokens: torch.Tensor
+    """int64 [2, B] on the host, once `ready`: tokens, and whether the row had numbers."""
+    ready: torch.cuda.Event | None
+
+
+class Engine:
+    """A model and the answers in work. Not thread-safe: one thread calls `add`, `abort` and `step`."""
+
+    def __init__(self, model: Any, limits: EngineLimits | None = None):
+        """`model`: in eval mode, on its device."""
+        limits = limits or EngineLimits()
+        self.limits, self.model = limits, model.eval()
+        dtype = next(model.parameters()).dtype
+        cache_bytes = _free(model.device) if limits.cache_bytes is None else limits.cache_bytes
+        pages = cache_bytes // PagedCache.page_bytes(model.config.llm, limits.page_size, dtype)
+        if pages < 1:
+            raise ValueError(f"cache_bytes={cache_bytes}: not even one page of {limits.page_size} tokens fits")
+        self.runner = Runner(model, pages, limits.page_size, limits.feature_bytes)
+        self.scheduler = Scheduler(PagePool(pages, limits.page_size), limits.max_running, limits.prefill_tokens)
+        self.decoder = self._decoder(pages)
+        self._launched: _Launched | None = None
+        self._sequences: dict[Request, Sequence] = {}
+        self._seeds: dict[Request, int] = {}
+        self.tokens = 0
+        """Tokens generated so far."""
+
+    @property
+    def active(self) -> int:
+        """Requests that wait or are in work."""
+        return self.scheduler.active
+
+    def add(self, request: Request) -> None:
+        """Puts a request into the queue.
+
+        Raises:
+            ValueError: it cannot be answered: inputs that do not fit, or more tokens than the cache or the model has room for.
+        """
+        prompt = self.runner.prompt(request.example)
+        ids, config = prompt.example["input_ids"], self.model.config
+        longest = len(ids) + request.params.max_tokens
+        if longest > config.llm.max_sequence_length:
+            raise ValueError(f"prompt and answer may be {longest:,} tokens, but the model takes {config.llm.max_sequence_length:,}")
+        whole, horizon, size = self.model.FILLS_CACHE, self.runner.horizon(prompt), self.limits.page_size
+        keys = [] if whole else page_keys(ids, prompt.positions, horizon, prompt.digest, self.runner.first_medium(prompt), size)
+        sequence = Sequence(request, ids.tolist(), len(ids), horizon, keys, whole, prompt)
+        self.scheduler.add(sequence)
+        self._sequences[request] = sequence
+        seed = request.params.seed
+        self._seeds[request] = secrets.randbits(63) if seed is None else seed
+
+    def abort(self, request: Request) -> None:
+        """Nobody waits for the answer any more: its pages are free at once. Nothing happens if it has ended."""
+        sequence = self._sequences.pop(request, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+            del self._seeds[request]
+
+    @torch.inference_mode()
+    def warm_up(self, batches: Items[int] = ()) -> None:
+        """Compiles and captures the decoding of batches of these sizes, which otherwise happens when they are first needed."""
+        if isinstance(self.decoder, GraphDecoder):
+            graphs = self.decoder.graphs
+            for size in sorted({graphs.size_of(batch) for batch in batches or graphs.sizes}, reverse=True):
+                graphs.capture(size)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, Event]]:
+        """Reads prompts and computes one more token for every answer in work; what happened, in order."""
+        events: list[tuple[Request, Event]] = []
+        if self._launched is not None and not self._may_run_ahead():
+            self._read(events)
+        plan = self.scheduler.plan()
+        if plan.prefill:
+            self._prefill(plan.prefill, events)
+        before, self._launched = self._launched, None
+        if plan.decode:
+            self._decode(plan.decode, events)
+        if before is not None:
+            self._deliver(before, events)
+        return events
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next step needs nothing of what the last one gave: nobody to admit, no page missing, no logits to edit."""
+        scheduler = self.scheduler
+        return (
+            not scheduler.may_admit
+            and scheduler.pool.available >= len(scheduler.running)
+            and all(scheduler.is_decoding(s) and not _needs_host(s.request) for s in scheduler.running)
+        )
+
+    def _prefill(self, chunks: Items[Chunk], events: list[tuple[Request, Event]]) -> None:
+        try:
+            logits = self.runner.prefill(chunks)
+        except Exception as error:  # of whatever a prompt holds or the device raises: goes to its request, the others continue
+            if len(chunks) == 1:
+                self._end(chunks[0].sequence, Failed(error), events)
+                return
+            # One by one, so that only the one at fault fails; prompts that were too large together just take longer.
+            logger.warning("%d prompts could not be read together (%s: %s)", len(chunks), type(error).__name__, error)
+            for chunk in chunks:
+                self._prefill([chunk], events)
+            return
+        self.scheduler.done(Plan(list(chunks), []))
+        ready = [i for i, chunk in enumerate(chunks) if chunk.end == len(chunk.sequence.tokens)]
+        if ready:
+            index = torch.tensor(ready, device=logits.device)
+            self._choose(logits[index], [chunks[i].sequence for i in ready], events)
+
+    def _decode(self, sequences: list[Sequence], events: list[tuple[Request, Event]]) -> None:
+        try:
+            logits = self.decoder.step(sequences)
+        except Exception as error:  # of the device: nobody in this step can be helped
+            for sequence in sequences:
+                self._end(sequence, Failed(error), events)
+            return
+        self.scheduler.done(Plan([], sequences))
+        later = self.limits.overlap and isinstance(self.decoder, GraphDecoder)
+        if later and not any(_needs_host(sequence.request) for sequence in sequences):
+            self._launch(logits, sequences)
+        else:
+            self._choose(logits, sequences, events)
+
+    def _choose(self, logits: torch.Tensor, sequences: list[Sequence], events: list[tuple[Request, Event]]) -> None:
+        """Chooses the next tokens and hands them out."""
+        rows = [self._row(sequence) for sequence in sequences]
+        wanted = [row.params.logprobs for row in rows]
+        raw = logits.clone() if any(count is not None for count in wanted) else logits
+        choice = choose(logits, rows)
+        logprobs = logprobs_of(raw, choice.tokens, wanted)
+        tokens, finite = torch.stack((choice.tokens, choice.finite.long())).tolist()
+        for i, sequence in enumerate(sequences):
+            sequence.tokens.append(tokens[i])
+            self._give(sequence, sequence.count, tokens[i], bool(finite[i]), logprobs[i], events)
+
+    def _launch(self, logits: torch.Tensor, sequences: list[Sequence]) -> None:
+        """Chooses the next tokens on the device; the host will read them later, and until then knows only that there is one."""
+        choice = choose(logits, [self._row(sequence) for sequence in sequences])
+        self.decoder.keep(choice.tokens)
+        chosen, ready = torch.stack((choice.tokens, choice.finite.long())), None
+        host = torch.empty(chosen.shape, dtype=torch.int64, pin_memory=chosen.is_cuda)
+        host.copy_(chosen, non_blocking=True)
+        if chosen.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        for sequence in sequences:
+            sequence.tokens.append(UNKNOWN)
+        self._launched = _Launched(list(sequences), [sequence.count for sequence in sequences], host, ready)
+
+    def _read(self, events: list[tuple[Request, Event]]) -> None:
+        """Hands out the tokens of the launched step."""
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            self._deliver(launched, events)
+
+    def _deliver(self, launched: _Launched, events: list[tuple[Request, Event]]) -> None:
+        if launched.ready is not None:
+            launched.ready.synchronize()
+        tokens, finite = launched.tokens.tolist()
+        for i, sequence in enumerate(launched.sequences):
+            if sequence.request in self._sequences:  # else it has ended, or was aborted
+                sequence.tokens[sequence.prompt_length + launched.counts[i] - 1] = tokens[i]
+                self._give(sequence, launched.counts[i], tokens[i], bool(finite[i]), None, events)
+
+    def _give(
+        self, sequence: Sequence, count: int, token: int, finite: bool, logprobs: TokenLogprobs | None, events: list[tuple[Request, Event]]
+    ) -> None:
+        """Hands out token number `count` of an answer, and its end."""
+        if not finite:
+            self._end(sequence, Failed(ValueError("the model's logits are not numbers (its weights, or the numbers' range)")), events)
+            return
+        self.tokens += 1
+        params = sequence.request.params
+        if token in self._ends(params):
+            self._end(sequence, End("stop"), events)
+            return
+        events.append((sequence.request, Token(token, logprobs)))
+        if count == params.max_tokens:
+            self._end(sequence, End("length"), events)
+
+    def _row(self, sequence: Sequence) -> Row:
+        params = sequence.request.params
+        return Row(params, sequence.tokens, sequence.prompt_length, self._seeds[sequence.request], self._ends(params))
+
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return params.stop_token_ids if params.ignore_eos else (self.model.tokenizer.eos_token_id, *params.stop_token_ids)
+
+    def _end(self, sequence: Sequence, event: Event, events: list[tuple[Request, Event]]) -> None:
+        events.append((sequence.request, event))
+        self.abort(sequence.request)
+
+    def _decoder(self, pages: int) -> Decoder:
+        model, cache, limits = self.model, self.runner.cache, self.limits
+        width = model.config.llm.head_width
+        if limits.graphs and model.device.type == "cuda" and width >= 16 and width & (width - 1) == 0:
+            longest = -(-model.config.llm.max_sequence_length // limits.page_size)
+            return GraphDecoder(model, cache, limits.max_running, min(longest, pages))
+        return PlainDecoder(model, cache)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes for the cache if nobody says how many: a GPU keeps a share for the activations of prompts."""
+    return int(torch.cuda.mem_get_info(device)[0] * 0.85) if device.type == "cuda" else 1 << 30
+
+
+def _needs_host(request: Request) -> bool:
+    """Whether choosing its next token needs the tokens before it, or gives more than a token."""
+    return request.params.edits_logits or request.params.logprobs is not None

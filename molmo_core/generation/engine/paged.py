@@ -1,0 +1,103 @@
+"""The key/value cache in pages, and the attention of prompts and of decoding over it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from molmo_core.nn.attention import Mask, attend
+from molmo_core.nn.configs import LlmConfig
+
+
+class PagedCache:
+    """Keys and values of all layers: for each, [pages + 1, H_kv, page, D]. Page 0 takes what belongs to nobody."""
+
+    def __init__(self, config: LlmConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device):
+        shape = (pages + 1, config.kv_heads, page_size, config.head_width)
+        self.page_size = page_size
+        # Zeros: padding is multiplied by weights of 0, which must not meet NaN.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+
+    @staticmethod
+    def page_bytes(config: LlmConfig, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page over all layers."""
+        return 2 * config.n_layers * config.kv_heads * page_size * config.head_width * dtype.itemsize
+
+    def write(self, layer: int, pages: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores k, v [B, H_kv, S, D] at (page, offset), int64 [B, S]."""
+        self.keys[layer][pages, :, offsets] = k.transpose(1, 2)
+        self.values[layer][pages, :, offsets] = v.transpose(1, 2)
+
+    def read(self, layer: int, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H_kv, n * page, D] of the pages int64 [B, n]."""
+        return tuple(store[layer][tables].transpose(1, 2).flatten(2, 3) for store in (self.keys, self.values))  # type: ignore[return-value]
+
+
+@dataclasses.dataclass
+class PromptAttention:
+    """Attention of chunks of prompts: to what is in their pages already, and among themselves."""
+
+    cache: PagedCache
+    pages: torch.Tensor
+    """int64 [B, S]: the page of each new token (0: padding)."""
+    offsets: torch.Tensor
+    """int64 [B, S]: its place in the page."""
+    past: torch.Tensor | None
+    """int64 [B, n]: pages that hold what came before; None: nothing did."""
+    mask: Mask
+    """Over past and new tokens, or None = causal."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [B, H, S, D], k, v [B, H_kv, S, D] -> [B, H, S, D]."""
+        if self.past is not None:
+            past_k, past_v = self.cache.read(layer, self.past)
+            self.cache.write(layer, self.pages, self.offsets, k, v)
+            k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
+        else:
+            self.cache.write(layer, self.pages, self.offsets, k, v)
+        return attend(q, k, v, self.mask)
+
+
+@dataclasses.dataclass
+class DecodeAttention:
+    """Attention of one new token a sequence to all of its tokens."""
+
+    cache: PagedCache
+    tables: torch.Tensor
+    """int32 [B, n]: the pages of each sequence (0 behind its last)."""
+    lengths: torch.Tensor
+    """int32 [B]: its tokens, the new one included."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [B, H, 1, D], k, v [B, H_kv, 1, D] -> [B, H, 1, D]."""
+        size = self.cache.page_size
+        last = (self.lengths - 1).long()[:, None]
+        pages = self.tables.gather(1, last // size).long()
+        self.cache.write(layer, pages, last % size, k, v)
+        return attend_pages(q, self.cache.keys[layer], self.cache.values[layer], self.tables, self.lengths)
+
+
+def attend_pages(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor, parts: int | None = None
+) -> torch.Tensor:
+    """Attention of one token a sequence to all of its tokens.
+
+    Args:
+        q: [B, H, 1, D].
+        keys, values: [pages, H_kv, page, D] of one layer.
+        tables: int32 [B, n], the pages of each sequence.
+        lengths: int32 [B], its tokens.
+        parts: on a GPU: with the kernel that reads only these pages, by so many programs a sequence; None: plain torch, which copies them.
+
+    Returns:
+        [B, H, 1, D].
+    """
+    if parts is not None and q.is_cuda:
+        from molmo_core.generation.engine.decode_kernel import paged_attention  # Triton is there with a GPU only
+
+        return paged_attention(q[:, :, 0].contiguous(), keys, values, tables, lengths, parts)[:, :, None]
+    k, v = (store[tables.long()].transpose(1, 2).flatten(2, 3) for store in (keys, values))
+    seen = torch.arange(k.shape[2], device=q.device) < lengths[:, None]
+    return attend(q, k, v, seen[:, None, None])

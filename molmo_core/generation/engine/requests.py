@@ -1,0 +1,119 @@
+"""What a client of the engine asks for, and what it hears: plain data, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. Names and meanings are those of the OpenAI API and of vLLM.
+
+    Raises:
+        ValueError: a setting out of its range, by name.
+    """
+
+    max_tokens: int = 200
+    """Tokens generated at most."""
+    min_tokens: int = 0
+    """No end token and no stop token before so many."""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most probable token."""
+    top_k: int = 0
+    """Draw from the k most probable tokens only; 0 = all."""
+    top_p: float = 1.0
+    """Draw from the smallest set of most probable tokens whose probabilities sum to at least this."""
+    min_p: float = 0.0
+    """Draw from tokens at least so probable, relative to the most probable one."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt and answer."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the answer, once for each occurrence."""
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    """Added to the logits of these tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, besides the model's end token; they are not part of it."""
+    ignore_eos: bool = False
+    """The model's end token does not end the answer (benchmarks)."""
+    logprobs: int | None = None
+    """Give the log-probability of each token, and of so many most probable ones."""
+    seed: int | None = None
+    """Makes the draw reproducible, whoever else is served; None = a fresh one."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens": self.max_tokens >= 1,
+            "min_tokens": 0 <= self.min_tokens <= self.max_tokens,
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+            "presence_penalty": -100 <= self.presence_penalty <= 100,
+            "frequency_penalty": -100 <= self.frequency_penalty <= 100,
+            "logit_bias": all(math.isfinite(value) for value in self.logit_bias.values()),
+            "logprobs": self.logprobs is None or 0 <= self.logprobs <= 20,
+        }
+        for name in ("temperature", "repetition_penalty"):
+            checks[name] = checks[name] and math.isfinite(getattr(self, name))
+        wrong = [f"{name}={getattr(self, name)!r}" for name, good in checks.items() if not good]
+        if wrong:
+            raise ValueError(f"out of range: {', '.join(wrong)}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken. So small a temperature cannot be told from 0 in float32."""
+        return self.temperature < 1e-5
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether the logits depend on what was generated, or on the request."""
+        return (
+            self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+            or bool(self.logit_bias) or self.min_tokens > 0
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One prompt and how to answer it."""
+
+    example: Mapping[str, Any]
+    """Model inputs of the prompt, as a preprocessor gives them (numpy; without metadata)."""
+    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities of the model, before temperature and filters."""
+
+    token: float
+    top: list[tuple[int, float]]
+    """(token id, log-probability), most probable first."""
+
+
+class Token(NamedTuple):
+    """One more token of the answer."""
+
+    id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class End(NamedTuple):
+    """The answer is complete."""
+
+    reason: str
+    """`stop` (an end or stop token) or `length` (max_tokens)."""
+
+
+class Failed(NamedTuple):
+    """The request cannot be answered."""
+
+    error: Exception
+
+
+Event = Token | End | Failed
