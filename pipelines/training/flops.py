@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from molmo_core.models.base import ModelBase
+from molmo_core.nn.connector import MolmoVisionBackbone
 
 # Dense bfloat16 FLOP/s of the data sheets.
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}
@@ -32,7 +35,7 @@ class StepFlops:
     """
 
     def __init__(self, model: ModelBase):
-        llm, vision = model.config.llm, model.vision_backbone
+        llm, vision = model.config.llm, cast(MolmoVisionBackbone | None, model.vision_backbone)
         groups = model.parameter_groups()
         self.llm = float(sum(p.numel() for name, p in groups["llm"] if ".wte." not in name))
         if llm.block_type == "moe":
