@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from molmo_core.checkpoint.folder import locate
+from molmo_core.registry import BaseModelConfig
 
 REGISTRY = "models:/"
 
@@ -26,11 +27,11 @@ def fixed_model(model: str) -> str:
     """A model as every process must find it, also one that starts later: a version in place of an alias, an absolute folder.
 
     Raises:
-        ConfigError: there is no checkpoint there; the message says what there is.
+        ConfigError: there is no checkpoint of a model of this project; the message says what there is.
     """
     if model.startswith(REGISTRY):
         from pipelines import tracking
 
         return tracking.versioned(model)
-    locate(model)
+    BaseModelConfig.load(locate(model))
     return str(Path(model).resolve()) if Path(model).exists() else model

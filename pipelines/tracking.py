@@ -34,6 +34,7 @@ from sqlalchemy.exc import ArgumentError
 
 from molmo_core.checkpoint.folder import locate
 from molmo_core.config import ConfigError, flatten
+from molmo_core.registry import BaseModelConfig
 from pipelines.files import is_temporary
 from pipelines.names import file_name, fitting, shortened
 
@@ -283,7 +284,7 @@ def register(checkpoint: str | Path, name: str, alias: str | None = None, run_id
         TrackingError: not a checkpoint, no such run, names that MLflow refuses. Then no version and no new model are there.
     """
     checkpoint = Path(checkpoint)
-    locate(checkpoint)  # refuses what is not a model, and says what it is
+    BaseModelConfig.load(locate(checkpoint))  # refuses what is not a model, and says what it is
     if not any(checkpoint.glob("*.safetensors")):
         raise TrackingError(f"{checkpoint}: not a checkpoint folder (there are no weights, *.safetensors)")
     check_names(name, alias)
