@@ -11,17 +11,19 @@ from pipelines.data.batches.prepared import is_prepared
 from pipelines.data.config import DataConfig
 from pipelines.data.preparation.inventory import inventory_path, take_inventory
 from pipelines.data.sources import open_records
+from pipelines.training.config import TrainConfig
 
 
 def main(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Measure the media of records from their headers, for packing while streaming. CONFIG is a data or a training configuration."""
+    """Measure the media of records from their headers, for packing while streaming. CONFIG is a data or a training configuration; changes
+    are those of jobs.train (data.datasets.mine.path=...)."""
     data = load_data(config, overrides)
     streamed = [d for group in data.all_groups().values() for d in group.datasets.values() if not is_prepared(d.path)]
     if not streamed:
         raise ConfigError(f"{config}: all datasets are prepared; their lengths are known")
+    paths = [inventory_path(dataset.path) for dataset in streamed]
     with connect():
-        for dataset in streamed:
-            path = inventory_path(dataset.path)
+        for dataset, path in zip(streamed, paths):
             counts = take_inventory(open_records(dataset.path, dataset.format), path)
             print(f"{path}: {counts.pop('usable'):,} of {counts.pop('rows'):,} records usable")
             for reason, count in counts.items():
@@ -29,12 +31,12 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 def load_data(path: Path, overrides: list[str] | None) -> DataConfig:
-    """The data of a data configuration, or of a training configuration (its `data`: a part of it or the path of a file)."""
-    content = read_yaml(path).get("data")
-    if isinstance(content, str):
-        beside = path.parent / content
-        return DataConfig.load(beside if beside.exists() else content, overrides)
-    return DataConfig.load(path, overrides, key=None if content is None else "data")
+    """The data of a training configuration, with the overrides of `jobs.train`, or of a data configuration, with those of its `data`."""
+    if "data" in read_yaml(path):
+        return TrainConfig.load(path, overrides).data
+    if others := [o for o in overrides or () if not o.startswith("data.")]:
+        raise ConfigError(f"{path} is a data configuration: changes begin with data., as in jobs.train: data.{others[0]}")
+    return DataConfig.load(path, [o.removeprefix("data.") for o in overrides or ()])
 
 
 app = job(main)

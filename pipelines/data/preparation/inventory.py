@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import re
+import tempfile
+import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,15 +28,19 @@ from molmo_core.preprocessing.media import MediaError, image_size
 from molmo_core.preprocessing.video_readers import open_video
 from pipelines.cluster import quiet, reading
 from pipelines.data.config import MAX_IMAGE_PIXELS
+from pipelines.data.isolation import VideoDecoder
 from pipelines.data.records.media import Media, fetch
 from pipelines.data.records.reading import read_record
+from pipelines.data.records.record_file import local_path
 from pipelines.data.rejects import Rejected, unusable
 from pipelines.data.sources import Records
 from pipelines.files import write_table
+from pipelines.progress import RecordProgress
 
 CHUNK = 256
 _THREADS = 8
 _EVEN_S = 1e-3
+_WILD = re.compile(r"[*?\[\]/]+")
 SCHEMA = pa.schema(
     {
         "row": pa.int64(),
@@ -44,69 +53,115 @@ SCHEMA = pa.schema(
 )
 
 
-def inventory_path(records: str) -> Path:
-    """Where the inventory of a file, folder or glob of records lies."""
-    path = Path(records)
-    return path / "inventory.parquet" if path.is_dir() else path.with_name(f"{path.name.replace('*', '_')}.inventory.parquet")
+def inventory_path(records: str) -> str:
+    """Where the inventory of a file, folder or glob of records is: in the folder, or beside the file; of a glob in the last folder before
+    its first wildcard; of a file in an archive, beside the archive.
+
+    Raises:
+        ConfigError: of a web server, where nothing can be written.
+    """
+    if records.startswith(("http://", "https://")):
+        raise ConfigError(f"{records}: no inventory can be written beside it: copy the records to a disk or a bucket")
+    inner, chained, rest = local_path(records).partition("::")  # zip://train.jsonl::s3://bucket/all.zip
+    if chained:
+        archive, name = rest.rpartition("::")[2], inner.partition("://")[2]
+        return f"{archive}.{_WILD.sub('_', name)}.inventory.parquet"
+    filesystem, root = fsspec.url_to_fs(inner)
+    if filesystem.isdir(root):
+        return f"{inner.rstrip('/')}/inventory.parquet"
+    wild = re.search(r"[*?\[]", inner)
+    if wild is None or filesystem.exists(root):
+        return f"{inner}.inventory.parquet"
+    folder = inner[: inner.rfind("/", 0, wild.start()) + 1]
+    return f"{folder}{_WILD.sub('_', inner[len(folder) :])}.inventory.parquet"
 
 
-def require_inventory(path: Path) -> None:
+def require_inventory(path: str) -> None:
     """Raises ConfigError if there is no inventory at `path`."""
-    if not path.is_file():
+    filesystem, root = fsspec.url_to_fs(path)
+    if not filesystem.isfile(root):
         raise ConfigError(f"{path}: packing streamed records needs their inventory: run `python -m jobs.inventory CONFIG` first")
 
 
-def measure_media(example: dict[str, Any]) -> dict[str, Any]:
-    """Sizes of an example's images, or frames, rate and times of its video; or the reason why it cannot be used."""
-    row: dict[str, Any] = {}
-    try:
-        for reference in example.get("images") or ([example["image"]] if "image" in example else []):
-            row["sizes"] = [*row.get("sizes", []), *image_size(fetch(reference), MAX_IMAGE_PIXELS)]
-        if "video" in example:
-            reader = open_video(fetch(example["video"]))
-            times = reader.timestamps
-            even = np.allclose(times, np.arange(len(times)) / reader.fps, rtol=0, atol=_EVEN_S)
-            row |= {"frames": len(times), "fps": reader.fps, "times": None if even else times.tolist()}
-            reader.close()
-    except Rejected as error:
-        row = {"reason": str(error)}
-    except MediaError as error:
-        row = {"reason": str(unusable("video" if "video" in example else "image", error))}
-    return row
+class MediaMeter:
+    """Measures the media of examples; a video in a process of its own (`VideoDecoder`), because opening it may crash."""
 
-
-def measure_records(records: Records, rows: list[int], pool: concurrent.futures.Executor) -> list[dict[str, Any]]:
-    """The inventory's rows of some records; their media are opened several at a time, because that waits for disks and networks."""
-    found: dict[int, dict[str, Any]] = {}
-    examples: dict[int, dict[str, Any]] = {}
-    for row in rows:  # one file handle a source: read in this thread
+    def build(self, example: dict[str, Any], rng: np.random.RandomState | None = None) -> dict[str, Any]:
+        """`sizes` of an example's images, or `frames`, `fps` and `times` of its video; raises `Rejected`."""
+        row: dict[str, Any] = {}
         try:
-            examples[row] = read_record(records[row])
+            for reference in example.get("images") or ([example["image"]] if "image" in example else []):
+                row["sizes"] = [*row.get("sizes", []), *image_size(fetch(reference), MAX_IMAGE_PIXELS)]
+            if "video" in example:
+                reader = open_video(example["video"])
+                times = reader.timestamps
+                even = np.allclose(times, np.arange(len(times)) / reader.fps, rtol=0, atol=_EVEN_S)
+                row |= {"frames": len(times), "fps": reader.fps, "times": None if even else times.tolist()}
+                reader.close()
+        except MediaError as error:
+            raise unusable("video" if "video" in example else "image", error) from None
+        return row
+
+
+class RecordMeter:
+    """Measures records; their media are fetched and images opened several at a time, because that waits for disks and networks."""
+
+    def __init__(self, records: Records, threads: int = _THREADS):
+        self.records, self.meter = records, MediaMeter()
+        self.decoder = VideoDecoder([cast(Any, self.meter)])
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads)
+        self._one_video = threading.Lock()
+
+    def rows(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """The inventory's rows of some records."""
+        found: dict[int, dict[str, Any]] = {}
+        examples: dict[int, dict[str, Any]] = {}
+        for number in numbers:  # one file handle a source: read in this thread
+            try:
+                examples[number] = read_record(self.records[number])
+            except Rejected as error:
+                found[number] = {"reason": str(error)}
+        found |= zip(examples, self.pool.map(self._measure, examples.values()))
+        return [{"row": number, **found[number]} for number in numbers]
+
+    def close(self) -> None:
+        """Ends its threads and the process of videos."""
+        self.pool.shutdown()
+        self.decoder.close()
+
+    def _measure(self, example: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if "video" not in example:
+                return self.meter.build(example)
+            video = fetch(example["video"])
+            with self._one_video:
+                return self.decoder.build(0, {"video": video}, np.random.RandomState(0))
         except Rejected as error:
-            found[row] = {"reason": str(error)}
-    found |= zip(examples, pool.map(measure_media, examples.values()))
-    return [{"row": row, **found[row]} for row in rows]
+            return {"reason": str(error)}
 
 
 class InventoryActor:
     """The Ray Data actor that measures records."""
 
     def __init__(self, records: Any):
-        self.records: Records = ray.get(records[0])
-        self.pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+        self.meter = RecordMeter(ray.get(records[0]))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = [i for chunk in batch.to_pylist() for i in range(chunk["first"], chunk["stop"])]
-        return pa.Table.from_pylist(measure_records(self.records, rows, self.pool), schema=SCHEMA)
+        numbers = [i for chunk in batch.to_pylist() for i in range(chunk["first"], chunk["stop"])]
+        return pa.Table.from_pylist(self.meter.rows(numbers), schema=SCHEMA)
 
 
-def take_inventory(records: Records, path: Path) -> dict[str, int]:
+def take_inventory(records: Records, path: str) -> dict[str, int]:
     """Measures all records on the cluster and writes the inventory.
 
     Returns:
         rows, usable, and the number of rows with each reason.
+
+    Raises:
+        ConfigError: it cannot be written.
     """
     quiet()
+    _check_writable(path)
     actors = max(1, int(ray.cluster_resources().get("CPU", 1)))
     chunks = [{"first": i, "stop": min(i + CHUNK, len(records))} for i in range(0, len(records), CHUNK)]
     # The chunks are handed over, not read: a read task would wait for ever for a CPU that the actors hold.
@@ -118,18 +173,39 @@ def take_inventory(records: Records, path: Path) -> dict[str, int]:
         fn_constructor_args=([ray.put(records)],),
         num_cpus=1,
     )
-    with reading(dataset.iter_batches(batch_size=None, batch_format="pyarrow")) as tables:
-        table = pa.concat_tables([t.cast(SCHEMA) for t in tables])
-    return write_inventory(table.sort_by("row"), records, path)
+    made = []
+    results = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    with RecordProgress("inventory", len(records)) as progress, reading(results) as tables:
+        for table in tables:
+            made.append(table.cast(SCHEMA))
+            progress.update(sum(t.num_rows for t in made))
+    return write_inventory(pa.concat_tables(made).sort_by("row"), records, path)
 
 
-def write_inventory(table: pa.Table, records: Records, path: Path) -> dict[str, int]:
+def write_inventory(table: pa.Table, records: Records, path: str) -> dict[str, int]:
     """Writes an inventory; returns rows, usable, and the number of rows with each reason."""
-    fingerprint = json.dumps(records.stamp)
-    write_table(table.replace_schema_metadata({"records": fingerprint}), path)
+    stamped = table.replace_schema_metadata({"records": json.dumps(records.stamp)})
+    try:
+        if "://" in path:  # whole at its end, on every filesystem for which this form is used
+            filesystem, root = fsspec.url_to_fs(path)
+            with filesystem.open(root, "wb") as file:
+                pq.write_table(stamped, file)
+        else:
+            write_table(stamped, Path(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: the inventory cannot be written: {error}") from None
     reasons = [r for r in table.column("reason").to_pylist() if r is not None]
     counts = {kind: sum(r.startswith(kind) for r in reasons) for kind in sorted({":".join(r.split(":")[:2]) for r in reasons})}
     return {"rows": table.num_rows, "usable": table.num_rows - len(reasons), **counts}
+
+
+def _check_writable(path: str) -> None:
+    """Raises ConfigError if nothing can be written beside local records: before all of them are measured."""
+    if "://" not in path:
+        try:
+            tempfile.TemporaryFile(dir=Path(path).parent).close()
+        except OSError as error:
+            raise ConfigError(f"{path}: the inventory cannot be written: {error.strerror or error}") from None
 
 
 class Inventory:
@@ -142,9 +218,11 @@ class Inventory:
         ConfigError: no inventory, or one of other records.
     """
 
-    def __init__(self, records: Records, path: Path):
+    def __init__(self, records: Records, path: str):
         require_inventory(path)
-        table = pq.read_table(path)
+        filesystem, root = fsspec.url_to_fs(path)
+        with filesystem.open(root, "rb") as file:
+            table = pq.read_table(file)
         if (table.schema.metadata or {}).get(b"records", b"").decode() != json.dumps(records.stamp):
             raise ConfigError(f"{path}: an inventory of other records (or they changed): run `python -m jobs.inventory CONFIG` again")
         self.usable = np.flatnonzero(table.column("reason").is_null().to_numpy())
