@@ -154,6 +154,7 @@ class Crashing(MediaMeter):
         return super().build(example, rng)
 
 
+@pytest.mark.slow
 def test_a_video_that_crashes_its_reader_costs_its_record(make, tmp_path):
     names = [make.clip(tmp_path / f"{name}.mp4").name for name in ("a", "crash", "b")]
     rows = [{"video": name, "question": "What?", "answer": "Noise."} for name in names]
