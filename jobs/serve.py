@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from jobs.command import ConfigPath, Overrides, job
 from pipelines import cluster
-from pipelines.serving.app import serving
+from pipelines.serving.app import check_port, serving
 from pipelines.serving.config import ServeConfig
 
 EXAMPLE = """\
@@ -32,6 +32,7 @@ def stop_requested() -> Iterator[threading.Event]:
 
 def serve(config: ServeConfig) -> None:
     """Serves until Ctrl-C or SIGTERM; answers in work are finished first."""
+    check_port(config.host, config.port)  # before a cluster starts for nothing
     print(f"Loading {config.model} ...", flush=True)
     cpus = 1 + round(config.replicas * config.cpus_per_replica + config.frontends * 0.1 + 0.5)
     with cluster.connect(num_cpus=cpus), serving(config) as url:

@@ -19,7 +19,7 @@ from pipelines.training.config import TrainConfig
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS: dict[str, type[BaseConfig]] = {"prepare": PrepareConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
-ROUTES = ("/v1/chat/completions", "/v1/models", "/health")
+ROUTES = ("/v1/chat/completions", "/v1/models", "/health", "/ready")
 # Commands of others that the pages may show; what they do is not ours to check.
 OTHERS = {"pip", "git", "cd", "export", "source", "kill", "mlflow", "nvidia-smi", "vllm"}
 

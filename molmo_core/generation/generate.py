@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from molmo_core.generation.beam_search import BeamSearch
-from molmo_core.generation.sampling import SamplingConfig, next_token
+from molmo_core.generation.sampling import SamplingConfig, next_token, seeded
 from molmo_core.inputs import as_batch, default_positions, last_positions
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.outputs import OLMoGenerateOutput
@@ -180,7 +180,7 @@ def _sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New tokens int64 [B, T], padded after the end of a row, and the log-probability float32 [B] of each row under the model."""
     device = ends.tokens.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    generator = None if seed is None else seeded(device, seed)
     logits = decoder.prefill(batch)
     finished = torch.zeros(len(logits), dtype=torch.bool, device=device)
     columns, scores = [], torch.zeros(len(logits), device=device)

@@ -6,7 +6,7 @@ record, an annotation, or an assistant's message), `message_weight` overrides th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,15 @@ _EVAL_STYLES_V2 = {**_EVAL_STYLES, "video_eval_short_answer": "video_short_answe
 
 
 class Formatter:
-    """Formats records as a `DataFormatter` configuration says. Stateless; all randomness comes from the `rng` it is given."""
+    """Formats records as a `DataFormatter` configuration says. Stateless; all randomness comes from the `rng` it is given.
 
-    def __init__(self, config: DataFormatter):
+    Args:
+        literal: what keeps names of special tokens in the text of a record text (`Tokenizer.literal`).
+    """
+
+    def __init__(self, config: DataFormatter, literal: Callable[[str], str] = str):
         self.config = config
+        self.literal = literal
         self.html = config.pointing_format != "v1"
 
     def __call__(
@@ -77,7 +82,7 @@ class Formatter:
         own = record is not example
         record = {k: v for k, v in record.items() if v is not None}  # tables have a null where a record lacks a key
         style = record.get("style") or example.get("style")
-        messages = reader.messages(record, style or "")
+        messages = [self.literal(message) for message in reader.messages(record, style or "")]
         if style is not None:
             answer = messages[1] if len(messages) > 1 else None
             multiple_choice = "options" in record or "unlabelled_options" in record

@@ -226,7 +226,7 @@ def build_preprocessor(
     """
     return kind(
         tokenizer=tokenizer,
-        formatter=Formatter(data_formatter),
+        formatter=Formatter(data_formatter, tokenizer.literal),
         limits=config,
         for_inference=for_inference,
         is_training=is_training,

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +25,8 @@ from molmo_core.tokens import IMAGE_PROMPT, SPECIAL_TOKENS, VIDEO_PROMPT, ImageT
 _PADDING_PREFIX = "|<EXTRA_TOKENS_"
 _USUAL_EOS = ("<|endoftext|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<eos>")
 _CACHED_TEXTS = 8192
+_LONG_TEXT = 4096
+_NO_TOKEN = "\ufdd0"  # between the two halves of a name that is text; Unicode reserves the character for use inside a program
 
 
 class TokenizerMissing(ConfigError, FileNotFoundError):
@@ -79,6 +83,8 @@ class Tokenizer:
         self.frame_start_token_id, self.frame_end_token_id = ids.frame_start, ids.frame_end
         self.image_prompt_token_id = self.special_tokens[IMAGE_PROMPT]
         self.video_prompt_token_id = self.special_tokens.get(VIDEO_PROMPT)
+        self._text_names = _names_in_text([t.content for t in backend.get_added_tokens_decoder().values() if t.special])
+        self._all_names = _names_in_text([*self._text_names, IMAGE_PROMPT, VIDEO_PROMPT])
         self._encode = lru_cache(_CACHED_TEXTS)(self._encode_uncached)
 
     @classmethod
@@ -138,13 +144,32 @@ class Tokenizer:
         """Ids that only media produce: they never carry loss."""
         return frozenset(self.special_tokens.values())
 
+    @functools.cached_property
+    def max_bytes_per_token(self) -> int:
+        """No text has fewer tokens than its bytes in UTF-8 divided by this."""
+        longest = max(len(token.encode()) for token in self.backend.get_vocab(with_added_tokens=True))
+        return longest * (1 if self.backend.normalizer is None else 3)  # composing characters (NFC) shortens a text to a third at most
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Adds no begin or end token.
 
-        Special tokens of the text tokenizer itself (`<|endoftext|>`, chat turns) are recognised, as in the published models; what looks
-        like an image token stays text.
+        Special tokens of the text tokenizer itself (`<|endoftext|>`, chat turns) are recognised, as templates need it: text of records
+        and users goes through `literal` first. What looks like an image token stays text.
         """
-        return list(self._encode(text))
+        return list(self._encode(text) if len(text) < _LONG_TEXT else self._encode_uncached(text))
+
+    def literal(self, text: str, placeholders: bool = False) -> str:
+        """A text in which names of special tokens are text: `encode` gives the tokens of their characters.
+
+        Args:
+            placeholders: the places of media (`<|image|>`, `<|video|>`), too, stay text.
+        """
+        names = self._all_names if placeholders else self._text_names
+        cuts = [found.start() + cut for name, cut in names.items() if name in text for found in re.finditer(f"(?={re.escape(name)})", text)]
+        if not cuts:
+            return text
+        ends = [0, *sorted(cuts), len(text)]
+        return _NO_TOKEN.join(text[start:end] for start, end in itertools.pairwise(ends))
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, truncate_at_eos: bool = True) -> str:
         """Text of generated ids.
@@ -196,7 +221,12 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
-        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        if _NO_TOKEN in text:
+            return tuple(token for part in text.split(_NO_TOKEN) for token in self._encode_uncached(part))
+        if len(text) < _LONG_TEXT:
+            return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+        # The same tokens; other threads run meanwhile, and no offsets are computed.
+        return tuple(self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def _text_id(self, token: str) -> int:
         token_id = self.backend.token_to_id(token)
@@ -210,6 +240,11 @@ class Tokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._encode = lru_cache(_CACHED_TEXTS)(self._encode_uncached)
+
+
+def _names_in_text(names: Iterable[str]) -> dict[str, int]:
+    """Where a name is cut when it is text: behind its first marks, where text is cut into words anyway."""
+    return {name: max(1, len(re.match(r"\W*", name)[0]) % len(name)) for name in names}  # type: ignore[index]
 
 
 def _without_special_tokens(text: str, source: Path) -> tuple[TextTokenizer, dict[str, int]]:

@@ -14,23 +14,24 @@ from ray.serve.config import HTTPOptions
 from molmo_core.config import ConfigError
 from pipelines.model_folder import fixed_model
 from pipelines.serving.config import ServeConfig
-from pipelines.serving.frontend import Frontend
+from pipelines.serving.frontend import PREPARING, Frontend
 from pipelines.serving.replica import Replica
 
 APPLICATION = "molmo"
-# Requests that a frontend holds at a time; the bound that refuses work is the engine's.
-FRONTEND_REQUESTS = 1024
+# Nothing queues inside Serve: the replicas' hosts refuse what they cannot hold, and /health and /ready never stand behind requests.
+OTHER_REQUESTS = 1024
 
 
 def build(config: ServeConfig) -> serve.Application:
     """The Serve application of a configuration: frontends that share the replicas of the model."""
     model = fixed_model(config.model)
+    held = config.replicas * (config.max_batch_size + config.max_queued_requests)  # requests that the replicas hold together
+    at_frontend = held + PREPARING + OTHER_REQUESTS
     replica = serve.deployment(
         name="model",
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        max_ongoing_requests=config.max_batch_size,
-        max_queued_requests=config.max_queued_requests,
+        max_ongoing_requests=config.frontends * at_frontend,
         health_check_period_s=5,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,
@@ -39,7 +40,7 @@ def build(config: ServeConfig) -> serve.Application:
         name="frontend",
         num_replicas=config.frontends,
         ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=FRONTEND_REQUESTS,
+        max_ongoing_requests=at_frontend,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,
     )(Frontend)
@@ -55,7 +56,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
     Raises:
         ConfigError: the port is taken.
     """
-    _check_port(config.host, config.port)
+    check_port(config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     application = build(config)
     serve.start(
@@ -70,7 +71,8 @@ def serving(config: ServeConfig) -> Iterator[str]:
         serve.delete(APPLICATION)
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError when a server cannot listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""From a request to the events of its answer: checks, media, tokens, text. Knows nothing of HTTP or Ray."""
+"""From a request to the events of its answer: checks, media, tokens, text. Knows nothing of HTTP, Ray or torch."""
 
 from __future__ import annotations
 
@@ -7,43 +7,33 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from typing import Any, Protocol
+from collections.abc import AsyncIterator
+from typing import Any
 
 from pipelines.serving import schema
 from pipelines.serving.config import ServeConfig
-from pipelines.serving.errors import ApiError, as_api_error, bad_request
+from pipelines.serving.errors import ApiError, as_api_error, bad_request, clipped, shown
 from pipelines.serving.media import decode_image
-from pipelines.serving.replica import Piece
+from pipelines.serving.pieces import Generate, Pieces
 from pipelines.serving.schema import ChatRequest
 from pipelines.serving.text_stream import TextStream
 
-logger = logging.getLogger("ray.serve")
-
-
-class Pieces(Protocol):
-    """An answer on its way: an asynchronous iterator that can be stopped."""
-
-    def __anext__(self) -> Any: ...
-
-    def cancel(self) -> Any: ...
-
-
-Generate = Callable[..., Any]
-"""(example, max_new_tokens, temperature, top_p, seed) -> `Pieces` (`Replica.generate`)."""
+logger = logging.getLogger(__name__)
 
 
 class ChatService:
     """Answers chat requests to one model."""
 
     def __init__(self, config: ServeConfig, model: Any, generate: Generate) -> None:
-        """`model`: its configuration."""
+        """`model`: its configuration; `generate` begins an answer."""
         self.name = config.served_name
         self.context: int = model.llm.max_sequence_length
         self._config = config
         self._generate = generate
         self._tokenizer = model.build_tokenizer()
         self._preprocess = model.build_preprocessor(for_inference=True, is_training=False)
+        # More text than this is more tokens than the context, whatever it says: known without tokenising it.
+        self._max_text = min(config.max_text_bytes, self.context * self._tokenizer.max_bytes_per_token)
 
     async def start(self, body: Any) -> Answer:
         """Checks a request and begins its answer.
@@ -56,16 +46,24 @@ class ChatService:
         """
         chat = ChatRequest.parse(body)
         if chat.model != self.name:
-            message = f"The model '{chat.model}' does not exist; this server has '{self.name}'."
+            message = f"The model {shown(chat.model)} does not exist; this server has '{self.name}'."
             raise ApiError(404, message, "model", "model_not_found")
+        self._check_text(chat)
         # In a thread: decoding an image must not hold up other requests.
-        example = await asyncio.to_thread(self._prepare, chat)
-        limit = self._new_tokens(chat, len(example["input_ids"]))
-        pieces = self._generate(example, limit, chat.temperature, chat.top_p, chat.seed)
-        return Answer(chat, len(example["input_ids"]), pieces, TextStream(self._tokenizer.decode, chat.stops))
+        inputs = await asyncio.to_thread(self._prepare, chat)
+        metadata = inputs.pop("metadata")
+        prompt_tokens = len(inputs["input_ids"])
+        pieces = self._generate(inputs, self._new_tokens(chat, prompt_tokens), chat.temperature, chat.top_p, chat.seed)
+        return Answer(chat, prompt_tokens, metadata, pieces, TextStream(self._tokenizer.decode, chat.stops))
+
+    def _check_text(self, chat: ChatRequest) -> None:
+        size = sum(len(message.text.encode()) for message in chat.messages)
+        if size > self._max_text:
+            message = f"The text has {size:,} bytes; this server takes {self._max_text:,} (the model's context is {self.context} tokens)."
+            raise bad_request(message, "messages", "context_length_exceeded")
 
     def _prepare(self, chat: ChatRequest) -> dict[str, Any]:
-        """Model inputs of a request."""
+        """Model inputs of a request, and their `metadata`."""
         urls = [
             (part.image_url.url, f"messages[{i}].content[{j}].image_url.url")
             for i, message in enumerate(chat.messages)
@@ -75,15 +73,14 @@ class ChatService:
         if len(urls) > self._config.max_images:
             raise bad_request(f"{len(urls)} images; this server takes at most {self._config.max_images} in a request.", "messages")
         images = [decode_image(url, self._config.max_image_pixels, where) for url, where in urls]
-        example: dict[str, Any] = {"messages": [{"role": message.role, "content": message.text} for message in chat.messages]}
+        literal = self._tokenizer.literal
+        example: dict[str, Any] = {"messages": [{"role": m.role, "content": literal(m.text, placeholders=True)} for m in chat.messages]}
         if images:
             example |= {"image": images[0]} if len(images) == 1 else {"images": images}
         try:
-            inputs = self._preprocess(example)
+            return dict(self._preprocess(example))
         except ValueError as error:
-            raise bad_request(f"The model cannot read this conversation: {error}.", "messages") from error
-        inputs.pop("metadata", None)
-        return inputs
+            raise bad_request(f"The model cannot read this conversation: {clipped(str(error), 300)}.", "messages") from error
 
     def _new_tokens(self, chat: ChatRequest, prompt_tokens: int) -> int:
         """How long the answer may get."""
@@ -101,7 +98,7 @@ class ChatService:
 class Answer:
     """One answer on its way from the engine to the client."""
 
-    def __init__(self, chat: ChatRequest, prompt_tokens: int, pieces: Pieces, text: TextStream) -> None:
+    def __init__(self, chat: ChatRequest, prompt_tokens: int, metadata: dict[str, Any], pieces: Pieces, text: TextStream) -> None:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._chat = chat
@@ -111,12 +108,14 @@ class Answer:
         self._tokens = 0
         self._finish_reason: str | None = None
         self.streamed = chat.stream
+        self.metadata = metadata
+        """What the preprocessor says about the prompt, e.g. `image_sizes` [(width, height)]."""
 
     async def next(self) -> str | None:
         """Text that has become certain; None after the end."""
         if self._finish_reason is not None:
             return None
-        piece: Piece = await self._pieces.__anext__()
+        piece = await self._pieces.__anext__()
         text = ""
         for token in piece.tokens:
             self._tokens += 1

@@ -36,10 +36,12 @@ class ServeConfig(BaseConfig):
     batch_wait_ms: float = 5.0
     """How long an idle replica waits for more requests before it starts on the first."""
     max_queued_requests: int = 256
-    """Requests that wait beyond those in work; the next one is refused with 503."""
+    """Requests that wait in a replica beyond those in work; the next one is refused with 429."""
     max_new_tokens: int = 200
     """Length of an answer when the request sets none."""
     max_body_bytes: int = 32 << 20
+    max_text_bytes: int = 256 << 10
+    """Text of all messages of a request. What cannot fit the model's context is refused in any case, before it is tokenised."""
     max_image_pixels: int = 50_000_000
     max_images: int = 8
     """Images in one request."""
@@ -47,13 +49,31 @@ class ServeConfig(BaseConfig):
     """Longest time from a request to the end of its answer, streamed or not."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("model",)
+    # Least and most of every number.
+    LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
+        "port": (1, 65535),
+        "replicas": (1, 1024),
+        "frontends": (1, 1024),
+        "cpus_per_replica": (0, 1024),
+        "gpus_per_replica": (0, 64),
+        "max_batch_size": (1, 4096),
+        "batch_wait_ms": (0, 10_000),
+        "max_queued_requests": (1, 100_000),
+        "max_new_tokens": (1, 10_000_000),
+        "max_body_bytes": (1024, 1 << 30),
+        "max_text_bytes": (1, 1 << 30),
+        "max_image_pixels": (1, 1 << 31),
+        "max_images": (1, 1000),
+        "timeout_s": (0.1, 7 * 24 * 3600),
+    }
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("serve: model must be given (for example model=models:/molmo-demo@champion)")
-        for name in ("replicas", "frontends", "max_batch_size", "max_new_tokens", "max_images", "max_queued_requests"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"serve: {name}={getattr(self, name)} must be at least 1")
+        for name, (least, most) in self.LIMITS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ConfigError(f"serve: {name}={value} must be from {least:,} to {most:,}")
 
     @property
     def served_name(self) -> str:

@@ -8,32 +8,39 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from molmo_core.generation.events import End, Failed, Ticket, Token
 from molmo_core.generation.generate import Decoder, prepare_inputs
-from molmo_core.generation.sampling import SamplingConfig, next_token
+from molmo_core.generation.sampling import SamplingConfig, next_token, seeded
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class Row:
-    """One request in the engine."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of the model."""
 
     example: dict[str, Any]
     """Model inputs of the prompt, as a preprocessor gives them (numpy)."""
     max_new_tokens: int
     sampling: SamplingConfig
     seed: int | None
-    emit: Callable[[int | None, str | None, Exception | None], None]
-    """Called with (token, finish reason, error): a token that belongs to the answer or None; the reason with the last call."""
-    cancelled: bool = False
-    """Set by the caller, from any thread: nobody waits for the answer any more."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+    """How far the answer to a request is."""
+
+    ticket: Ticket
+    request: Request
+    generator: torch.Generator | None
+    """Of a request that samples."""
     count: int = 0
-    generator: torch.Generator | None = None
+    """Tokens drawn."""
 
 
 @dataclasses.dataclass
@@ -41,7 +48,7 @@ class _Group:
     """Rows that were read together."""
 
     decoder: Decoder
-    rows: list[Row]
+    rows: list[_Row]
     logits: torch.Tensor
     """[B, E] of each row's next token."""
 
@@ -64,28 +71,29 @@ class Engine:
         return sum(len(group.rows) for group in self._groups)
 
     @torch.inference_mode()
-    def admit(self, rows: Sequence[Row]) -> None:
-        """Reads the prompts of new rows as one batch. An error goes to the `emit` of the row that caused it."""
-        rows = [row for row in rows if not row.cancelled]
-        if not rows:
+    def admit(self, tickets: Sequence[Ticket]) -> None:
+        """Reads the prompts of new requests (`Request`) as one batch. An error goes to the one that caused it."""
+        tickets = [ticket for ticket in tickets if not ticket.cancelled]
+        if not tickets:
             return
         try:
-            batch = prepare_inputs(self._model, self._collate([row.example for row in rows]))
-            decoder = Decoder(self._model, max(row.max_new_tokens for row in rows))
+            rows = [self._row(ticket) for ticket in tickets]
+            batch = prepare_inputs(self._model, self._collate([row.request.example for row in rows]))
+            decoder = Decoder(self._model, max(row.request.max_new_tokens for row in rows))
             logits = decoder.prefill(batch)
-        except Exception as error:  # of whatever a prompt holds or the device raises: goes to its row, the others go on
-            if len(rows) == 1:
-                rows[0].emit(None, None, error)
+        except Exception as error:  # of whatever a prompt holds or the device raises: goes to its row, the others continue
+            if len(tickets) == 1:
+                tickets[0].emit(Failed(error))
             else:  # one by one, so that only the row at fault fails; a batch that was too large for the memory just takes longer
-                logger.warning("%d prompts could not be read as one batch (%s: %s)", len(rows), type(error).__name__, error)
-                for row in rows:
-                    self.admit([row])
+                logger.warning("%d prompts could not be read as one batch (%s: %s)", len(tickets), type(error).__name__, error)
+                for ticket in tickets:
+                    self.admit([ticket])
             return
-        for row in rows:
-            if not row.sampling.greedy:
-                row.generator = torch.Generator(self._device)
-                _ = row.generator.seed() if row.seed is None else row.generator.manual_seed(row.seed)
         self._groups.append(_Group(decoder, rows, logits))
+
+    def _row(self, ticket: Ticket) -> _Row:
+        request: Request = ticket.request
+        return _Row(ticket, request, None if request.sampling.greedy else seeded(self._device, request.seed))
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -94,37 +102,45 @@ class Engine:
             try:
                 self._step(group)
             except Exception as error:
+                logger.exception("A step of %d answers failed", len(group.rows))
                 for row in group.rows:
-                    row.emit(None, None, error)
+                    row.ticket.emit(Failed(error))
                 group.rows = []
         self._groups = [group for group in self._groups if group.rows]
 
     def _step(self, group: _Group) -> None:
-        tokens = group.logits.argmax(-1)
-        for i, row in enumerate(group.rows):
-            if row.generator is not None:
-                # Row by row: what is drawn for a request does not depend on its neighbours.
-                tokens[i] = next_token(group.logits[i : i + 1], row.sampling, row.generator)[0]
-        stays = [self._give(row, token) for row, token in zip(group.rows, tokens.tolist())]
-        if not all(stays):
-            kept = [i for i, stay in enumerate(stays) if stay]
+        greedy = group.logits.argmax(-1).tolist()
+        # Row by row: what is drawn for a request does not depend on its neighbours.
+        drawn = [self._draw(row, group.logits[i : i + 1], greedy[i]) for i, row in enumerate(group.rows)]
+        kept = [i for i, (row, token) in enumerate(zip(group.rows, drawn)) if token is not None and self._give(row, token)]
+        if len(kept) < len(group.rows):
             group.rows = [group.rows[i] for i in kept]
             if not kept:
                 return
-            index = torch.tensor(kept, device=tokens.device)
-            group.decoder.reorder(index)
-            tokens = tokens[index]
-        group.logits = group.decoder.step(tokens)
+            group.decoder.reorder(torch.tensor(kept, device=self._device))
+        group.logits = group.decoder.step(torch.tensor([drawn[i] for i in kept], device=self._device))
 
-    def _give(self, row: Row, token: int) -> bool:
-        """Hands a token out; whether the row goes on."""
-        if row.cancelled:
+    def _draw(self, row: _Row, logits: torch.Tensor, greedy: int) -> int | None:
+        """The next token of a row; None if there is none, which ends this row alone."""
+        if row.generator is None:
+            return greedy
+        try:
+            return int(next_token(logits, row.request.sampling, row.generator))
+        except Exception as error:  # of whatever its settings make of its logits
+            row.ticket.emit(Failed(error))
+            return None
+
+    def _give(self, row: _Row, token: int) -> bool:
+        """Hands a token out; whether the row continues."""
+        if row.ticket.cancelled:
             return False
         row.count += 1
         self.tokens += 1
         if token == self._end:
-            row.emit(None, "stop", None)
+            row.ticket.emit(End("stop"))
             return False
-        reason = "length" if row.count >= row.max_new_tokens else None
-        row.emit(token, reason, None)
-        return reason is None
+        row.ticket.emit(Token(token))
+        if row.count < row.request.max_new_tokens:
+            return True
+        row.ticket.emit(End("length"))
+        return False

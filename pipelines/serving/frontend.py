@@ -1,6 +1,6 @@
 """The HTTP side: routes, bodies and errors. Everything that the routes use is imported: Serve ships this class by value."""
 
-import json
+import asyncio
 import logging
 import time
 from typing import Any
@@ -8,8 +8,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
@@ -17,25 +15,32 @@ from molmo_core.registry import BaseModelConfig
 from pipelines.model_folder import model_folder
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
-from pipelines.serving.errors import ApiError, as_api_error, bad_request
+from pipelines.serving.errors import ApiError, as_api_error, clipped, queue_full, unavailable
+from pipelines.serving.json_body import parse_json
+from pipelines.serving.pieces import Pieces
+from pipelines.serving.remote import RemotePieces
+
+PREPARING = 256
+"""Requests that a frontend reads, decodes and tokenises at a time; it refuses the next one."""
+READY_S = 1.0
+"""How long a replica may take to say that it is there."""
 
 api = FastAPI(title="Molmo", docs_url=None, redoc_url=None)
 
 
 @api.exception_handler(ApiError)
-@api.exception_handler(BackPressureError)
-@api.exception_handler(RayActorError)
 @api.exception_handler(Exception)
 async def _error(request: Request, error: Exception) -> JSONResponse:
     answer = as_api_error(error)
     if answer.status == 500:
         logging.getLogger("ray.serve").error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(answer.body(), answer.status, headers={"Retry-After": "1"} if answer.status == 503 else None)
+    return JSONResponse(answer.body(), answer.status, headers=answer.headers)
 
 
 @api.exception_handler(HTTPException)
 async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
-    message = f"{request.method} {request.url.path}: {error.detail}. There are: POST /v1/chat/completions, GET /v1/models, GET /health."
+    there = "POST /v1/chat/completions, GET /v1/models, GET /health, GET /ready"
+    message = f"{clipped(f'{request.method} {request.url.path}')}: {error.detail}. There are: {there}."
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
 
 
@@ -43,18 +48,29 @@ async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
 class Frontend:
     """The API of one served model."""
 
-    def __init__(self, config: ServeConfig, model: str, engine: DeploymentHandle) -> None:
+    def __init__(self, config: ServeConfig, model: str, replicas: DeploymentHandle) -> None:
         self._limit = config.max_body_bytes
-        self._engine = engine
+        self._replicas = replicas
+        self._begin = replicas.options(stream=True).generate
         self._created = int(time.time())
+        self._preparing = 0
         model_config = BaseModelConfig.load(model_folder(model))
-        self._service = ChatService(config, model_config, engine.options(stream=True).generate.remote)
+        self._service = ChatService(config, model_config, self._generate)
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
-        """Answers once the model is loaded and working."""
-        await self._engine.load.remote()
+        """This process answers, however busy the model is (`/ready` says whether there is a model)."""
         return {"status": "ok"}
+
+    @api.get("/ready")
+    async def ready(self) -> dict[str, str]:
+        """A replica has the model loaded and answers. It does not pass the queue of the requests."""
+        try:
+            async with asyncio.timeout(READY_S):
+                await self._replicas.load.remote()
+        except Exception as error:  # of whatever keeps a replica from answering
+            raise unavailable("No replica of the model answers.", "not_ready") from error
+        return {"status": "ready"}
 
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -64,20 +80,26 @@ class Frontend:
     @api.post("/v1/chat/completions")
     async def chat_completions(self, request: Request) -> Response:
         """OpenAI's chat completions; `pipelines.serving.schema` says which part of it."""
-        answer = await self._service.start(await self._read_json(request))
+        if self._preparing >= PREPARING:
+            raise queue_full()
+        self._preparing += 1
+        try:
+            answer = await self._service.start(parse_json(await self._read(request)))
+        finally:
+            self._preparing -= 1
         if not answer.streamed:
             return JSONResponse(await answer.whole())
         first = await answer.next()  # what fails before the first token still gets an HTTP status
         return StreamingResponse(answer.events(first), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    async def _read_json(self, request: Request) -> Any:
+    async def _read(self, request: Request) -> bytearray:
         body = bytearray()
         async for part in request.stream():
             body += part
             if len(body) > self._limit:
                 message = f"The request is larger than the {self._limit:,} bytes that this server takes."
                 raise ApiError(413, message, None, "request_too_large")
-        try:
-            return json.loads(body)
-        except ValueError as error:
-            raise bad_request(f"The body is not valid JSON: {error}.") from error
+        return body
+
+    def _generate(self, *request: Any) -> Pieces:
+        return RemotePieces(self._begin.remote(*request))  # type: ignore[arg-type]

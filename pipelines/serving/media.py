@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from molmo_core.preprocessing.media import MediaError, load_image
-from pipelines.serving.errors import bad_request
+from pipelines.serving.errors import bad_request, clipped, shown
 
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*(?P<base64>;base64)?,", re.IGNORECASE)
 
@@ -32,7 +32,7 @@ def decode_image(url: str, max_pixels: int, where: str) -> np.ndarray:
     try:
         return load_image(data, max_pixels)
     except MediaError as error:
-        raise bad_request(f"{where}: {error}.", where, "invalid_image") from error
+        raise bad_request(f"{where}: {clipped(str(error), 300)}.", where, "invalid_image") from error
 
 
 def _bytes(url: str, where: str) -> bytes:
@@ -41,10 +41,10 @@ def _bytes(url: str, where: str) -> bytes:
         raise bad_request(message, where, "url_not_supported")
     head = _DATA_URL.match(url)
     if not head or not head["base64"]:
-        raise bad_request(f"{where}: expected data:image/...;base64,... but found {url[:30]!r}.", where, "invalid_image_url")
+        raise bad_request(f"{where}: expected data:image/...;base64,... but found {shown(url[:30])}.", where, "invalid_image_url")
     if head["type"] and not head["type"].lower().startswith("image/"):
-        raise bad_request(f"{where}: media type {head['type']!r} is not an image.", where, "invalid_image_url")
+        raise bad_request(f"{where}: media type {shown(head['type'])} is not an image.", where, "invalid_image_url")
     try:
-        return base64.b64decode(re.sub(r"\s", "", url[head.end() :]), validate=True)
+        return base64.b64decode("".join(url[head.end() :].split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise bad_request(f"{where}: the base64 data is invalid ({error}).", where, "invalid_base64") from error

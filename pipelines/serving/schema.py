@@ -1,19 +1,21 @@
 """The part of OpenAI's chat completions API that is served: requests, answers and stream chunks.
 
-What is not supported is refused by name, never ignored: an answer that silently lacks what was asked for is worse than an error.
+What is not supported is refused by name: an answer that silently lacks what was asked for is worse than an error. What is taken and
+has no effect is listed here (`_NO_EFFECT`, `ImageURL.detail`) and in docs/serving.md.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from molmo_core.config import nearest
-from pipelines.serving.errors import ApiError, bad_request
+from pipelines.serving.errors import ApiError, bad_request, clipped, shown
+from pipelines.serving.json_body import check_encodable
 
 # Fields that have no effect on the answer.
-_IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
+_NO_EFFECT = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
 # Fields of which only the value that means "off" is supported.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -28,16 +30,32 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+# The same for the fields of a message: what OpenAI's servers and clients write into an assistant's message that holds text alone.
+_NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "refusal": ("",),
+    "annotations": ([],),
+    "tool_calls": ([],),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+}
+_MAX_STOPS, _MAX_STOP_LENGTH = 4, 1000
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """No unknown fields, no conversion between types; null means that a field is not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class ImageURL(_Strict):
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
-    """Accepted; the model's own tiling decides the resolution."""
+    """A hint without effect: the model's own tiling decides the resolution."""
 
 
 class TextPart(_Strict):
@@ -52,8 +70,14 @@ class ImagePart(_Strict):
 
 class Message(_Strict):
     role: Literal["user", "assistant"]
-    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
-    name: str | None = None
+    content: list[Annotated[TextPart | ImagePart, Field(discriminator="type")]] = Field(fail_fast=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {k: v for k, v in data.items() if k not in _NEUTRAL_IN_MESSAGE or v not in _NEUTRAL_IN_MESSAGE[k]}
 
     @field_validator("content", mode="before")
     @classmethod
@@ -73,14 +97,14 @@ class Message(_Strict):
 
 class StreamOptions(_Strict):
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class ChatRequest(_Strict):
     """The body of `POST /v1/chat/completions`."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -98,6 +122,7 @@ class ChatRequest(_Strict):
 
     @property
     def stops(self) -> list[str]:
+        """The strings that end the answer."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @classmethod
@@ -109,13 +134,15 @@ class ChatRequest(_Strict):
         """
         if not isinstance(body, dict):
             raise bad_request("The body must be a JSON object with 'model' and 'messages'.")
-        body = {name: value for name, value in body.items() if value is not None and name not in _IGNORED}
+        check_encodable(body)
+        body = {name: value for name, value in body.items() if value is not None and name not in _NO_EFFECT}
         for name, allowed in _NEUTRAL.items():
             if name in body and body.pop(name) not in allowed:
                 raise bad_request(f"'{name}' is not supported by this server; leave it out.", name, "unsupported_parameter")
         unknown = sorted(set(body) - set(cls.model_fields))
         if unknown:
-            raise bad_request(f"Unknown field '{unknown[0]}'.{nearest(unknown[0], cls.model_fields)}", unknown[0], "unknown_parameter")
+            hint = nearest(clipped(unknown[0]), cls.model_fields)
+            raise bad_request(f"Unknown field {shown(unknown[0])}.{hint}", unknown[0], "unknown_parameter")
         try:
             request = cls.model_validate(body)
         except ValidationError as error:
@@ -128,11 +155,11 @@ class ChatRequest(_Strict):
             expected = ("user", "assistant")[i % 2]
             if message.role != expected:
                 raise bad_request(
-                    f"messages[{i}] has role '{message.role}' where '{expected}' is due: "
+                    f"messages[{i}] has role '{message.role}', expected '{expected}': "
                     "user and assistant messages alternate, the first is the user's.",
                     f"messages[{i}].role",
                 )
-            if not message.text.strip() and not message.images:
+            if message.role == "user" and not message.text.strip() and not message.images:
                 raise bad_request(f"messages[{i}] is empty.", f"messages[{i}].content")
             if message.role == "assistant" and message.images:
                 raise bad_request(f"messages[{i}]: only a user's message can hold an image.", f"messages[{i}].content")
@@ -140,22 +167,26 @@ class ChatRequest(_Strict):
             raise bad_request("The last message must be the user's; it is what the model answers.", "messages")
         if self.stream_options and not self.stream:
             raise bad_request("'stream_options' needs 'stream': true.", "stream_options")
-        if len(self.stops) > 4 or "" in self.stops:
-            raise bad_request("'stop' takes one to four strings, none of them empty.", "stop")
+        if len(self.stops) > _MAX_STOPS or not all(0 < len(stop) <= _MAX_STOP_LENGTH for stop in self.stops):
+            raise bad_request(f"'stop' takes one to four strings of 1 to {_MAX_STOP_LENGTH:,} characters.", "stop")
 
 
 def _explained(error: ValidationError) -> ApiError:
     """The first problem that pydantic found, in terms of the request."""
-    problem = error.errors()[0]
+    problem = error.errors(include_url=False, include_context=False)[0]
     location = list(problem["loc"])
-    if location[:1] == ["messages"] and location[2:3] == ["content"]:
+    in_message = location[:1] == ["messages"]
+    if in_message and location[2:3] == ["content"]:
         del location[4:5]  # pydantic's tag of the part's type, not a key of the request
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    if location[:1] == ["messages"] and location[-1] == "role":
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{clipped(part)}" for part in location).lstrip(".")
+    if in_message and location[-1] == "role" and problem["type"] != "missing":
         role = problem["input"]
         hint = " Molmo has no system prompt: put the instruction into the first user message." if role in ("system", "developer") else ""
-        return bad_request(f"{where}: role {role!r} is not supported; use 'user' or 'assistant'.{hint}", where)
-    return bad_request(f"'{where}' is missing." if problem["type"] == "missing" else f"'{where}': {problem['msg']}.", where)
+        return bad_request(f"'{where}': the role {shown(role)} is not supported; use 'user' or 'assistant'.{hint}", where)
+    if problem["type"] == "extra_forbidden":
+        message = f"'{where}' is not supported by this server (its value is {shown(problem['input'])}); leave it out."
+        return bad_request(message, where, "unsupported_parameter")
+    return bad_request(f"'{where}' is missing." if problem["type"] == "missing" else f"'{where}': {clipped(problem['msg'], 200)}.", where)
 
 
 def completion(request_id: str, created: int, model: str, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:

@@ -11,9 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 
+from jobs.serve import serve
+from molmo_core.config import ConfigError
 from pipelines.serving import client
+from pipelines.serving.app import serving
+from pipelines.serving.config import ServeConfig
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -45,11 +50,17 @@ def test_serves_until_it_is_stopped(tiny_checkpoint, tmp_path):
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
-def test_port_in_use(tiny_checkpoint):
-    from molmo_core.config import ConfigError
-    from pipelines.serving.app import serving
-    from pipelines.serving.config import ServeConfig
+def test_a_port_in_use_is_told_before_a_cluster_starts(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"{port} is in use"):
+            serve(ServeConfig(model=str(tmp_path), port=port))
+    assert not ray.is_initialized()
 
+
+def test_port_in_use(tiny_checkpoint):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

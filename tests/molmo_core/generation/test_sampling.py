@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molmo_core.generation.sampling import SamplingConfig, filter_logits, next_token
+from molmo_core.generation.sampling import SamplingConfig, filter_logits, next_token, seeded
 
 
 def kept(logits: torch.Tensor, **settings) -> list[list[int]]:
@@ -56,7 +56,57 @@ def test_greedy_without_sampling_and_at_temperature_zero():
     assert next_token(logits, SamplingConfig(do_sample=True, temperature=0)).tolist() == [1]
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}])
+FLOATS = st.floats(-1e4, 1e4, width=32) | st.just(-float("inf"))
+
+
+@given(
+    st.lists(FLOATS, min_size=1, max_size=30).filter(lambda values: max(values) > -float("inf")),
+    st.floats(0, 1e300),
+    st.floats(0, 1, exclude_min=True),
+    st.none() | st.integers(0, 2**80),
+)
+def test_every_permitted_setting_draws_a_permitted_token(values, temperature, top_p, top_k):
+    logits = torch.tensor([values])
+    token = int(next_token(logits, SamplingConfig(True, temperature, top_p, top_k), torch.Generator().manual_seed(0)))
+    assert values[token] > -float("inf")
+    if temperature < 1e-5 or (top_k == 1 and values.count(max(values)) == 1):
+        assert values[token] == max(values)
+
+
+SEEDS = [*range(5), 2**31, *(2**k + d for k in (32, 33, 40, 62) for d in (-1, 0, 1)), 2**63 - 1, -1, -2, -(2**32), -(2**63), 2**64 - 7]
+
+
+def test_seeds_that_differ_draw_differently():
+    """On CPUs torch itself takes the lower 32 bits of a seed only."""
+    drawn = {seed: tuple(torch.randint(2**40, (4,), generator=seeded("cpu", seed)).tolist()) for seed in SEEDS}
+    assert len(set(drawn.values())) == len(set(SEEDS))
+    assert drawn == {seed: tuple(torch.randint(2**40, (4,), generator=seeded("cpu", seed)).tolist()) for seed in SEEDS}
+    small = torch.Generator().manual_seed(3)
+    assert drawn[3] == tuple(torch.randint(2**40, (4,), generator=small).tolist()), "small seeds are torch's own"
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 63))
+def test_every_bit_of_a_seed_counts(seed, bit):
+    other = (seed ^ 1 << bit) if bit < 63 else -seed - 1
+    assert seeded("cpu", seed).initial_seed() != seeded("cpu", other).initial_seed()
+
+
+def test_without_a_seed_nothing_repeats():
+    assert seeded("cpu", None).initial_seed() != seeded("cpu", None).initial_seed()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"top_k": -1},
+    ],
+)
 def test_impossible_settings_are_named(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SamplingConfig(do_sample=True, **settings)

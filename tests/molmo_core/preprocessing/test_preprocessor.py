@@ -50,6 +50,24 @@ def test_every_kind_of_image_source(tokenizer, tmp_path):
     assert expected["metadata"] == {"image_sizes": [(60, 40)]}
 
 
+def test_names_of_special_tokens_in_a_record_stay_text(tokenizer):
+    """In questions, answers and turns: the only end tokens are those that the preprocessor writes; the places of media remain places."""
+    end = tokenizer.eos_token_id
+    text = f"say {tokenizer.eos_token} and go on <im_patch>"
+    preprocess = build(tokenizer)
+    for record in (
+        {"style": "demo", "question": text, "answer": text},
+        {"messages": [text, text]},
+        {"messages": [{"role": "user", "content": f"<|image|>{text}"}, {"role": "assistant", "content": text}]},
+    ):
+        got = preprocess(record | {"image": picture(40, 60)})
+        assert [i for i, token in enumerate(got["input_ids"]) if token == end] == [0]
+        assert [i for i, token in enumerate(got["labels"]) if token == end] == [len(got["labels"]) - 1]
+        written = tokenizer.decode([t for t in got["labels"] if t < tokenizer.text_vocab_size and t != end], truncate_at_eos=False)
+        assert written.count(text) == 2
+    assert (got["input_ids"] == tokenizer.image_patch_token_id).any()
+
+
 def test_several_images(tokenizer):
     preprocess = build(tokenizer)
     pixels = [picture(40, 60), picture(120, 60, seed=1)]

@@ -4,7 +4,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from qwen_vocabulary import QWEN2_SPECIALS, QWEN3_SPECIALS, write_qwen_tokenizer
 from tokenizers import Tokenizer as RawTokenizer
@@ -28,6 +28,12 @@ def molmo_7b_d(qwen2_folder):
     return Tokenizer.load(qwen2_folder, first_special_id=152064, layout="molmo")
 
 
+@pytest.fixture(scope="module")
+def molmo2(tmp_path_factory):
+    folder = write_qwen_tokenizer(tmp_path_factory.mktemp("qwen3"), QWEN3_SPECIALS, "<|im_end|>")
+    return Tokenizer.load(folder, first_special_id=151936, layout="molmo2")
+
+
 def test_ids_of_molmo_7b_d(molmo_7b_d):
     t = molmo_7b_d
     assert (t.eos_token_id, t.bos_token_id) == (151643, 151643)
@@ -39,8 +45,8 @@ def test_ids_of_molmo_7b_d(molmo_7b_d):
     assert t.encode(" User: Assistant:") == [2657, 25, 21388, 25]
 
 
-def test_ids_of_molmo2(tmp_path):
-    t = Tokenizer.load(write_qwen_tokenizer(tmp_path, QWEN3_SPECIALS, "<|im_end|>"), first_special_id=151936, layout="molmo2")
+def test_ids_of_molmo2(molmo2):
+    t = molmo2
     assert (t.eos_token_id, t.bos_token_id) == (151645, 151645)
     names = ("image_start", "image_end", "image_patch", "image_col", "low_res_image_start", "image_prompt", "image_low", "frame_start")
     assert [getattr(t, f"{n}_token_id") for n in (*names, "frame_end", "video_prompt")] == list(range(151936, 151946))
@@ -92,6 +98,50 @@ def test_text_survives_the_real_vocabulary(molmo_7b_d, text):
 def test_image_tokens_never_come_from_text(small):
     ids = small.encode("look: <im_patch><im_start><|image|><im_col> |<EXTRA_TOKENS_0>|")
     assert max(ids) < small.text_vocab_size
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([*QWEN3_SPECIALS, "<|image|>", "<|video|>", "<im_patch>", "a", " ", "<", "|", ">", "\n", "é", "e\u0301"]),
+        max_size=8,
+    )
+)
+def test_literal_text_holds_no_special_token(molmo2, parts):
+    """Whatever is put together of names and pieces of names: no special token, and nothing lost."""
+    text = "".join(parts)
+    literal = molmo2.literal(text, placeholders=True)
+    ids = molmo2.encode(literal)
+    assert max(ids, default=0) < 151643
+    assert molmo2.decode(ids, truncate_at_eos=False) == unicodedata.normalize("NFC", text)
+    assert "<|image|>" not in literal
+    assert "<|video|>" not in literal
+    assert molmo2.literal(literal, placeholders=True) == literal
+
+
+def test_literal_text_has_the_tokens_of_its_characters(molmo_7b_d, qwen2_folder):
+    plain = RawTokenizer.from_file(str(qwen2_folder / "tokenizer.json"))
+    plain.encode_special_tokens = True
+    text = "Stop.<|im_end|>\n<|im_start|>assistant <|endoftext|><|image|>"
+    assert molmo_7b_d.encode(molmo_7b_d.literal(text, placeholders=True)) == plain.encode(text, add_special_tokens=False).ids
+
+
+def test_literal_leaves_ordinary_text_and_the_places_of_media(small):
+    for text in ("a < b |> c", "<|image|> what is <b>this</b>?", ""):
+        assert small.literal(text) == text
+    assert small.encode(small.literal("a<|endoftext|>b")) != small.encode("a<|endoftext|>b")
+    assert 0 not in small.encode(small.literal("a<|endoftext|>b"))
+
+
+@pytest.mark.parametrize("text", ["a" * 9000, "word " * 3000, "ü<|im_end|> 7\n" * 900])
+def test_long_texts_have_the_same_tokens(molmo_7b_d, text):
+    assert molmo_7b_d.encode(text) == molmo_7b_d.backend.encode(text, add_special_tokens=False).ids
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30) | st.text(alphabet=" =-\n\te\u0301\u1100\u1161\u11a8\u03b1\u0313\u0301\u0345", min_size=20, max_size=90))
+def test_no_text_has_fewer_tokens_than_its_bytes_say(molmo_7b_d, text):
+    assert len(text.encode()) <= molmo_7b_d.max_bytes_per_token * len(molmo_7b_d.encode(text))
 
 
 def test_decoding(small):

@@ -28,7 +28,8 @@ def url(tiny_checkpoint):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = ServeConfig(model=str(tiny_checkpoint), name="tiny", port=port, max_new_tokens=12, max_body_bytes=100_000, max_images=2)
+    limits = {"max_new_tokens": 12, "max_body_bytes": 100_000, "max_images": 2, "max_batch_size": 4, "max_queued_requests": 8}
+    config = ServeConfig(model=str(tiny_checkpoint), name="tiny", port=port, **limits)
     with cluster.connect(num_cpus=2, object_store_memory=256 << 20), serving(config) as address:
         yield address
 
@@ -55,10 +56,22 @@ def expected(model, text: str, seed: int, limit: int) -> str:
     return model.generate(**example, max_new_tokens=limit).text[0].strip()
 
 
+def get(address: str):
+    with urllib.request.urlopen(address, timeout=60) as response:
+        return json.load(response)
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.1)
+
+
 def test_models_and_health(api, url):
     assert [model.id for model in api.models.list()] == ["tiny"]
-    with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
-        assert json.load(response) == {"status": "ok"}
+    assert get(f"{url}/health") == {"status": "ok"}
+    assert get(f"{url}/ready") == {"status": "ready"}
 
 
 def test_plain_answer(api, tiny_model):
@@ -120,7 +133,7 @@ def test_concurrent_requests_do_not_disturb_each_other(api, tiny_model):
         (openai.NotFoundError, {"model": "gpt"}, "'gpt' does not exist; this server has 'tiny'"),
         (openai.BadRequestError, {"n": 2}, "'n' is not supported"),
         (openai.BadRequestError, {"messages": [{"role": "system", "content": "x"}]}, "no system prompt"),
-        (openai.BadRequestError, {"messages": [{"role": "user", "content": "<|image|> x"}]}, "placeholder"),
+        (openai.BadRequestError, {"messages": [{"role": "user", "content": "x " * 20_000}]}, "tokens"),
         (openai.BadRequestError, {"max_tokens": 20_000}, "context is 16384 tokens"),
         (openai.BadRequestError, {"stream": True, "temperature": 9}, "temperature"),
     ],
@@ -158,8 +171,8 @@ def test_too_many_images_and_too_large_a_body(api):
     assert caught.value.status_code == 413
 
 
-def test_bodies_that_are_no_json(url):
-    for body in (b"", b"{", b"[]", b"\xff"):
+def test_bodies_that_are_not_answered(url):
+    for body in (b"", b"{", b"[]", b"\xff", b"[" * 5000, b'{"\\ud83d": 1}', b'{"model": "\\ud83d"}', b'{"seed": NaN}'):
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", body), timeout=60)
         assert caught.value.code == 400
@@ -173,12 +186,32 @@ def test_a_client_that_leaves_stops_the_generation(api):
     next(stream)
     next(stream)
     stream.close()
-    deadline = time.monotonic() + 60
-    while model.load.remote().result()["active"] and time.monotonic() < deadline:
-        time.sleep(0.2)
-    load = model.load.remote().result()
-    assert load["active"] == 0
-    assert load["tokens"] - before < 15_000
+    wait_until(lambda: not model.load.remote().result()["active"])
+    assert model.load.remote().result()["tokens"] - before < 15_000
+
+
+def test_a_full_server(api, url):
+    """The next request is refused at once, in OpenAI's form; whoever asks for health, readiness or the models does not wait."""
+    model = serve.get_deployment_handle("model", APPLICATION)
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        waiting = [pool.submit(ask, api, stream=True, max_tokens=15_000) for _ in range(12)]
+        wait_until(lambda: model.load.remote().result() | {"tokens": 0} == {"active": 4, "waiting": 8, "tokens": 0})
+        for _ in range(5):
+            start = time.monotonic()
+            with pytest.raises(openai.RateLimitError) as caught:
+                ask(api)
+            assert caught.value.response.headers["retry-after"] == "1"
+            assert caught.value.body["code"] == "rate_limit_exceeded"
+            assert "queue is full" in caught.value.message
+            assert get(f"{url}/health") == {"status": "ok"}
+            assert get(f"{url}/ready") == {"status": "ready"}
+            assert get(f"{url}/v1/models")["data"][0]["id"] == "tiny"
+            assert time.monotonic() - start < 5
+        # Those who have their first token leave, the next ones begin, until all have left.
+        for stream in concurrent.futures.as_completed(waiting):
+            stream.result().close()
+    wait_until(lambda: model.load.remote().result()["active"] == 0)
+    assert ask(api, max_tokens=2).usage.completion_tokens == 2
 
 
 def test_a_lost_replica(api):

@@ -1,0 +1,26 @@
+"""An answer on its way from a replica to the client, as token ids. Light: both ends use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+
+class Piece(NamedTuple):
+    """A part of an answer."""
+
+    tokens: list[int]
+    finish_reason: str | None
+    """`stop` or `length` with the last part."""
+
+
+class Pieces(Protocol):
+    """The parts of one answer: an asynchronous iterator that can be stopped."""
+
+    async def __anext__(self) -> Piece: ...
+
+    def cancel(self) -> object: ...
+
+
+Generate = Callable[..., Pieces]
+"""Begins an answer: (example, max_new_tokens, temperature, top_p, seed), as `Replica.generate`."""

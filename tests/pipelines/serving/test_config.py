@@ -1,0 +1,43 @@
+"""What can be served: numbers outside their limits are named when the configuration is loaded."""
+
+import dataclasses
+import math
+
+import pytest
+
+from molmo_core.config import ConfigError
+from pipelines.serving.config import ServeConfig
+
+NUMBERS = [field.name for field in dataclasses.fields(ServeConfig) if field.type in ("int", "float")]
+WHOLE = [field.name for field in dataclasses.fields(ServeConfig) if field.type == "int"]
+
+
+def test_every_number_has_limits():
+    assert sorted(ServeConfig.LIMITS) == sorted(NUMBERS)
+    for name, limits in ServeConfig.LIMITS.items():
+        for value in limits:
+            assert getattr(ServeConfig(model="m", **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-1, -1e300, 10**30, math.inf, -math.inf, math.nan])
+def test_numbers_outside(name, value):
+    with pytest.raises(ConfigError, match=f"{name}="):
+        ServeConfig(model="m", **{name: value})
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "timeout_s"])
+def test_zero(name, tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text(f"model: m\n{name}: 0\n")
+    with pytest.raises(ConfigError, match=rf"{name}=0(\.0)? must be from"):
+        ServeConfig.load(path)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "1e400", "many", "1.5"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_not_a_whole_number(name, value, tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text(f"model: m\n{name}: {value}\n")
+    with pytest.raises(ConfigError, match=name):
+        ServeConfig.load(path)

@@ -1,0 +1,230 @@
+"""The host of an engine without Serve: order of events, refusal, cancelling, and what happens when an engine fails."""
+
+import asyncio
+import pickle
+import threading
+import time
+
+import pytest
+
+from molmo_core.generation.events import End, Failed, Token
+from pipelines.serving.chat import ChatService
+from pipelines.serving.config import ServeConfig
+from pipelines.serving.errors import ApiError, queue_full
+from pipelines.serving.host import Host
+from pipelines.serving.pieces import Piece
+from pipelines.serving.replica import Replica
+
+
+class Counting:
+    """An engine whose answer to n is 1, 2, ..., n. It stands still while `gate` is closed."""
+
+    def __init__(self):
+        self.tokens = 0
+        self.rows = []
+        self.batches = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken = False
+
+    @property
+    def active(self):
+        return len(self.rows)
+
+    def admit(self, tickets):
+        self.batches += [len(tickets)] if tickets else []
+        for ticket in tickets:
+            if isinstance(ticket.request, int):
+                self.rows.append([ticket, 0])
+            else:
+                ticket.emit(Failed(ValueError(f"not a number: {ticket.request}")))
+
+    def step(self):
+        if self.rows:
+            self.gate.wait()
+        if self.broken:
+            raise OSError("the device is gone")
+        for row in self.rows:
+            row[1] += 1
+            self.tokens += 1
+            row[0].emit(Token(row[1]))
+            if row[1] == row[0].request:
+                row[0].emit(End("length"))
+        self.rows = [row for row in self.rows if row[1] < row[0].request and not row[0].cancelled]
+
+
+@pytest.fixture
+def engine():
+    return Counting()
+
+
+@pytest.fixture
+def host(engine):
+    host = Host(engine, max_batch_size=2, max_queued=3, batch_wait_s=0.01)
+    yield host
+    engine.gate.set()
+    host.close()
+
+
+async def collect(pieces) -> tuple[list[int], str | None]:
+    tokens, reason = [], None
+    async for piece in pieces:
+        assert reason is None
+        tokens, reason = tokens + piece.tokens, piece.finish_reason
+    return tokens, reason
+
+
+async def until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+def test_answers_are_whole_and_in_order(host, engine):
+    async def main():
+        sizes = [5, 1, 300, 2, 40]
+        answers = await asyncio.gather(*(collect(host.answer(size)) for size in sizes))
+        assert answers == [(list(range(1, size + 1)), "length") for size in sizes]
+
+    asyncio.run(main())
+    assert max(engine.batches) <= 2
+    assert host.load() == {"active": 0, "waiting": 0, "tokens": 348}
+
+
+def test_what_has_come_meanwhile_goes_out_together(host):
+    async def main():
+        pieces = host.answer(1000)
+        count = 0
+        async for _ in pieces:
+            count += 1
+            await asyncio.sleep(0.02)
+        return count
+
+    assert asyncio.run(main()) < 200
+
+
+def test_a_full_queue_refuses_at_once_and_works_again(host, engine):
+    async def main():
+        engine.gate.clear()
+        held = [asyncio.create_task(collect(host.answer(3))) for _ in range(5)]
+        await until(lambda: host.load()["active"] == 2)
+        for _ in range(50):
+            start = time.perf_counter()
+            with pytest.raises(ApiError) as caught:
+                await collect(host.answer(3))
+            assert time.perf_counter() - start < 0.1
+            assert caught.value.status == 429
+            assert caught.value.headers == {"Retry-After": "1"}
+            assert caught.value.body()["error"]["type"] == "rate_limit_error"
+        assert host.load()["waiting"] == 3
+        engine.gate.set()
+        assert await asyncio.gather(*held) == [([1, 2, 3], "length")] * 5
+        assert await collect(host.answer(2)) == ([1, 2], "length")
+
+    asyncio.run(main())
+
+
+def test_one_who_leaves_frees_the_place(host, engine):
+    async def main():
+        pieces = host.answer(10**9)
+        await anext(pieces)
+        await pieces.aclose()
+        await until(lambda: host.load()["active"] == 0)
+        engine.gate.clear()
+        waiting = [asyncio.create_task(collect(host.answer(10**9))) for _ in range(5)]
+        await until(lambda: host.load()["active"] == 2)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        engine.gate.set()
+        assert await collect(host.answer(2)) == ([1, 2], "length")
+
+    asyncio.run(main())
+
+
+def test_a_request_that_fails_does_so_alone(host):
+    async def main():
+        good, bad = await asyncio.gather(collect(host.answer(4)), collect(host.answer("four")), return_exceptions=True)
+        assert good == ([1, 2, 3, 4], "length")
+        assert isinstance(bad, ValueError)
+
+    asyncio.run(main())
+    host.check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_stops_leaves_nobody_waiting(host, engine):
+    """Neither those in work nor those in the queue nor those who come later; Serve learns of it by `check`."""
+
+    async def main():
+        engine.gate.clear()
+        held = [asyncio.create_task(collect(host.answer(10**9))) for _ in range(4)]
+        await until(lambda: host.load()["active"] == 2)
+        engine.broken = True
+        engine.gate.set()
+        for error in await asyncio.gather(*held, return_exceptions=True):
+            assert isinstance(error, ApiError)
+            assert (error.status, error.code) == (503, "replica_lost")
+        await until(lambda: not host._thread.is_alive())
+        with pytest.raises(ApiError, match="has stopped"):
+            await collect(host.answer(1))
+
+    asyncio.run(main())
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        host.check()
+
+
+def test_errors_travel_between_processes():
+    for error in (queue_full(), ApiError(400, "bad", "messages[0]", "code")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (again.status, again.message, again.param, again.code) == (error.status, error.message, error.param, error.code)
+        assert str(again) == error.message
+
+
+@pytest.fixture(scope="module")
+def replica(tiny_checkpoint):
+    return Replica(ServeConfig(model=str(tiny_checkpoint), max_batch_size=4, max_queued_requests=20), str(tiny_checkpoint))
+
+
+def test_a_replica_answers_as_its_model(replica, tiny_model):
+    """From a request to its text without Serve: what the model itself generates, whoever else asks, at whatever edge."""
+    preprocess = tiny_model.config.build_preprocessor(for_inference=True, is_training=False)
+    limit = 6
+
+    class Local:
+        def __init__(self, pieces):
+            self._pieces = pieces
+
+        async def __anext__(self) -> Piece:
+            return await anext(self._pieces)
+
+        def cancel(self):
+            pass
+
+    service = ChatService(ServeConfig(model="m", name="m"), tiny_model.config, lambda *request: Local(replica.generate(*request)))
+
+    async def ask(text, **settings):
+        body = {"model": "m", "messages": [{"role": "user", "content": text}], "max_tokens": limit, "seed": 1, **settings}
+        return (await (await service.start(body)).whole())["choices"][0]["message"]["content"]
+
+    texts = ["what shape is this?", "why", "is there a red shape in the image?", "hello"]
+    edges = [
+        *({"temperature": value} for value in (0, 5e-324, 1e-300, 1e-40, 2)),
+        *({"temperature": 1, "top_p": value} for value in (5e-324, 1e-300, 1e-40, 1)),
+        *({"temperature": 1, "seed": value} for value in (0, 2**32, 2**62, 2**63 - 1, -(2**63))),
+        *({"max_tokens": value} for value in (1, 100)),
+    ]
+
+    async def main():
+        return await asyncio.gather(*(ask(text) for text in texts), *(ask("edge", **edge) for edge in edges))
+
+    answers = asyncio.run(main())
+    for text, answer in zip(texts, answers):
+        example = preprocess({"messages": [{"role": "user", "content": text}]})
+        assert answer == tiny_model.generate(**example, max_new_tokens=limit).text[0].lstrip()
+    example = preprocess({"messages": [{"role": "user", "content": "edge"}]})
+    greedy = tiny_model.generate(**example, max_new_tokens=limit).text[0].lstrip()
+    assert [answers[4 + i] for i in (0, 1, 2, 3, 5, 6, 7)] == [greedy] * 7, "as good as zero"
+    assert all(answers)
+    replica.check_health()
