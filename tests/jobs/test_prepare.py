@@ -41,7 +41,7 @@ def records(folder: Path, good: int, bad: int = 0) -> Path:
         if not missing:
             pixels = np.random.RandomState(i).randint(0, 256, (24 + i % 7, 30, 3), np.uint8)
             Image.fromarray(pixels).save(folder / name)
-        rows.append({"image": name, "messages": [f"What is number {i}?", f"Noise {i}."], "id": i})
+        rows.append({"image": name, "messages": [f"What is number {i}?", f"Noise {i}."], "id": i, "split": "train"})
     path = folder / "in.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -72,6 +72,8 @@ def test_books_balance_and_rejects_are_listed(cluster, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert (report["rows_in"], report["rows_out"], report["rows_rejected"]) == (79, 70, 9)
     assert report["rejected_by_reason"] == {"media: missing file": 9}
+    assert report["fields_not_used"] == {"split": 79}
+    assert "Fields not used" in (tmp_path / "out" / "report.html").read_text()
     assert report["seconds"] > 0
     rejected = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
     assert [row["row"] for row in rejected] == [1 + 3 * k for k in range(9)]

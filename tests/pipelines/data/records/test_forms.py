@@ -11,10 +11,11 @@ from PIL import Image
 
 from molmo_core.models.base import BaseModelConfig
 from pipelines.data.builder import ExampleBuilder, example_rng
+from pipelines.data.preparation.shards import write_shard
 from pipelines.data.preparation.train_tokenizer import train_tokenizer
 from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected
-from pipelines.data.sources import Record
+from pipelines.data.sources import Record, open_records
 
 
 def picture() -> bytes:
@@ -243,3 +244,17 @@ def test_a_clip_in_a_part():
     part = {"type": "video", "video": "v.mp4", "start": 1, "video_end": 2.5, "fps": 2}
     made = read({"messages": [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}, ASSISTANT]})
     assert (made["video"], made["clip_start"], made["clip_end"]) == ("/set/v.mp4", 1, 2.5)
+
+
+def test_a_shard_counts_the_fields_that_were_not_used(builder, tmp_path):
+    """Rows in = rows out + rejected, and every other field has its number."""
+    rows = [{"messages": ["What?", "That."], "split": "train", "source": "a b"}, {"messages": ["What?", "That."], "split": "test"}]
+    rows += [{"messages": ["What?", "That."], "split": "test", "hint": "look left"}, {"messages": ["What?"], "split": "test"}]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = write_shard(tmp_path, 0, range(4), open_records(str(path)), builder, 0)
+    assert summary["fields_not_used"] == {"split": 2, "source": 1}
+    assert (summary["rows_out"], [detail.partition(":")[0] for *_, detail in summary["rejected"]]) == (
+        2,
+        ["hint", "the assistant says nothing"],
+    )
