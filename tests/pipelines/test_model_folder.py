@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.inspect import prepared_rows
 from molmo_core.checkpoint import load_model
 from molmo_core.checkpoint.export import export_checkpoint
 from molmo_core.config import ConfigError
 from molmo_core.registry import BaseModelConfig
 from pipelines import cluster, tracking
 from pipelines.data.config import PrepareConfig
+from pipelines.data.inspection_rows import preparation_rows
 from pipelines.data.preparation.prepare import prepare
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
@@ -67,10 +67,10 @@ def test_every_kind_in_every_stage(kind, addresses, tiny_model, records, tmp_pat
     assert all(torch.equal(weights[name], tensor) for name, tensor in tiny_model.state_dict().items())
 
     # prepare and inspect: the same examples from every name
-    model, rows = prepared_rows(prepare_config(address, records, tmp_path), None, 4)
+    model, rows, _ = preparation_rows(PrepareConfig.load(prepare_config(address, records, tmp_path)), 4)
     expected = BaseModelConfig.load(addresses["own"])
     assert (model.llm.d_model, model.llm.max_sequence_length) == (expected.llm.d_model, 16384)
-    _, ours = prepared_rows(prepare_config(addresses["own"], records, tmp_path), None, 4)
+    _, ours, _ = preparation_rows(PrepareConfig.load(prepare_config(addresses["own"], records, tmp_path)), 4)
     assert len(rows) == len(ours) == 4
     for row, our in zip(rows, ours):
         assert all(np.array_equal(row[key], our[key]) for key in our if key != "metadata")
@@ -112,7 +112,7 @@ def test_what_is_not_a_model_is_refused_before_anything_starts(content, message,
     train = tmp_path / "train.yaml"
     train.write_text(f"name: x\nsteps: 1\nmodel: {folder}\ndata: {{datasets: {{x: {{path: {records}}}}}}}\n")
     stages = {
-        "prepare": lambda: prepared_rows(prepare_config(str(folder), records, tmp_path), None, 1),
+        "prepare": lambda: preparation_rows(PrepareConfig.load(prepare_config(str(folder), records, tmp_path)), 1),
         "train": lambda: TrainConfig.load(train),
         "evaluate": lambda: fixed_model(str(folder)),
         "serve": lambda: build(ServeConfig(model=str(folder), name="x")),
