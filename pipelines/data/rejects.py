@@ -10,7 +10,7 @@ from molmo_core.config import ConfigError
 from molmo_core.preprocessing.media import MediaError, TooManyPixels
 
 RATE_FROM_ROWS = 100
-"""While a run goes on, the share of rejected rows is judged over at least so many: one bad row of the first three is no reason to stop."""
+"""During a run the share of rejected rows is judged over at least so many: one bad row of the first three is not a reason to stop."""
 
 
 class Rejected(Exception):

@@ -33,7 +33,7 @@ def rates(groups: dict[str, GroupConfig], sizes: dict[str, int]) -> dict[str, fl
         roots = {}
         for dataset, config in group.datasets.items():
             if dataset in result or dataset in roots:
-                raise ConfigError(f"data.groups.{name}: dataset {dataset!r} stands in another group already; give it another name")
+                raise ConfigError(f"data.groups.{name}: dataset {dataset!r} is in another group already; give it another name")
             if not sizes[dataset] or config.sampling_rate <= 0 or (config.sampling_size is not None and config.sampling_size <= 0):
                 raise ConfigError(f"dataset {dataset!r}: no examples, or a sampling_size or sampling_rate that is not positive")
             roots[dataset] = float(np.sqrt(counted_size(config, sizes[dataset]))) * config.sampling_rate
