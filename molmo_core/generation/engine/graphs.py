@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from molmo_core.generation.engine.blocks import Blocks
 from molmo_core.generation.engine.paged import PagedCache, attend_pages
-from molmo_core.nn.llm import BlockInputs
-from molmo_core.nn.rope import rotary_tables
+from molmo_core.nn.llm import Pass
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batches are padded to the next of these, with rows that write to page 0."""
@@ -60,7 +60,7 @@ class DecodeGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool: Any = None
         self._cuda = self.state.tokens.is_cuda
-        self._block: Any = torch.compile(_block_step, dynamic=None) if self._cuda else _block_step
+        self._blocks = Blocks(model, dynamic=None)
         self._head: Any = torch.compile(_head_step, dynamic=None) if self._cuda else _head_step
 
     def size_of(self, rows: int) -> int:
@@ -105,11 +105,11 @@ class DecodeGraphs:
         last = (lengths - 1).long()[:, None]
         pages, offsets = tables.gather(1, last // cache.page_size).long(), last % cache.page_size
         parts = parts_of(size * transformer.config.kv_heads)
-        x = transformer.first_hidden(model.embed_tokens(tokens[:, None]))
-        rotary = rotary_tables(transformer.config, positions[:, None])
-        for layer, block in enumerate(transformer.blocks):
-            attention = LayerAttention(cache.keys[layer], cache.values[layer], tables, lengths, pages, offsets, parts)
-            x = self._block(block, x, rotary[layer], attention)
+
+        def attention(layer: int) -> LayerAttention:
+            return LayerAttention(cache.keys[layer], cache.values[layer], tables, lengths, pages, offsets, parts)
+
+        x = self._blocks(Pass(model.embed_tokens(tokens[:, None]), positions[:, None]), attention)
         logits = self._head(transformer, x)
         tokens.copy_(logits.argmax(-1))
         positions.add_(1)
@@ -123,10 +123,6 @@ def parts_of(groups: int) -> int:
     while groups * parts * 2 <= PROGRAMS and parts < 16:
         parts *= 2
     return parts
-
-
-def _block_step(block: Any, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], attention: LayerAttention) -> torch.Tensor:
-    return block(x, rotary, BlockInputs(attention), 0).hidden
 
 
 def _head_step(transformer: Any, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from molmo_core.nn.attention import Mask, attend
+from molmo_core.nn.attention import Attention, Mask, attend
 from molmo_core.nn.configs import LlmConfig
 
 
@@ -37,7 +37,10 @@ class PagedCache:
 
 @dataclasses.dataclass
 class PromptAttention:
-    """Attention of chunks of prompts: to what is in their pages already, and among themselves."""
+    """Attention of chunks of prompts: to what is in their pages already, and among themselves.
+
+    Blocks run over all chunks as one row [1, B * S], whose attention falls apart into those of the chunks.
+    """
 
     cache: PagedCache
     pages: torch.Tensor
@@ -49,15 +52,19 @@ class PromptAttention:
     mask: Mask
     """Over past and new tokens, or None = causal."""
 
+    def of(self, layer: int) -> Attention:
+        """The attention of one layer, whose number it knows itself."""
+        return lambda _, q, k, v: self(layer, q, k, v)
+
+    @torch.compiler.disable  # compiled blocks end here and begin again: what is compiled sees one shape only, whatever the mask is
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [B, H, S, D], k, v [B, H_kv, S, D] -> [B, H, S, D]."""
+        """q [1, H, B * S, D], k, v [1, H_kv, B * S, D] -> [1, H, B * S, D]."""
+        q, k, v = (t[0].unflatten(1, self.pages.shape).transpose(0, 1) for t in (q, k, v))
+        self.cache.write(layer, self.pages, self.offsets, k, v)
         if self.past is not None:
             past_k, past_v = self.cache.read(layer, self.past)
-            self.cache.write(layer, self.pages, self.offsets, k, v)
             k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
-        else:
-            self.cache.write(layer, self.pages, self.offsets, k, v)
-        return attend(q, k, v, self.mask)
+        return attend(q, k, v, self.mask).transpose(0, 1).flatten(1, 2)[None]
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from molmo_core.generation.engine.blocks import Blocks, compile_vision
 from molmo_core.generation.engine.features import FeatureCache, media_digest
 from molmo_core.generation.engine.paged import PagedCache, PromptAttention
 from molmo_core.generation.engine.scheduler import Chunk
@@ -50,6 +51,9 @@ class Runner:
         self.model, self.device = model, parameter.device
         self.cache = PagedCache(model.config.llm, pages, page_size, parameter.dtype, self.device)
         self.features = FeatureCache(feature_bytes)
+        self._blocks = Blocks(model, dynamic=True)
+        if parameter.is_cuda:
+            compile_vision(model)
 
     # -- prompts --------------------------------------------------------------------------------------------------------
 
@@ -101,7 +105,7 @@ class Runner:
         longest = max(chunk.end - chunk.start for chunk in chunks)
         tokens = _padded([_part(chunk) for chunk in chunks], longest)
         attention = PromptAttention(self.cache, *self._places(chunks, longest), *self._past_and_mask(chunks, longest))
-        hidden = self.model.run(tokens, attention).hidden
+        hidden = self._blocks(_one_row(tokens), attention.of).unflatten(1, tokens.positions.shape)[0]
         for sequence, _, end in chunks:
             if end == len(sequence.tokens):
                 sequence.state.embedded, sequence.state.done = None, 0
@@ -190,6 +194,11 @@ class Runner:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.require(array, requirements=("C", "W"))).to(self.device, non_blocking=True)
+
+
+def _one_row(tokens: Pass) -> Pass:
+    """[B, S] tokens as [1, B * S]."""
+    return Pass(*(None if t is None else t.flatten(0, 1)[None] for t in tokens))  # type: ignore[arg-type]
 
 
 def _part(chunk: Chunk) -> Pass:

@@ -175,7 +175,7 @@ class Scheduler:
             sequence.pages = shared + self.pool.take(needed)
             sequence.computed = len(shared) * self.pool.page_size
             chunk = self._chunk(sequence, budget, bool(chunks))
-            if chunk.end == chunk.start:  # must not be cut, and does not fit beside the others
+            if chunk.end == chunk.start:  # does not fit beside the others
                 self._release(sequence)
                 self.waiting.appendleft(sequence)
                 break
@@ -192,11 +192,14 @@ class Scheduler:
         return self.pool.find(sequence.keys[:most])
 
     def _chunk(self, sequence: Sequence, budget: int, others: bool) -> Chunk:
-        """The next tokens of a prompt: as many as the budget takes, up to where no token sees one of the next chunk."""
+        """The next tokens of a prompt: all that are left; or, if no other prompt is read in this step, as many as the budget takes,
+        up to where no token sees one of the next chunk; or none."""
         start, end = sequence.computed, len(sequence.tokens)
         if end - start > budget:
+            if others:
+                return Chunk(sequence, start, start)
             end = self._cut(sequence, start, start + budget)
-            if end == start and not others:  # alone it may be longer
+            if end == start:  # alone it may be longer
                 end = self._cut_after(sequence, start + budget)
         return Chunk(sequence, start, end)
 
