@@ -1,18 +1,19 @@
 """What stands around an engine: the thread it works in, the queue before it, and an asynchronous generator for each answer.
 
-It knows the engine by `admit`, `step` and `active` only, and the requests not at all.
+The engine owns the queue; the host bounds it, and refuses what would make it longer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Protocol
 
-from molmo_core.generation.events import End, Event, Failed, Ticket, Token
+from molmo_core.generation.engine.requests import End, Event, Failed, Token
 from pipelines.serving.errors import queue_full, unavailable
 from pipelines.serving.pieces import Piece
 
@@ -20,20 +21,35 @@ IDLE_WAIT_S = 0.2
 
 
 class Engine(Protocol):
-    """Generates the answers to many requests at once; used by one thread."""
+    """Generates the answers to many requests at once; used by one thread. Requests are told apart by identity."""
 
     tokens: int
     """Generated so far."""
 
     @property
     def active(self) -> int:
-        """Answers in work."""
+        """Requests that wait or are in work."""
 
-    def admit(self, tickets: Sequence[Ticket]) -> None:
-        """Begins with requests. What is wrong with one goes to its ticket."""
+    @property
+    def running(self) -> int:
+        """Those in work."""
 
-    def step(self) -> None:
-        """A step of every answer in work; cancelled ones leave."""
+    def add(self, request: Any) -> None:
+        """Puts a request into the queue; raises ValueError if it cannot be answered."""
+
+    def abort(self, request: Any) -> None:
+        """Nobody waits for the answer any more. Nothing happens if it has ended."""
+
+    def step(self) -> Sequence[tuple[Any, Event]]:
+        """A step of every answer in work: what happened, in order."""
+
+
+@dataclasses.dataclass(eq=False)
+class _Ticket:
+    """A request and the one who waits for its answer."""
+
+    request: Any
+    emit: Callable[[Event], None]
 
 
 class Host:
@@ -41,18 +57,17 @@ class Host:
 
     Args:
         engine: not used by anyone else.
-        max_batch_size: answers in work at a time.
-        max_queued: requests that wait beyond those; the next one is refused.
+        places: requests that wait or are in work; the next one is refused.
         batch_wait_s: how long an idle engine waits for more requests before it starts on the first.
     """
 
-    def __init__(self, engine: Engine, max_batch_size: int, max_queued: int, batch_wait_s: float) -> None:
+    def __init__(self, engine: Engine, places: int, batch_wait_s: float) -> None:
         self._engine = engine
-        self._max_batch_size = max_batch_size
+        self._places = places
         self._batch_wait_s = batch_wait_s
-        self._places = max_batch_size + max_queued
-        self._tickets: set[Ticket] = set()  # waiting or in work
-        self._waiting: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self._tickets: set[_Ticket] = set()  # waiting or in work
+        self._arrived: queue.SimpleQueue[_Ticket] = queue.SimpleQueue()
+        self._left: queue.SimpleQueue[_Ticket] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -73,10 +88,10 @@ class Host:
         def emit(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ticket = Ticket(request, emit)
+        ticket = _Ticket(request, emit)
         self._tickets.add(ticket)
         try:
-            self._waiting.put(ticket)
+            self._arrived.put(ticket)
             if not self._thread.is_alive():  # looked at after putting: a thread that ends now has told this ticket, too
                 raise _stopped()
             piece = Piece([], None)
@@ -87,12 +102,13 @@ class Host:
                 piece = _piece(ready)
                 yield piece
         finally:
-            ticket.cancelled = True
             self._tickets.discard(ticket)
+            self._left.put(ticket)
 
     def load(self) -> dict[str, int]:
         """Answers in work (`active`), requests before them (`waiting`), and tokens generated since the start (`tokens`)."""
-        return {"active": self._engine.active, "waiting": self._waiting.qsize(), "tokens": self._engine.tokens}
+        running = self._engine.running
+        return {"active": running, "waiting": max(0, len(self._tickets) - running), "tokens": self._engine.tokens}
 
     def check(self) -> None:
         """Raises RuntimeError when the engine has stopped for good."""
@@ -104,10 +120,24 @@ class Host:
         self._closing.set()
 
     def _work(self) -> None:
+        tickets: dict[Any, _Ticket] = {}  # by request, of those that the engine has
         try:
             while not self._closing.is_set():
-                self._engine.admit(self._arrived())
-                self._engine.step()
+                for ticket in self._new():
+                    try:
+                        self._engine.add(ticket.request)
+                        tickets[ticket.request] = ticket
+                    except ValueError as error:
+                        ticket.emit(Failed(error))
+                while not self._left.empty():
+                    request = self._left.get().request
+                    if tickets.pop(request, None) is not None:
+                        self._engine.abort(request)
+                for request, event in self._engine.step():
+                    if request in tickets:
+                        tickets[request].emit(event)
+                        if not isinstance(event, Token):
+                            del tickets[request]
         except BaseException as error:  # kept for `check`, which reports it
             self._failure = error
             raise
@@ -115,26 +145,24 @@ class Host:
             for ticket in tuple(self._tickets):
                 ticket.emit(Failed(_stopped()))
 
-    def _arrived(self) -> list[Ticket]:
-        """Requests to begin with: those there now; an idle engine waits for the first, and a little for others."""
-        room = self._max_batch_size - self._engine.active
-        tickets: list[Ticket] = []
+    def _new(self) -> list[_Ticket]:
+        """Requests that have arrived; an idle engine waits for the first, and a little for others."""
+        tickets: list[_Ticket] = []
         deadline = time.monotonic() + (0 if self._engine.active else IDLE_WAIT_S)
-        while len(tickets) < room:
+        while True:
             try:
-                tickets.append(self._waiting.get(timeout=max(0.0, deadline - time.monotonic())))
+                tickets.append(self._arrived.get(timeout=max(0.0, deadline - time.monotonic())))
             except queue.Empty:
-                break
+                return tickets
             if not self._engine.active and len(tickets) == 1:
                 deadline = time.monotonic() + self._batch_wait_s
-        return tickets
 
 
 def _piece(events: Sequence[Event]) -> Piece:
     tokens: list[int] = []
     for event in events:
         match event:
-            case Token(token):
+            case Token(token, _):
                 tokens.append(token)
             case End(reason):
                 return Piece(tokens, reason)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from molmo_core.checkpoint import load_model
-from molmo_core.generation.sampling import SamplingConfig
+from molmo_core.generation.engine.engine import Engine, EngineLimits
+from molmo_core.generation.engine.requests import Request, SamplingParams
 from pipelines.model_folder import model_folder
 from pipelines.serving.config import ServeConfig
-from pipelines.serving.engine import Engine, Request
 from pipelines.serving.host import Host
 from pipelines.serving.pieces import Piece
 
@@ -24,8 +24,8 @@ class Replica:
     def __init__(self, config: ServeConfig, model: str) -> None:
         """`model`: the checkpoint, with its version fixed (an alias may move while replicas start)."""
         device = "cuda" if config.gpus_per_replica else "cpu"
-        engine = Engine(load_model(model_folder(model), getattr(torch, config.dtype), device))
-        self._host = Host(engine, config.max_batch_size, config.max_queued_requests, config.batch_wait_ms / 1000)
+        engine = Engine(load_model(model_folder(model), getattr(torch, config.dtype), device), EngineLimits(config.max_batch_size))
+        self._host = Host(engine, config.max_batch_size + config.max_queued_requests, config.batch_wait_ms / 1000)
 
     async def generate(
         self, example: dict[str, Any], max_new_tokens: int, temperature: float, top_p: float, seed: int | None
@@ -35,8 +35,8 @@ class Replica:
         Raises:
             ApiError: the queue is full.
         """
-        sampling = SamplingConfig(do_sample=temperature > 0, temperature=temperature, top_p=top_p)
-        pieces = self._host.answer(Request(example, max_new_tokens, sampling, seed))
+        params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        pieces = self._host.answer(Request(example, params))
         try:
             async for piece in pieces:
                 yield piece

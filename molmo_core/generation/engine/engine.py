@@ -80,6 +80,11 @@ class Engine:
         """Requests that wait or are in work."""
         return self.scheduler.active
 
+    @property
+    def running(self) -> int:
+        """Requests in work."""
+        return len(self.scheduler.running)
+
     def add(self, request: Request) -> None:
         """Puts a request into the queue.
 

@@ -106,7 +106,7 @@ def _filtered(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
     before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)  # probability of all that are more probable
     before[:, 0] = 0
     top_p = column([p.top_p for p in params])
-    ordered = ordered.masked_fill((before >= top_p) & (top_p < 1), -torch.inf)
+    ordered = ordered.masked_fill((before >= top_p) & (top_p < 1) & (ranks > 0), -torch.inf)  # 1e-300 is 0 in float32
     return torch.empty_like(scaled).scatter_(-1, indices, ordered)
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from molmo_core.generation.events import End, Failed, Token
+from molmo_core.generation.engine.requests import End, Token
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, queue_full
@@ -16,41 +16,54 @@ from pipelines.serving.pieces import Piece
 from pipelines.serving.replica import Replica
 
 
+class Count:
+    """A request for the answer 1, 2, ..., n."""
+
+    def __init__(self, n):
+        self.n, self.given = n, 0
+
+
 class Counting:
-    """An engine whose answer to n is 1, 2, ..., n. It stands still while `gate` is closed."""
+    """An engine that answers `Count`s, two at a time. It stands still while `gate` is closed."""
 
     def __init__(self):
         self.tokens = 0
-        self.rows = []
-        self.batches = []
+        self.requests = []
         self.gate = threading.Event()
         self.gate.set()
         self.broken = False
 
     @property
     def active(self):
-        return len(self.rows)
+        return len(self.requests)
 
-    def admit(self, tickets):
-        self.batches += [len(tickets)] if tickets else []
-        for ticket in tickets:
-            if isinstance(ticket.request, int):
-                self.rows.append([ticket, 0])
-            else:
-                ticket.emit(Failed(ValueError(f"not a number: {ticket.request}")))
+    @property
+    def running(self):
+        return min(2, len(self.requests))
+
+    def add(self, request):
+        if not isinstance(request.n, int):
+            raise ValueError(f"not a number: {request.n}")
+        self.requests.append(request)
+
+    def abort(self, request):
+        if request in self.requests:
+            self.requests.remove(request)
 
     def step(self):
-        if self.rows:
+        events = []
+        if self.requests:
             self.gate.wait()
         if self.broken:
             raise OSError("the device is gone")
-        for row in self.rows:
-            row[1] += 1
+        for request in self.requests[:2]:
+            request.given += 1
             self.tokens += 1
-            row[0].emit(Token(row[1]))
-            if row[1] == row[0].request:
-                row[0].emit(End("length"))
-        self.rows = [row for row in self.rows if row[1] < row[0].request and not row[0].cancelled]
+            events.append((request, Token(request.given)))
+            if request.given == request.n:
+                events.append((request, End("length")))
+                self.requests.remove(request)
+        return events
 
 
 @pytest.fixture
@@ -60,7 +73,7 @@ def engine():
 
 @pytest.fixture
 def host(engine):
-    host = Host(engine, max_batch_size=2, max_queued=3, batch_wait_s=0.01)
+    host = Host(engine, places=5, batch_wait_s=0.01)
     yield host
     engine.gate.set()
     host.close()
@@ -84,17 +97,16 @@ async def until(condition):
 def test_answers_are_whole_and_in_order(host, engine):
     async def main():
         sizes = [5, 1, 300, 2, 40]
-        answers = await asyncio.gather(*(collect(host.answer(size)) for size in sizes))
+        answers = await asyncio.gather(*(collect(host.answer(Count(size))) for size in sizes))
         assert answers == [(list(range(1, size + 1)), "length") for size in sizes]
 
     asyncio.run(main())
-    assert max(engine.batches) <= 2
     assert host.load() == {"active": 0, "waiting": 0, "tokens": 348}
 
 
 def test_what_has_come_meanwhile_goes_out_together(host):
     async def main():
-        pieces = host.answer(1000)
+        pieces = host.answer(Count(1000))
         count = 0
         async for _ in pieces:
             count += 1
@@ -107,12 +119,12 @@ def test_what_has_come_meanwhile_goes_out_together(host):
 def test_a_full_queue_refuses_at_once_and_works_again(host, engine):
     async def main():
         engine.gate.clear()
-        held = [asyncio.create_task(collect(host.answer(3))) for _ in range(5)]
+        held = [asyncio.create_task(collect(host.answer(Count(3)))) for _ in range(5)]
         await until(lambda: host.load()["active"] == 2)
         for _ in range(50):
             start = time.perf_counter()
             with pytest.raises(ApiError) as caught:
-                await collect(host.answer(3))
+                await collect(host.answer(Count(3)))
             assert time.perf_counter() - start < 0.1
             assert caught.value.status == 429
             assert caught.value.headers == {"Retry-After": "1"}
@@ -120,32 +132,32 @@ def test_a_full_queue_refuses_at_once_and_works_again(host, engine):
         assert host.load()["waiting"] == 3
         engine.gate.set()
         assert await asyncio.gather(*held) == [([1, 2, 3], "length")] * 5
-        assert await collect(host.answer(2)) == ([1, 2], "length")
+        assert await collect(host.answer(Count(2))) == ([1, 2], "length")
 
     asyncio.run(main())
 
 
 def test_one_who_leaves_frees_the_place(host, engine):
     async def main():
-        pieces = host.answer(10**9)
+        pieces = host.answer(Count(10**9))
         await anext(pieces)
         await pieces.aclose()
         await until(lambda: host.load()["active"] == 0)
         engine.gate.clear()
-        waiting = [asyncio.create_task(collect(host.answer(10**9))) for _ in range(5)]
+        waiting = [asyncio.create_task(collect(host.answer(Count(10**9)))) for _ in range(5)]
         await until(lambda: host.load()["active"] == 2)
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         engine.gate.set()
-        assert await collect(host.answer(2)) == ([1, 2], "length")
+        assert await collect(host.answer(Count(2))) == ([1, 2], "length")
 
     asyncio.run(main())
 
 
 def test_a_request_that_fails_does_so_alone(host):
     async def main():
-        good, bad = await asyncio.gather(collect(host.answer(4)), collect(host.answer("four")), return_exceptions=True)
+        good, bad = await asyncio.gather(collect(host.answer(Count(4))), collect(host.answer(Count("four"))), return_exceptions=True)
         assert good == ([1, 2, 3, 4], "length")
         assert isinstance(bad, ValueError)
 
@@ -159,7 +171,7 @@ def test_an_engine_that_stops_leaves_nobody_waiting(host, engine):
 
     async def main():
         engine.gate.clear()
-        held = [asyncio.create_task(collect(host.answer(10**9))) for _ in range(4)]
+        held = [asyncio.create_task(collect(host.answer(Count(10**9)))) for _ in range(4)]
         await until(lambda: host.load()["active"] == 2)
         engine.broken = True
         engine.gate.set()
@@ -168,7 +180,7 @@ def test_an_engine_that_stops_leaves_nobody_waiting(host, engine):
             assert (error.status, error.code) == (503, "replica_lost")
         await until(lambda: not host._thread.is_alive())
         with pytest.raises(ApiError, match="has stopped"):
-            await collect(host.answer(1))
+            await collect(host.answer(Count(1)))
 
     asyncio.run(main())
     with pytest.raises(RuntimeError, match="the device is gone"):

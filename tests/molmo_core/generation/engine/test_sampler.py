@@ -94,6 +94,14 @@ def test_minimum_length():
     assert choose(logits.clone(), [row(ends=(0, 2), min_tokens=2, answer=(1, 1))]).tokens.item() == 0
 
 
+@pytest.mark.parametrize("params", [{"top_p": 1e-300}, {"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}, {"temperature": 1e-300}])
+def test_settings_that_leave_one_token(params):
+    torch.manual_seed(0)
+    logits = torch.randn(20, 30)
+    rows = [row(seed=seed, **{"temperature": 1.0} | params) for seed in range(20)]
+    assert torch.equal(choose(logits.clone(), rows).tokens, logits.argmax(-1))
+
+
 EDGES = {
     "temperature": [0.0, 1e-300, 1e-40, 1e-6, 1e-5, 1.0, 100.0, 1e300], "top_p": [1e-300, 1e-9, 0.5, 1.0], "top_k": [0, 1, 2**31, 2**62],
     "min_p": [0.0, 1e-300, 1.0], "repetition_penalty": [1e-30, 1.0, 1e30], "presence_penalty": [-100.0, 100.0],
