@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,12 +14,19 @@ from jobs.cli import VERBS
 from molmo_core.config import BaseConfig
 from pipelines.data.config import PrepareConfig
 from pipelines.evaluation.config import EvaluateConfig
+from pipelines.registry.config import RegisterConfig
 from pipelines.serving.config import ServeConfig
 from pipelines.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS: dict[str, type[BaseConfig]] = {"prepare": PrepareConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "serve": ServeConfig}
+CONFIGS: dict[str, type[BaseConfig]] = {
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "register": RegisterConfig,
+    "serve": ServeConfig,
+}
 ROUTES = ("/v1/chat/completions", "/v1/models", "/health", "/ready")
 # Commands of others that the pages may show; what they do is not ours to check.
 OTHERS = {"pip", "git", "cd", "export", "source", "kill", "mlflow", "nvidia-smi", "vllm"}
@@ -59,6 +67,7 @@ def split(text: str) -> list[str]:
 
 
 def check(words: list[str]) -> None:
+    assert "submit" not in words or not words[0].startswith("MLFLOW_"), "a submitted job does not see the variables of the shell"
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):  # variables for the command
         words = words[1:]
     name, *rest = words
@@ -77,6 +86,8 @@ def check(words: list[str]) -> None:
         job(rest[0], rest[1:])
     elif name == "ray":
         assert rest[0] in ("job", "start", "stop", "status")
+        if "--runtime-env-json" in rest:
+            assert set(json.loads(rest[rest.index("--runtime-env-json") + 1])) <= {"env_vars", "excludes"}
         if "--" in rest:
             check(rest[rest.index("--") + 1 :])
     elif name == "curl":
@@ -130,6 +141,7 @@ def test_the_check_notices_what_is_wrong():
         "python -m jobs.serve configs/serve/demo.yaml prot=1",
         "ray job submit -- python -m jobs.nothing",
         "curl http://127.0.0.1:8000/v2",
+        "MLFLOW_TRACKING_URI=http://tracking:5000 ray job submit -- python -m jobs.demo",
         "rm -rf /",
     ):
         with pytest.raises((AssertionError, ValueError)):

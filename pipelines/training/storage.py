@@ -14,6 +14,7 @@ from pyarrow import fs
 from ray.train import Checkpoint
 
 from molmo_core.config import ConfigError
+from pipelines.files import check_lasting
 
 STEP = re.compile(r"step_(\d{6,})")
 PARTIAL = ".partial"
@@ -25,7 +26,8 @@ def step_name(step: int) -> str:
 
 
 def absolute(storage: str) -> str:
-    """A URL as it is, a path in full."""
+    """A URL as it is, a path in full; raises ConfigError for a folder that would be deleted with a submitted job."""
+    check_lasting(storage, "storage")
     return storage if "://" in storage else str(Path(storage).absolute())
 
 
