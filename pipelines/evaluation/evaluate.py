@@ -11,8 +11,6 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from molmo_core.config import ConfigError
 from pipelines import tracking
@@ -24,6 +22,7 @@ from pipelines.evaluation.picture import draw_answers
 from pipelines.evaluation.worker import Worker
 from pipelines.files import check_lasting, write_text
 from pipelines.model_folder import fixed_model
+from pipelines.progress import RecordProgress
 
 OVERALL = "overall"
 REPORT, PREDICTIONS, PICTURE = "report.json", "predictions.jsonl", "answers.png"
@@ -61,8 +60,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     results: dict[int, dict[str, Any]] = {}
     right = asked = 0.0
     rejects = Rejects(config.max_reject_rate)
-    with _progress() as progress, reading(stage.iter_rows()) as rows:
-        bar = progress.add_task("evaluate", total=total, score="")
+    with RecordProgress("evaluate", total) as progress, reading(stage.iter_rows()) as rows:
         for row in rows:
             result = json.loads(row["result"])
             results[result["record"]] = result
@@ -71,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             rejects.check()
             for question in result.get("questions", ()):
                 right, asked = right + question["score"], asked + 1
-            progress.update(bar, advance=1, score=f"{right / asked:.1%}" if asked else "")
+            progress.update(len(results), f"{right / asked:.1%} right" if asked else "")
     ordered = [results[i] for i in sorted(results)]
     if len(ordered) != total:
         raise RuntimeError(f"{config.records}: {total} records, but results of {len(ordered)}")
@@ -157,14 +155,3 @@ def _capacity(config: EvaluateConfig) -> int:
     if not rooms or min(rooms) < 1:
         raise ConfigError(f"evaluate: the cluster has no room for a worker: {config.cpus_per_worker} CPU, {config.gpus_per_worker} GPU")
     return min(rooms)
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("records · score {task.fields[score]} ·"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
