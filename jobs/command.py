@@ -8,10 +8,13 @@ A job is a function and three lines around it:
         \"\"\"What the job does (the first line is its help).\"\"\"
         prepare(PrepareConfig.load(config, overrides))
 
-    app = job(main)
+    app = job(main, PrepareConfig)
 
     if __name__ == "__main__":
         app()
+
+The configuration class is there for `--help`, which lists its settings. A job's module imports no Ray, torch or MLflow at its top:
+help and mistakes are shown at once.
 
 `python -m jobs.prepare CONFIG [key=value ...]` and `molmo prepare CONFIG [key=value ...]` both run `app`. Other arguments and
 options (`out: Annotated[Path, typer.Option(help=...)]`) are typer's. The module's docstring gives the verb's line in `molmo --help`.
@@ -26,21 +29,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from molmo_core.config import ConfigError
+from molmo_core.config import BaseConfig, ConfigError
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of this job's configuration.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, e.g. train.steps=100.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, e.g. limit=100 or optim.llm.lr=1e-5.", show_default=False),
 ]
 
 CONFIG_ERROR_EXIT_CODE = 2
 
 
-def job(main: Callable[..., Any]) -> typer.Typer:
+def job(main: Callable[..., Any], config: type[BaseConfig] | None = None) -> typer.Typer:
     """The command-line program of a job: `main`'s arguments become the command's, its docstring the help.
 
+    `config` is what CONFIG holds; `--help` lists its settings.
     A `ConfigError` (also one raised inside a Ray worker) is printed without a traceback and ends with exit code 2;
     Ctrl-C ends with 130. Any other error keeps its traceback.
     """
@@ -56,6 +61,13 @@ def job(main: Callable[..., Any]) -> typer.Typer:
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
+    class Command(typer.core.TyperCommand):
+        def format_epilog(self, ctx: Any, formatter: Any) -> None:
+            if config is not None:
+                from jobs.settings import text
+
+                formatter.write(f"\n{text(config)}")
+
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(guarded)
+    app.command(cls=Command)(guarded)
     return app

@@ -7,9 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.command import ConfigPath, Overrides, job
-from pipelines import cluster, tracking
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.evaluate import PICTURE, evaluate, read_report, record
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -32,6 +30,9 @@ def save_in_mlflow(report: dict[str, Any], settings: EvaluateConfig) -> str:
     Raises:
         TrackingError: MLflow did not take it; the report in `output` is not touched.
     """
+    from pipelines import tracking
+    from pipelines.evaluation.evaluate import record
+
     try:
         with tracking.Run("evaluation", settings.model) as run:
             run.log_params(settings.as_dict())
@@ -51,6 +52,9 @@ def main(
 ) -> None:
     """Answers the questions of records with a model on all workers and scores the answers."""
     settings = EvaluateConfig.load(config, overrides)
+    from pipelines import cluster, tracking
+    from pipelines.evaluation.evaluate import PICTURE, evaluate, read_report
+
     if record_only:
         report = read_report(settings)
     else:
@@ -62,7 +66,7 @@ def main(
     print(f"MLflow   {tracking.tracking_uri()} run {save_in_mlflow(report, settings)}")
 
 
-app = job(main)
+app = job(main, EvaluateConfig)
 
 if __name__ == "__main__":
     app()

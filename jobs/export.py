@@ -5,14 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
 from jobs.command import job
-from molmo_core.checkpoint.export import export_and_verify
-from pipelines.model_folder import model_folder
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def main(
@@ -28,7 +23,12 @@ def main(
     ] = None,
 ) -> None:
     """Exports a checkpoint, reads it back and compares its answers with the original's."""
-    export_and_verify(model_folder(checkpoint), out, format, DTYPES[dtype] if dtype else None)
+    import torch
+
+    from molmo_core.checkpoint.export import export_and_verify
+    from pipelines.model_folder import model_folder
+
+    export_and_verify(model_folder(checkpoint), out, format, getattr(torch, dtype) if dtype else None)
 
 
 app = job(main)

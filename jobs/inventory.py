@@ -6,11 +6,7 @@ from pathlib import Path
 
 from jobs.command import ConfigPath, Overrides, job
 from molmo_core.config import ConfigError, read_yaml
-from pipelines.cluster import connect
-from pipelines.data.batches.prepared import is_prepared
 from pipelines.data.config import DataConfig
-from pipelines.data.preparation.inventory import inventory_path, take_inventory
-from pipelines.data.sources import open_records
 from pipelines.training.config import TrainConfig
 
 
@@ -18,6 +14,11 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     """Measure the media of records from their headers, for packing while streaming. CONFIG is a data or a training configuration; changes
     are those of jobs.train (data.datasets.mine.path=...)."""
     data = load_data(config, overrides)
+    from pipelines.cluster import connect
+    from pipelines.data.batches.prepared import is_prepared
+    from pipelines.data.preparation.inventory import inventory_path, take_inventory
+    from pipelines.data.sources import open_records
+
     streamed = [d for group in data.all_groups().values() for d in group.datasets.values() if not is_prepared(d.path)]
     if not streamed:
         raise ConfigError(f"{config}: all datasets are prepared; their lengths are known")

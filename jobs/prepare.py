@@ -54,7 +54,7 @@ def describe(preparation: Preparation, report: dict[str, Any]) -> None:
     print(f"  report: {output}/report.html")
 
 
-app = job(main)
+app = job(main, PrepareConfig)
 
 if __name__ == "__main__":
     app()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from jobs.command import ConfigPath, Overrides, job
 from pipelines.registry.config import RegisterConfig
-from pipelines.registry.register import register
 
 
 def main(config: ConfigPath, overrides: Overrides = None) -> None:
     """Registers a checkpoint folder as a new version of a model and moves an alias to it."""
-    result = register(RegisterConfig.load(config, overrides))
+    settings = RegisterConfig.load(config, overrides)
+    from pipelines.registry.register import register
+
+    result = register(settings)
     print(f"Registered {result['name']} version {result['version']} as {result['uri']}")
 
 
-app = job(main)
+app = job(main, RegisterConfig)
 
 if __name__ == "__main__":
     app()

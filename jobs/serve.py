@@ -8,9 +8,7 @@ import threading
 from collections.abc import Iterator
 
 from jobs.command import ConfigPath, Overrides, job
-from pipelines import cluster
-from pipelines.serving.app import check_port, serving
-from pipelines.serving.config import ServeConfig
+from pipelines.serving.config import FRONTEND_CPUS, ServeConfig
 
 EXAMPLE = """\
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages": [{{"role": "user", "content": [
@@ -32,10 +30,13 @@ def stop_requested() -> Iterator[threading.Event]:
 
 def serve(config: ServeConfig) -> None:
     """Serves until Ctrl-C or SIGTERM; answers in work are finished first."""
+    from pipelines import cluster
+    from pipelines.serving.app import check_port, serving
+
     check_port(config.host, config.port)  # before a cluster starts for nothing
     print(f"Loading {config.model} ...", flush=True)
-    cpus = 1 + round(config.replicas * config.cpus_per_replica + config.frontends * 0.1 + 0.5)
-    with cluster.connect(num_cpus=cpus), serving(config) as url:
+    needed = config.replicas * config.cpus_per_replica + config.frontends * FRONTEND_CPUS
+    with cluster.connect(num_cpus=cluster.cpus_for(needed)), serving(config) as url:
         with stop_requested() as stop:
             print(f"Ready: {config.served_name} at {url}/v1 (Ctrl-C stops it). For example:\n")
             print(EXAMPLE.format(url=url, name=config.served_name) + "\n", flush=True)
@@ -50,7 +51,7 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     serve(ServeConfig.load(config, overrides))
 
 
-app = job(main)
+app = job(main, ServeConfig)
 
 if __name__ == "__main__":
     app()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
 import typer
@@ -26,10 +25,12 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     from pipelines.training.errors import TrainingError
     from pipelines.training.trainer import run_training
 
-    if streams_records(settings):
+    streamed = streams_records(settings)
+    if streamed:
         endless.internals()  # its warning would otherwise be in the workers' logs only
+    cpus = cluster.cpus_for(settings.num_workers * settings.cpus_per_worker, all_cores=streamed)  # actors decode on all cores
     try:
-        result = run_training(settings, num_cpus=cpus_needed(settings, cluster.cores()))
+        result = run_training(settings, num_cpus=cpus)
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(FAILED_EXIT_CODE) from None
@@ -45,17 +46,10 @@ def streams_records(settings: TrainConfig) -> bool:
     """Whether actors decode records while this run trains or validates."""
     from pipelines.data.batches.prepared import is_streamed
 
-    return is_streamed(settings.data) or (settings.validation is not None and is_streamed(settings.validation.data))
+    return any(is_streamed(data) for data in settings.all_data())
 
 
-def cpus_needed(settings: TrainConfig, cores: int) -> int:
-    """CPUs of a cluster that is started for this run: its workers and one for what works beside them, or, for actors that decode
-    streamed records, all cores of the machine if these are more."""
-    least = math.ceil(settings.num_workers * settings.cpus_per_worker) + 1
-    return max(least, cores) if streams_records(settings) else least
-
-
-app = job(main)
+app = job(main, TrainConfig)
 
 if __name__ == "__main__":
     app()

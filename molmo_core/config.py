@@ -1,8 +1,11 @@
 """Configuration: dataclasses read from YAML, with dotted overrides, strict about every key.
 
-OmegaConf reads YAML, overrides and interpolation; pydantic checks types. What is added here: an error that names the key
-and the nearest valid one, settings of the reference code that exist with one value only (`FIXED`), and paths that are
-relative to the file they stand in (`PATHS`).
+OmegaConf reads YAML, overrides and interpolation; pydantic checks types and limits. What is added here: an error that names the
+key and the nearest valid one, settings of the reference code of which one value is supported (`FIXED`), and paths that are
+relative to the file that holds them (`PATHS`).
+
+Every number has limits, which are part of its type: `steps: Size`, `port: Annotated[int, Field(ge=1, le=65535)]`. They are checked
+however a configuration is made, and numbers that are not finite are refused everywhere.
 """
 
 from __future__ import annotations
@@ -14,14 +17,27 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
+
+Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""A size or a number of things, at least one."""
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+"""A number of things, maybe none."""
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A share of a whole, or a probability."""
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+"""A probability below 1."""
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+"""A factor that may be 0."""
+Positive = Annotated[float, Field(gt=0, le=1e12)]
 
 
 class ConfigError(ValueError):
@@ -32,12 +48,22 @@ class ConfigError(ValueError):
 class BaseConfig:
     """Base of all configurations. Subclasses are plain dataclasses; nested configurations are fields of their type."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     # Settings of the reference implementations that exist here with these values only (they are checked, then dropped).
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {}
     # Fields that hold a path: a relative one that exists beside the file is resolved against the file's folder on load.
     PATHS: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the numbers, also of a configuration that is built by its constructor. A subclass adds checks across fields."""
+        for name, adapter in _numbers(type(self)).items():
+            try:
+                adapter.validate_python(getattr(self, name))
+            except ValidationError as error:
+                found = error.errors()[0]
+                described = _describe(dict(found) | {"loc": (name, *found["loc"])}).strip()
+                raise ConfigError(f"{type(self).__name__}: {described}") from None
 
     @classmethod
     def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -50,13 +76,14 @@ class BaseConfig:
         return cls.from_dict(kwargs)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], source: str = "configuration", base: Path | None = None) -> Self:
-        """Builds and checks a configuration from plain data. `source` names it in errors, `base` resolves `PATHS`."""
-        checked = _prepare(cls, data, source, "", base)
+    def from_dict(cls, data: dict[str, Any], source: str = "configuration", base: Path | None = None, key: str | None = None) -> Self:
+        """Builds and checks a configuration from plain data. `source` names it in errors, and `key` its place there; `base` resolves
+        `PATHS`."""
+        checked = _prepare(cls, data, source, f"{key}." if key else "", base)
         try:
             return _adapter(cls).validate_python(checked)
         except ValidationError as error:
-            lines = [_describe(dict(e)) for e in error.errors()]
+            lines = [_describe(dict(e) | {"loc": ((key,) if key and e["loc"] else ()) + e["loc"]}) for e in error.errors()]
             raise ConfigError(f"{source}: {len(lines)} invalid value(s)\n" + "\n".join(lines)) from None
 
     @classmethod
@@ -73,7 +100,7 @@ class BaseConfig:
         """
         path = Path(path)
         data = read_yaml(path, overrides, key)
-        return cls.from_dict(data, source=str(path), base=path.parent)
+        return cls.from_dict(data, source=str(path), base=path.parent, key=key)
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as plain dicts, lists and scalars (what `save` writes)."""
@@ -151,29 +178,6 @@ def flatten(data: Mapping[str, Any], level: Callable[[str], str] = str, prefix: 
     return flat
 
 
-def check_numbers(config: BaseConfig, name: str, may_be_zero: tuple[str, ...] = ()) -> None:
-    """For `__post_init__`: whole numbers (sizes and counts) are at least 1, dropout rates below 1, `p_...` are probabilities.
-
-    Args:
-        config: whose fields are checked.
-        name: what stands before the key in errors.
-        may_be_zero: whole numbers that may be 0.
-
-    Raises:
-        ConfigError: the first number outside.
-    """
-    hints = _hints(type(config))
-    for field in dataclasses.fields(config):
-        key, value = f"{name}.{field.name}", getattr(config, field.name)
-        least = 0 if field.name in may_be_zero else 1
-        if hints[field.name] in (int, int | None) and value is not None and value < least:
-            raise ConfigError(f"{key}={value} must be at least {least}")
-        if "dropout" in field.name and not 0 <= value < 1:
-            raise ConfigError(f"{key}={value} is a probability below 1: 0 <= p < 1")
-        if field.name.startswith("p_") and not 0 <= value <= 1:
-            raise ConfigError(f"{key}={value} is a probability: 0 <= p <= 1")
-
-
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """A hint for an unknown name: ` Did you mean 'x'?` or the list of valid names."""
     valid = sorted(valid)
@@ -186,12 +190,20 @@ def _cached(function: Callable[[type], T]) -> Callable[[type], T]:
     return functools.cache(function)
 
 
+# pydantic's names of limits.
+_LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "below"}
+
+
 def _describe(error: dict[str, Any]) -> str:
     """One line about a value that pydantic refused; a check across keys (`__post_init__`) has no single value to show."""
     where = ".".join(str(part) for part in error["loc"])
     if isinstance(error["input"], dict):
         message = str(error["msg"]).removeprefix("Value error, ")
         return f"  {message}" if not where or message.startswith(f"{where}.") else f"  {where}: {message}"
+    for name, words in _LIMITS.items():
+        if name in error.get("ctx", {}):
+            limit = error["ctx"][name]
+            return f"  {where}={error['input']} must be {words} {int(limit) if limit == int(limit) else limit:,}"
     return f"  {where}: {error['msg']} (got {error['input']!r})"
 
 
@@ -203,6 +215,28 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 @_cached
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
+
+
+@_cached
+def _numbers(cls: type) -> dict[str, TypeAdapter[Any]]:
+    """What checks each field of numbers."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    finite = ConfigDict(allow_inf_nan=False)
+    return {f.name: TypeAdapter(hints[f.name], config=finite) for f in dataclasses.fields(cls) if limits_of(hints[f.name])}
+
+
+def limits_of(hint: Any) -> list[tuple[type, dict[str, float]]]:
+    """The numbers in a type (`int`, `float | None`, `list[Size]`, ...), each with its limits (`{"ge": 1, "le": 65535}`).
+
+    Numbers of nested configurations are those configurations' own.
+    """
+    if hint in (int, float):
+        return [(hint, {})]
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is Annotated and args[0] in (int, float):
+        found = {n: getattr(m, n) for field in args[1:] for m in getattr(field, "metadata", ()) for n in _LIMITS if hasattr(m, n)}
+        return [(args[0], found)]
+    return [] if typing.get_origin(hint) is typing.Literal else [number for arg in args for number in limits_of(arg)]
 
 
 def _config_type(hint: Any) -> type[BaseConfig] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -181,6 +182,13 @@ def cores() -> int:
     elif (old := _CGROUP / "cpu" / "cpu.cfs_quota_us").is_file():
         quota, period = old.read_text().strip(), old.with_name("cpu.cfs_period_us").read_text()
     return max(1, min(count, int(quota) // int(period))) if quota.isdigit() else count
+
+
+def cpus_for(workers: float, all_cores: bool = False) -> int:
+    """CPUs of a cluster that is started for a job: those of its workers and one for what works beside them, or `all_cores` of the
+    machine if these are more."""
+    least = math.ceil(workers) + 1
+    return max(least, cores()) if all_cores else least
 
 
 def default_object_store_memory() -> int:

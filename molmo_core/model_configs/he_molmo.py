@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from molmo_core.config import ConfigError
 from molmo_core.model_configs.molmo import MolmoConfig
@@ -24,7 +26,7 @@ class HeMolmoConfig(MolmoConfig):
     mm_preprocessor: HePreprocessorConfig = dataclasses.field(default_factory=HePreprocessorConfig)  # type: ignore[assignment]
     token_scorer: TokenScorerConfig = dataclasses.field(default_factory=TokenScorerConfig)
     token_selector: TokenSelectionConfig = dataclasses.field(default_factory=TokenSelectionConfig)
-    selection_ratio: float = 0.25
+    selection_ratio: Annotated[float, Field(gt=0, le=1)] = 0.25
     """K = ceil(selection_ratio * candidates) high-resolution tokens are kept, unless `mm_preprocessor.num_high_res_features` names K."""
     shared_low_high_embedding: bool = True
     """Low-resolution tokens share the embedding of the high-resolution ones."""
@@ -37,8 +39,7 @@ class HeMolmoConfig(MolmoConfig):
         return data
 
     def __post_init__(self) -> None:
-        if not 0 < self.selection_ratio <= 1:
-            raise ConfigError(f"selection_ratio={self.selection_ratio} is a share of the high-resolution tokens: 0 < ratio <= 1")
+        super().__post_init__()
         layers = self.token_scorer.n_low_res_layers
         if layers is not None and not 1 <= layers <= self.llm.n_layers:
             raise ConfigError(f"token_scorer.n_low_res_layers={layers}: the language model has {self.llm.n_layers} layers")

@@ -6,13 +6,20 @@ Sources: the published Molmo and Molmo2 configuration files; docs/models.md list
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from molmo_core.config import BaseConfig, ConfigError, check_numbers, nearest
+from pydantic import Field
+
+from molmo_core.config import BaseConfig, ConfigError, Count, Dropout, Positive, Size, Weight, nearest
 
 BidirectionalAttention = Literal["image_tokens", "within_image", "image_to_question"]
 """`image_tokens`: all image tokens of an example see each other; `within_image`: those of one image (one view, one frame);
 `image_to_question`: image tokens also see the tokens that are not part of an answer."""
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
+"""Of a matrix."""
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Layer = Annotated[int, Field(ge=-10_000, le=10_000)]
+"""A layer's number; negative ones count from the last."""
 
 
 @dataclasses.dataclass
@@ -38,61 +45,61 @@ class TokenizerConfig(BaseConfig):
 class LlmConfig(BaseConfig):
     """The language model: Qwen2, Qwen3, OLMo, OLMoE and Llama styles are settings of one module."""
 
-    d_model: int = 3584
-    n_heads: int = 28
-    n_kv_heads: int | None = None
+    d_model: Width = 3584
+    n_heads: Width = 28
+    n_kv_heads: Width | None = None
     """Key/value heads (grouped-query attention); None = n_heads."""
-    head_dim: int | None = None
+    head_dim: Width | None = None
     """Width of one head; None = d_model // n_heads."""
     qkv_bias: bool = False
-    clip_qkv: float | None = None
-    n_layers: int = 28
-    mlp_ratio: int = 4
-    mlp_hidden_size: int | None = None
+    clip_qkv: Positive | None = None
+    n_layers: Layers = 28
+    mlp_ratio: Width = 4
+    mlp_hidden_size: Size | None = None
     """Rows of the fused up+gate projection, i.e. twice the intermediate size; None = mlp_ratio * d_model."""
     block_type: Literal["sequential", "llama", "moe"] = "sequential"
     """`sequential`: fused q/k/v and up/gate; `llama`: separate projections; `moe`: experts instead of the MLP."""
-    rope_theta: float = 1_000_000.0
+    rope_theta: Positive = 1_000_000.0
     rope_type: Literal["default", "llama3", "yarn"] = "default"
-    rope_factor: float | None = None
-    rope_high_freq_factor: float | None = None
-    rope_low_freq_factor: float | None = None
-    rope_attention_factor: float | None = None
-    rope_beta_fast: float | None = None
-    rope_beta_slow: float | None = None
-    rope_original_max_position_embeddings: int | None = None
-    rope_scaling_layers: list[int] | None = None
+    rope_factor: Positive | None = None
+    rope_high_freq_factor: Positive | None = None
+    rope_low_freq_factor: Positive | None = None
+    rope_attention_factor: Positive | None = None
+    rope_beta_fast: Positive | None = None
+    rope_beta_slow: Positive | None = None
+    rope_original_max_position_embeddings: Size | None = None
+    rope_scaling_layers: list[Layer] | None = None
     """Layers that use the scaled frequencies (the others use the unscaled ones); None = all."""
     attention_layer_norm: bool = False
     """RMSNorm on queries and keys before the rotary embedding."""
     attention_layer_norm_type: Literal["olmo", "qwen3"] = "olmo"
     """`olmo`: over the full flat width; `qwen3`: over each head."""
-    attention_dropout: float = 0.0
-    residual_dropout: float = 0.0
-    response_residual_dropout: float = 0.0
-    embedding_dropout: float = 0.0
-    layer_norm_eps: float = 1e-6
+    attention_dropout: Dropout = 0.0
+    residual_dropout: Dropout = 0.0
+    response_residual_dropout: Dropout = 0.0
+    embedding_dropout: Dropout = 0.0
+    layer_norm_eps: Positive = 1e-6
     norm_after: bool = False
     """OLMo2/3 style: the norm follows each branch instead of preceding it."""
-    max_sequence_length: int = 4096
-    max_position_embeddings: int | None = None
-    moe_num_experts: int = 64
-    moe_top_k: int = 8
-    moe_loss_weight: float = 0.0
-    moe_zloss_weight: float | None = None
+    max_sequence_length: Size = 4096
+    max_position_embeddings: Size | None = None
+    moe_num_experts: Width = 64
+    moe_top_k: Width = 8
+    moe_loss_weight: Weight = 0.0
+    moe_zloss_weight: Weight | None = None
     scale_logits: bool = False
     normalize_input_embeds: bool = False
-    vocab_size: int = 152064
-    embedding_size: int | None = None
+    vocab_size: Size = 152064
+    embedding_size: Size | None = None
     """Rows of the embedding table (padded vocabulary); the id of the first special token. None = vocab_size."""
-    additional_vocab_size: int = 128
+    additional_vocab_size: Count = 128
     """Rows of `new_embedding`: room for the special tokens."""
     weight_tying: bool = False
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     init_path: str | None = None
     """Checkpoint that initialises the language model of a new model."""
-    initializer_range: float = 0.02
-    new_embedding_init_range: float = 0.02
+    initializer_range: Weight = 0.02
+    new_embedding_init_range: Weight = 0.02
 
     PATHS: ClassVar[tuple[str, ...]] = ("init_path",)
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -133,7 +140,7 @@ class LlmConfig(BaseConfig):
         return data
 
     def __post_init__(self) -> None:
-        check_numbers(self, "llm", may_be_zero=("additional_vocab_size",))
+        super().__post_init__()
         if self.block_type == "moe" and self.moe_top_k > self.moe_num_experts:
             raise ConfigError(f"llm.moe_top_k={self.moe_top_k}: there are {self.moe_num_experts} experts (llm.moe_num_experts)")
         if self.n_heads % self.kv_heads:
@@ -164,28 +171,28 @@ class VitConfig(BaseConfig):
     """The vision transformer: CLIP (`openai`), SigLIP, DINOv2 and MetaCLIP styles."""
 
     image_model_type: Literal["openai", "siglip", "dino", "metaclip"] = "openai"
-    image_default_input_size: tuple[int, int] = (336, 336)
+    image_default_input_size: tuple[Width, Width] = (336, 336)
     """Height and width of one crop, pixels."""
-    image_patch_size: int = 14
-    image_pos_patch_size: int = 14
-    image_emb_dim: int = 1024
-    image_num_heads: int = 16
-    image_num_key_value_heads: int = 16
-    image_num_layers: int = 23
-    image_head_dim: int = 64
-    image_mlp_dim: int = 4096
+    image_patch_size: Width = 14
+    image_pos_patch_size: Width = 14
+    image_emb_dim: Width = 1024
+    image_num_heads: Width = 16
+    image_num_key_value_heads: Width = 16
+    image_num_layers: Layers = 23
+    image_head_dim: Width = 64
+    image_mlp_dim: Width = 4096
     image_mlp_activations: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"] = "quick_gelu"
-    image_dropout_rate: float = 0.0
-    image_num_pos: int = 577
+    image_dropout_rate: Dropout = 0.0
+    image_num_pos: Size = 577
     """Rows of the positional embedding (one more than the patches where there is a class token)."""
-    image_norm_eps: float = 1e-5
-    attention_dropout: float = 0.0
-    residual_dropout: float = 0.0
-    initializer_range: float = 0.02
+    image_norm_eps: Positive = 1e-5
+    attention_dropout: Dropout = 0.0
+    residual_dropout: Dropout = 0.0
+    initializer_range: Weight = 0.02
     init_path: str | None = None
     resize_mode: Literal["default", "siglip", "dino", "metaclip"] = "default"
     """`default`: keep the aspect ratio and pad; the others stretch (see preprocessing/images.py)."""
-    pad_value: float = 0.0
+    pad_value: Annotated[float, Field(ge=-1e3, le=1e3)] = 0.0
     normalize: Literal["openai", "siglip", "dino"] = "openai"
     """Which mean and standard deviation: openai, siglip (x*2-1) or dino (ImageNet)."""
 
@@ -207,9 +214,6 @@ class VitConfig(BaseConfig):
         data.setdefault("resize_mode", "default" if kind == "openai" else kind)
         data.setdefault("normalize", NORMALIZE_OF.get(str(kind), "openai"))
         return data
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "vit")
 
     @classmethod
     def preset(cls, name: str) -> VitConfig:
@@ -277,11 +281,11 @@ class MolmoVisionBackboneConfig(BaseConfig):
     """Leave absent patches out of the pooling query and attention (Molmo2)."""
     image_projector: Literal["mlp", "linear"] = "mlp"
     image_padding_embed: Literal["pad_and_partial_pad", "pad_embed", "regress"] | None = None
-    vit_layers: list[int] = dataclasses.field(default_factory=lambda: [-2, -9])
+    vit_layers: list[Layer] = dataclasses.field(default_factory=lambda: [-2, -9])
     """Encoder blocks whose outputs are concatenated, in this order; negative counts from the last."""
     skip_unused_layers: bool = True
     """Build no encoder block above the last used one."""
-    image_feature_dropout: float = 0.0
+    image_feature_dropout: Dropout = 0.0
 
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "connector_activation_checkpointing": (True, False),
@@ -313,9 +317,6 @@ class MolmoVisionBackboneConfig(BaseConfig):
     def __init__(self, image_model_type: str | None = None, **settings: Any) -> None:
         """As `new`; `image_model_type` is the shorthand."""
         vars(self).update(vars(self.new(**settings, image_model_type=image_model_type)))
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "vision_backbone")
 
 
 def _retyped(vit: VitConfig, kind: str) -> VitConfig:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from molmo_core.config import BaseConfig, check_numbers
+from pydantic import Field
+
+from molmo_core.config import BaseConfig, Positive, Share, Size
 
 LossTokenWeighting = Literal["root_subsegments", "root_subsegments_root_tokens"]
+Patches = Annotated[int, Field(ge=1, le=1024)]
+Margin = Annotated[int, Field(ge=0, le=1024)]
 
 
 @dataclasses.dataclass
@@ -32,19 +36,16 @@ class DataFormatter(BaseConfig):
         | None
     ) = "demo_or_style"
     always_start_with_space: bool = False
-    default_inference_len: int | None = 65
+    default_inference_len: Size | None = 65
     select_answer: Literal["best", "first"] = "best"
     image_last: bool = False
     """Put the image after the question (HeMolmo)."""
     pointing_format: Literal["v1", "html-v1", "html-v2"] = "v1"
     """`v1`: percent with one decimal; `html-v1`/`html-v2`: Molmo2's 0-1000 integers."""
-    p_multi_point_all_image: float = 0.0
-    p_choice_content_in_mc: float = 1.0
+    p_multi_point_all_image: Share = 0.0
+    p_choice_content_in_mc: Share = 1.0
 
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"debug": (False,), "format_message_list": (None,), "p_one_message": (0,)}
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "data_formatter")
 
 
 @dataclasses.dataclass
@@ -53,29 +54,26 @@ class ImagePreprocessorConfig(BaseConfig):
 
     crop_mode: Literal["resize", "overlap-and-resize-c2"] = "overlap-and-resize-c2"
     """`resize`: only the whole image, resized; `overlap-and-resize-c2`: plus overlapping high-resolution crops."""
-    max_crops: int = 12
-    overlap_margins: tuple[int, int] = (4, 4)
+    max_crops: Size = 12
+    overlap_margins: tuple[Margin, Margin] = (4, 4)
     """Patches that a crop shares with its neighbours: left/top, right/bottom."""
     use_col_tokens: bool = True
     loss_token_weighting: LossTokenWeighting | None = None
-    max_text_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "mm_preprocessor")
+    max_text_tokens: Size | None = None
 
 
 @dataclasses.dataclass
 class MolmoPreprocessorConfig(ImagePreprocessorConfig):
     """Images of Molmo; with Molmo2's layout switches."""
 
-    max_images: int | None = None
-    max_multi_image_crops: int | None = None
+    max_images: Size | None = None
+    max_multi_image_crops: Size | None = None
     """Crops per image when there are several (None = max_crops)."""
-    high_res_max_crops: int | None = None
-    p_high_res: float = 0.0
+    high_res_max_crops: Size | None = None
+    p_high_res: Share = 0.0
     """Probability, in training, of `high_res_max_crops` instead of `max_crops`."""
-    pooling_w: int = 2
-    pooling_h: int = 2
+    pooling_w: Patches = 2
+    pooling_h: Patches = 2
     legacy_image_mask: bool = False
     """Reproduce the mask order of the 0924 checkpoints (each crop carries its neighbour's mask)."""
     use_single_crop_col_tokens: bool = True
@@ -93,15 +91,15 @@ class VideoPreprocessorConfig(MolmoPreprocessorConfig):
 
     crop_mode: Literal["resize", "overlap-and-resize-c2"] = "resize"
     time_mode: Literal["per-frame", "sampled-fps-prefix", "time-delta-prefix", "fps-prefix", "skip_time"] = "per-frame"
-    max_frames: int = 16
+    max_frames: Size = 16
     frame_sample_mode: FrameSampling = "uniform"
-    max_fps: float = 2.0
+    max_fps: Positive = 2.0
     """Rate limit of `uniform_last_frame`."""
-    candidate_sampling_fps: list[float] = dataclasses.field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
-    periodic_high_res_frame: int | None = None
+    candidate_sampling_fps: list[Positive] = dataclasses.field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
+    periodic_high_res_frame: Size | None = None
     """Every N-th frame is pooled by `high_res_pooling_*` instead; None = all frames alike."""
-    high_res_pooling_w: int | None = None
-    high_res_pooling_h: int | None = None
+    high_res_pooling_w: Patches | None = None
+    high_res_pooling_h: Patches | None = None
 
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"query_based_resolution_selection": (False,), "normalize_on_gpu": (True, False)}
 
@@ -110,14 +108,14 @@ class VideoPreprocessorConfig(MolmoPreprocessorConfig):
 class HePreprocessorConfig(ImagePreprocessorConfig):
     """Low- and high-resolution views of HeMolmo."""
 
-    max_crops: int = 6
-    num_high_res_features: int | None = None
+    max_crops: Size = 6
+    num_high_res_features: Size | None = None
     """K: high-resolution tokens kept; None = ceil(selection_ratio * candidates)."""
-    image_pooling_w: int = 2
-    image_pooling_h: int = 2
-    low_res_from_high: int | None = None
+    image_pooling_w: Patches = 2
+    image_pooling_h: Patches = 2
+    low_res_from_high: Patches | None = None
     """The low-resolution view pools this many patches (squared) of the high-resolution crops ..."""
-    low_res_from_low: int | None = 2
+    low_res_from_low: Patches | None = 2
     """... or, by default, of the global crop."""
 
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"indicate_k": (None,), "normalize_on_gpu": (True, False)}
@@ -133,13 +131,13 @@ class HePreprocessorConfig(ImagePreprocessorConfig):
 class Molmo2PreprocessorConfig(MolmoPreprocessorConfig):
     """Images, several images and video of Molmo2 in one sequence layout."""
 
-    max_crops: int = 8
+    max_crops: Size = 8
     use_single_crop_col_tokens: bool = False
     use_single_crop_start_token: bool = True
-    video_pooling_w: int = 3
-    video_pooling_h: int = 3
-    max_frames: int = 128
+    video_pooling_w: Patches = 3
+    video_pooling_h: Patches = 3
+    max_frames: Size = 128
     frame_sample_mode: FrameSampling = "uniform_last_frame"
-    max_fps: float = 2.0
+    max_fps: Positive = 2.0
     per_frame_special_token: bool = True
-    max_subtitle_tokens: int | None = None
+    max_subtitle_tokens: Size | None = None

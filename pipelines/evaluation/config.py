@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from molmo_core.config import BaseConfig, ConfigError
+from pydantic import Field
+
+from molmo_core.config import BaseConfig, ConfigError, Count, Share, Size
 from pipelines.data.config import Format
 
 Metric = Literal["vqa_score", "exact_match", "relaxed_accuracy", "anls", "multiple_choice", "count", "pointing"]
@@ -19,7 +21,7 @@ class ScoringConfig(BaseConfig):
     """How an answer is scored."""
     metrics: dict[str, Metric] = dataclasses.field(default_factory=lambda: {"pointing": "pointing", "point_count": "count"})
     """Other metrics, by question type (a question's `type`, else its `style`)."""
-    point_radius: float = 0.05
+    point_radius: Share = 0.05
     """A point hits within this share of the image's width."""
 
 
@@ -34,25 +36,26 @@ class EvaluateConfig(ScoringConfig):
     output: str = ""
     """Folder of report.json, predictions.jsonl and answers.png."""
     format: Format = "auto"
-    limit: int | None = None
+    limit: Size | None = None
     """Use only the first records."""
 
-    max_new_tokens: int = 64
-    records_per_batch: int = 16
+    max_new_tokens: Size = 64
+    records_per_batch: Size = 16
     """Records whose questions are answered together."""
-    workers: int | None = None
+    workers: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Copies of the model; None = one a CPU (or GPU) of the cluster."""
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
+    cpus_per_worker: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0, le=64)] = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    samples: int = 12
+    samples: Count = 12
     """Answers on the picture."""
-    max_reject_rate: float = 0.01
+    max_reject_rate: Share = 0.01
     """Stop when a larger share of the records is unusable."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("model", "records")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         missing = [name for name in ("model", "records", "output") if not getattr(self, name)]
         if missing:
             raise ConfigError(f"evaluate: {', '.join(missing)} must be given (for example {missing[0]}=... on the command line)")

@@ -24,6 +24,7 @@ class RegisterConfig(BaseConfig):
     PATHS: ClassVar[tuple[str, ...]] = ("checkpoint",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         missing = [name for name in ("checkpoint", "name") if not getattr(self, name)]
         if missing:
             raise ConfigError(f"register: {' and '.join(missing)} must be given (for example {missing[0]}=... on the command line)")

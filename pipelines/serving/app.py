@@ -13,7 +13,7 @@ from ray.serve.config import HTTPOptions
 
 from molmo_core.config import ConfigError
 from pipelines.model_folder import fixed_model
-from pipelines.serving.config import ServeConfig
+from pipelines.serving.config import FRONTEND_CPUS, ServeConfig
 from pipelines.serving.frontend import PREPARING, Frontend
 from pipelines.serving.replica import Replica
 
@@ -39,7 +39,7 @@ def build(config: ServeConfig) -> serve.Application:
     frontend = serve.deployment(
         name="frontend",
         num_replicas=config.frontends,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": FRONTEND_CPUS},
         max_ongoing_requests=at_frontend,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,

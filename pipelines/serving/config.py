@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from molmo_core.config import BaseConfig, ConfigError
+
+FRONTEND_CPUS = 0.1
+"""Of a frontend, in Ray's count: it waits most of the time."""
 
 
 @dataclasses.dataclass
@@ -20,60 +25,40 @@ class ServeConfig(BaseConfig):
     """What clients call the model; None = its name in the registry, or the folder's name."""
     host: str = "127.0.0.1"
     """Address to listen on. The API has no log-in: on other addresses than this machine's own, put a gateway before it."""
-    port: int = 8000
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
 
-    replicas: int = 1
+    replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     """Copies of the model."""
-    frontends: int = 1
+    frontends: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes that read requests, decode images and tokenise."""
-    cpus_per_replica: float = 1.0
-    gpus_per_replica: float = 0.0
+    cpus_per_replica: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    gpus_per_replica: Annotated[float, Field(ge=0, le=64)] = 0.0
     """1: the model runs on a GPU; 0: on the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
-    max_batch_size: int = 16
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     """Answers that a replica generates at the same time."""
-    batch_wait_ms: float = 5.0
+    batch_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 5.0
     """How long an idle replica waits for more requests before it starts on the first."""
-    max_queued_requests: int = 256
+    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
     """Requests that wait in a replica beyond those in work; the next one is refused with 429."""
-    max_new_tokens: int = 200
+    max_new_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 200
     """Length of an answer when the request sets none."""
-    max_body_bytes: int = 32 << 20
-    max_text_bytes: int = 256 << 10
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 << 20
+    max_text_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 256 << 10
     """Text of all messages of a request. What cannot fit the model's context is refused in any case, before it is tokenised."""
-    max_image_pixels: int = 50_000_000
-    max_images: int = 8
+    max_image_pixels: Annotated[int, Field(ge=1, le=1 << 31)] = 50_000_000
+    max_images: Annotated[int, Field(ge=1, le=1000)] = 8
     """Images in one request."""
-    timeout_s: float = 600.0
+    timeout_s: Annotated[float, Field(ge=0.1, le=7 * 24 * 3600)] = 600.0
     """Longest time from a request to the end of its answer, streamed or not."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("model",)
-    # Least and most of every number.
-    LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
-        "port": (1, 65535),
-        "replicas": (1, 1024),
-        "frontends": (1, 1024),
-        "cpus_per_replica": (0, 1024),
-        "gpus_per_replica": (0, 64),
-        "max_batch_size": (1, 4096),
-        "batch_wait_ms": (0, 10_000),
-        "max_queued_requests": (1, 100_000),
-        "max_new_tokens": (1, 10_000_000),
-        "max_body_bytes": (1024, 1 << 30),
-        "max_text_bytes": (1, 1 << 30),
-        "max_image_pixels": (1, 1 << 31),
-        "max_images": (1, 1000),
-        "timeout_s": (0.1, 7 * 24 * 3600),
-    }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.model:
             raise ConfigError("serve: model must be given (for example model=models:/molmo-demo@champion)")
-        for name, (least, most) in self.LIMITS.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise ConfigError(f"serve: {name}={value} must be from {least:,} to {most:,}")
 
     @property
     def served_name(self) -> str:

@@ -10,7 +10,7 @@ from pipelines.training.config import TrainConfig
 def check_belonging(config: TrainConfig) -> None:
     """Raises ConfigError, in seconds, for data that are not there, not finished, damaged or made for another tokenizer or other settings
     than the model's, and for weights with another tokenizer."""
-    for data in (config.data, *([config.validation.data] if config.validation else [])):
+    for data in config.all_data():
         check_data(data, config.model)
     if config.init_from is not None:
         check_weights(model_folder(config.init_from), config.model)

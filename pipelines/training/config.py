@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from molmo_core.config import BaseConfig, ConfigError, read_yaml
+from pydantic import Field
+
+from molmo_core.config import BaseConfig, ConfigError, Count, Dropout, Positive, Seed, Share, Size, Weight, read_yaml
 from molmo_core.registry import BaseModelConfig, config_class
 from pipelines.data.config import DataConfig
 from pipelines.model_folder import model_folder
@@ -20,14 +22,14 @@ Precision = Literal["fp32", "amp_bf16", "bf16"]
 class GroupConfig(BaseConfig):
     """Optimiser settings of one part of the model."""
 
-    lr: float = 1e-5
+    lr: Weight = 1e-5
     """Peak learning rate of AdamW."""
-    warmup: int = 200
+    warmup: Count = 200
     """Steps from 0 to the peak, linearly."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-6
-    weight_decay: float = 0.0
-    muon_lr: float | None = None
+    betas: tuple[Dropout, Dropout] = (0.9, 0.95)
+    eps: Positive = 1e-6
+    weight_decay: Weight = 0.0
+    muon_lr: Weight | None = None
     """Peak learning rate of Muon for this part's matrices (all but embeddings and the output head); None = AdamW for them, too."""
 
 
@@ -36,14 +38,10 @@ class ScheduleConfig(BaseConfig):
     """How the learning rates go on after warmup."""
 
     name: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
-    alpha_f: float = 0.1
+    alpha_f: Share = 0.1
     """Share of the peak that `cosine` and `linear` end at."""
-    hold: float = 0.0
+    hold: Dropout = 0.0
     """Share of the run (warmup included) that stays at the peak before `cosine` or `linear` begin."""
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.hold < 1 and 0 <= self.alpha_f <= 1):
-            raise ConfigError(f"schedule: hold={self.hold} must be in [0, 1) and alpha_f={self.alpha_f} in [0, 1]")
 
 
 @dataclasses.dataclass
@@ -54,9 +52,9 @@ class OptimConfig(BaseConfig):
     vit: GroupConfig = dataclasses.field(default_factory=lambda: GroupConfig(lr=6e-6, warmup=2000))
     llm: GroupConfig = dataclasses.field(default_factory=lambda: GroupConfig(lr=2e-5, warmup=2000))
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: Positive | None = 1.0
     """Gradients of each part are scaled down to this norm; None = never."""
-    muon_momentum: float = 0.95
+    muon_momentum: Dropout = 0.95
 
     def of(self, group: str) -> GroupConfig:
         """Settings of `connector`, `vit` or `llm`."""
@@ -67,9 +65,9 @@ class OptimConfig(BaseConfig):
 class CheckpointConfig(BaseConfig):
     """Checkpoints while training. The last step always gets one."""
 
-    interval: int = 1000
+    interval: Size = 1000
     """Steps between two."""
-    keep: int | None = 2
+    keep: Size | None = 2
     """How many of the latest stay; None = all."""
 
 
@@ -78,9 +76,9 @@ class ValidationConfig(BaseConfig):
     """The loss on data that is not trained on."""
 
     data: DataConfig
-    interval: int = 1000
+    interval: Size = 1000
     """Steps between two."""
-    batches: int = 8
+    batches: Size = 8
     """Global batches, the same ones every time."""
 
 
@@ -90,11 +88,11 @@ class SamplesConfig(BaseConfig):
 
     records: str
     """A file, a folder or a glob of records with answers (docs/data.md)."""
-    interval: int = 1000
+    interval: Size = 1000
     """Steps between two; the last step always gets one."""
-    count: int = 8
+    count: Size = 8
     """Records, one question each."""
-    max_new_tokens: int = 64
+    max_new_tokens: Size = 64
 
     PATHS: ClassVar[tuple[str, ...]] = ("records",)
 
@@ -109,7 +107,7 @@ class TrainConfig(BaseConfig):
     """A model configuration, the path of one, or a checkpoint folder (then `init_from` is that folder unless given)."""
     data: DataConfig
     """What to train on, or the path of a file that says so."""
-    steps: int
+    steps: Size
     storage: str = "runs"
     """Folder, or URL that pyarrow understands (s3://...), of checkpoints and of the run's state."""
     experiment: str = "molmo"
@@ -118,15 +116,15 @@ class TrainConfig(BaseConfig):
     """Weights to begin with: a checkpoint folder of any layout or a registered model (models:/name@alias); None = random, and what
     `init_path` of language model and encoder name."""
 
-    global_batch_size: int = 128
+    global_batch_size: Size = 128
     """Sequences of one optimiser step over all workers."""
-    device_batch_size: int | None = None
+    device_batch_size: Size | None = None
     """Sequences of one worker at a time; its share of the global batch is accumulated from as many. None = all at once."""
-    sequence_length: int = 2304
-    seed: int = 6198
+    sequence_length: Annotated[int, Field(ge=2, le=1 << 24)] = 2304
+    seed: Seed = 6198
 
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    z_loss: float = 1e-4
+    z_loss: Weight = 1e-4
     """Weight of the mean squared log-normaliser of the output distribution; 0 = none."""
     ft_connector: bool = True
     """Train pooling, projector, padding and special-token embeddings."""
@@ -143,15 +141,15 @@ class TrainConfig(BaseConfig):
     compile: bool = False
     """torch.compile every block."""
 
-    num_workers: int = 1
+    num_workers: Annotated[int, Field(ge=1, le=100_000)] = 1
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """One GPU a worker, or none; `auto`: GPUs if the cluster has as many as workers."""
-    cpus_per_worker: float = 1.0
-    max_failures: int = 3
+    cpus_per_worker: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    max_failures: Count = 3
     """Restarts from the last checkpoint after a worker died; 0 = none."""
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    log_interval: int = 20
+    log_interval: Size = 20
     """Steps that one logged number is the mean of."""
     validation: ValidationConfig | None = None
     samples: SamplesConfig | None = None
@@ -159,6 +157,7 @@ class TrainConfig(BaseConfig):
     PATHS: ClassVar[tuple[str, ...]] = ("init_from",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share, rest = divmod(self.global_batch_size, self.num_workers)
         if rest:
             raise ConfigError(f"global_batch_size={self.global_batch_size} is not a multiple of num_workers={self.num_workers}")
@@ -167,13 +166,14 @@ class TrainConfig(BaseConfig):
                 f"device_batch_size={self.device_batch_size} does not divide a worker's share of {share} sequences "
                 f"(global_batch_size / num_workers)"
             )
-        for name in ("steps", "global_batch_size", "sequence_length", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable() or len(self.name.encode()) > MAX_NAME_BYTES:
             raise ConfigError(f"name={self.name[:300]!r} must be the name of a folder: printable, no slash, at most {MAX_NAME_BYTES} bytes")
         if not (self.ft_connector or self.ft_vit or self.ft_llm):
             raise ConfigError("nothing to train: ft_connector, ft_vit and ft_llm are all false")
+
+    def all_data(self) -> list[DataConfig]:
+        """What is trained on, and what validates."""
+        return [self.data, *([self.validation.data] if self.validation else [])]
 
     @property
     def micro_batches(self) -> int:

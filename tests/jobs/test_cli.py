@@ -1,12 +1,14 @@
 """The console command offers every job, and each says what it does."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from jobs import cli
+from jobs import cli, settings
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -16,7 +18,7 @@ def molmo(*arguments: str) -> Any:
 
 
 def test_every_job_is_a_verb():
-    modules = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__", "cli", "command"}
+    modules = {path.stem for path in (ROOT / "jobs").glob("*.py")} - {"__init__", "cli", "command", "settings"}
     assert set(cli.VERBS) == modules
 
 
@@ -34,6 +36,28 @@ def test_help_of_each_job(verb):
     result = molmo(verb, "--help")
     assert result.exit_code == 0, result.output
     assert f"Usage: molmo {verb}" in result.stdout
+
+
+@pytest.mark.parametrize("verb", settings.JOBS)
+def test_help_lists_every_setting(verb):
+    shown = molmo(verb, "--help").stdout
+    for setting in settings.settings(settings.JOBS[verb]):
+        assert f"\n  {setting.key}{'=' if setting.default else ''}{setting.default}  ({setting.type})\n" in shown
+    assert "\n  optim.vit.lr=6e-06  (float ≥ 0)\n      Peak learning rate of AdamW.\n" in molmo("train", "--help").stdout
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_imports_nothing_heavy(verb):
+    code = (
+        f"import sys; sys.argv = ['molmo', {verb!r}, '--help']\nfrom jobs.cli import app\n"
+        "try: app()\nfinally: print([m for m in ('torch', 'ray', 'mlflow', 'transformers', 'pyarrow') if m in sys.modules], file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stderr.strip()) == (0, "[]")
+
+
+def test_the_page_of_settings_is_up_to_date():
+    assert (ROOT / "docs/settings.md").read_text() == settings.page(), "python -m jobs.settings > docs/settings.md"
 
 
 def test_wrong_verb():

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs import demo
 from molmo_core.config import ConfigError
-from pipelines import tracking
+from pipelines import demo, tracking
 from pipelines.data.preparation import easy_vqa
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,9 +9,9 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 from typer.testing import CliRunner
 
-from jobs import evaluate as job
-from jobs.evaluate import describe
-from pipelines import tracking
+from jobs.evaluate import app, describe
+from pipelines import cluster, tracking
+from pipelines.evaluation import evaluate
 from pipelines.evaluation.evaluate import PICTURE, REPORT
 
 TYPES = {
@@ -57,8 +57,8 @@ def evaluated(tmp_path, monkeypatch):
     Image.new("RGB", (4, 4)).save(output / PICTURE)
     config = tmp_path / "evaluate.yaml"
     config.write_text(f"model: m\nrecords: r.jsonl\noutput: {output}\n")
-    monkeypatch.setattr(job, "evaluate", lambda _: REPORT_OF_M)
-    monkeypatch.setattr(job.cluster, "connect", contextlib.nullcontext)
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: REPORT_OF_M)
+    monkeypatch.setattr(cluster, "connect", contextlib.nullcontext)
     return [str(config)]
 
 
@@ -69,7 +69,7 @@ def test_an_outage_after_the_work_loses_nothing_and_can_be_made_up_for(evaluated
     with monkeypatch.context() as outage:
         outage.setattr(tracking.mlflow.MlflowClient, "log_batch", down)
         outage.setattr(tracking.mlflow.MlflowClient, "set_terminated", down)
-        result = CliRunner().invoke(job.app, evaluated)
+        result = CliRunner().invoke(app, evaluated)
     assert result.exit_code == 2
     assert "colour" in result.stdout, "the result is shown first"
     assert "the evaluation is done" in result.stderr
@@ -77,8 +77,8 @@ def test_an_outage_after_the_work_loses_nothing_and_can_be_made_up_for(evaluated
     assert "the same command with --record" in result.stderr
     assert "Traceback" not in result.output
 
-    monkeypatch.setattr(job, "evaluate", lambda _: pytest.fail("evaluated again"))
-    result = CliRunner().invoke(job.app, [*evaluated, "--record"])
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: pytest.fail("evaluated again"))
+    result = CliRunner().invoke(app, [*evaluated, "--record"])
     assert result.exit_code == 0, result.output
     run = tracking.client().get_run(result.stdout.split()[-1])
     assert run.data.metrics == {"evaluation/colour": 0.5, "evaluation/pointing": 1, "evaluation/overall": 0.5}
@@ -90,7 +90,7 @@ def test_an_outage_after_the_work_loses_nothing_and_can_be_made_up_for(evaluated
 
 def test_there_must_be_a_report_of_this_model(evaluated, tmp_path):
     for change, told in (("model=other", "is of m, not of other"), (f"output={tmp_path}/nowhere", "no such report")):
-        result = CliRunner().invoke(job.app, [*evaluated, change, "--record"])
+        result = CliRunner().invoke(app, [*evaluated, change, "--record"])
         assert result.exit_code == 2
         assert told in result.stderr
 
@@ -98,8 +98,8 @@ def test_there_must_be_a_report_of_this_model(evaluated, tmp_path):
 def test_a_wrong_address_is_told_before_the_work(evaluated, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    monkeypatch.setattr(job, "evaluate", lambda _: pytest.fail("began"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: pytest.fail("began"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    result = CliRunner().invoke(job.app, evaluated)
+    result = CliRunner().invoke(app, evaluated)
     assert result.exit_code == 2
     assert f"http://127.0.0.1:{port}: no MLflow server answers there" in result.stderr

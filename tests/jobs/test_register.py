@@ -3,9 +3,10 @@
 import pytest
 from typer.testing import CliRunner
 
-from jobs import register
+from jobs.register import app
 from pipelines import tracking
 from pipelines.registry.config import RegisterConfig
+from pipelines.registry.register import register
 
 
 @pytest.fixture
@@ -22,12 +23,12 @@ def test_versions_and_alias(checkpoint, tmp_path):
     config = tmp_path / "register.yaml"
     config.write_text("checkpoint: model\nname: tiny\n")
     for version in ("1", "2"):
-        result = CliRunner().invoke(register.app, [str(config)])
+        result = CliRunner().invoke(app, [str(config)])
         assert result.exit_code == 0, result.output
         assert f"Registered tiny version {version} as models:/tiny@champion" in result.output
     assert tracking.versioned("models:/tiny@champion") == "models:/tiny/2"
     assert (tracking.resolve("models:/tiny@champion") / "model.safetensors").read_bytes() == b"weights"
-    result = register.register(RegisterConfig(str(checkpoint), "tiny", alias="candidate"))
+    result = register(RegisterConfig(str(checkpoint), "tiny", alias="candidate"))
     assert result == {"name": "tiny", "version": "3", "alias": "candidate", "uri": "models:/tiny@candidate"}
     assert tracking.versioned("models:/tiny@champion") == "models:/tiny/2"
 
@@ -35,7 +36,7 @@ def test_versions_and_alias(checkpoint, tmp_path):
 def test_not_a_checkpoint(checkpoint, tmp_path):
     config = tmp_path / "register.yaml"
     config.write_text("checkpoint: elsewhere\nname: tiny\n")
-    result = CliRunner().invoke(register.app, [str(config)])
+    result = CliRunner().invoke(app, [str(config)])
     assert result.exit_code == 2
     assert "elsewhere: no such file or folder" in result.stderr
 
@@ -46,7 +47,7 @@ def test_not_a_checkpoint(checkpoint, tmp_path):
 def test_a_name_that_mlflow_refuses_is_told_before_anything_is_written(checkpoint, tmp_path, setting, told):
     config = tmp_path / "register.yaml"
     config.write_text("checkpoint: model\nname: tiny\n")
-    result = CliRunner().invoke(register.app, [str(config), setting])
+    result = CliRunner().invoke(app, [str(config), setting])
     assert (result.exit_code, "Traceback" in result.output) == (2, False)
     assert told in result.stderr
     assert not (tmp_path / "mlflow.db").exists()

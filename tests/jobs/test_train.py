@@ -1,4 +1,4 @@
-"""What a training starts Ray with."""
+"""What a training decides before it starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jobs.train import cpus_needed
+from jobs.train import streams_records
 from pipelines.data.config import DataConfig
 from pipelines.training.config import TrainConfig, ValidationConfig
 
@@ -33,15 +33,8 @@ def settings(golden, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("cores", [2, 16, 128])
-def test_streamed_records_are_decoded_on_all_cores(settings, cores):
-    assert cpus_needed(settings("prepared"), cores) == 2
-    assert cpus_needed(settings("records.jsonl"), cores) == cores
-    assert cpus_needed(settings("prepared", "records.jsonl"), cores) == cores
-    validation = ValidationConfig(data=settings.data("records.jsonl"))
-    assert cpus_needed(settings("prepared", validation=validation), cores) == cores
-
-
-def test_there_is_always_room_for_the_workers(settings):
-    assert cpus_needed(settings("records.jsonl", num_workers=4), 2) == 5
-    assert cpus_needed(settings("prepared", num_workers=3, cpus_per_worker=0.5), 16) == 3
+def test_streamed_records_are_found(settings):
+    assert not streams_records(settings("prepared"))
+    assert streams_records(settings("records.jsonl"))
+    assert streams_records(settings("prepared", "records.jsonl"))
+    assert streams_records(settings("prepared", validation=ValidationConfig(data=settings.data("records.jsonl"))))

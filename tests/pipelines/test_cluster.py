@@ -92,3 +92,13 @@ def test_nothing_outlives_a_process_that_is_killed_by_30_s():
         driver.wait()
         _, alive = psutil.wait_procs(started, timeout=30)
         assert [process.cmdline() for process in alive] == []
+
+
+@pytest.mark.parametrize("cores", [2, 16, 128])
+def test_cpus_for_a_job(monkeypatch, cores):
+    """There is always room for the workers and what works beside them; what decodes uses all cores."""
+    monkeypatch.setattr(cluster, "cores", lambda: cores)
+    assert cluster.cpus_for(1) == 2
+    assert cluster.cpus_for(1, all_cores=True) == cores
+    assert cluster.cpus_for(3 * 0.5) == 3
+    assert cluster.cpus_for(200, all_cores=True) == 201

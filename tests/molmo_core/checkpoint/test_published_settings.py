@@ -62,7 +62,7 @@ REFUSED = {
         ("text_config.rope_theta", ..., "no key text_config.rope_theta"),
         ("text_config.num_attention_heads", "4", "text_config.num_attention_heads='4' must be a whole number"),
         ("text_config.num_attention_heads", 0, "llm.n_heads=0 must be at least 1"),
-        ("text_config.attention_dropout", 1.5, "llm.attention_dropout=1.5 is a probability"),
+        ("text_config.attention_dropout", 1.5, "llm.attention_dropout=1.5 must be below 1"),
         ("text_config.rope_scaling", "yarn", "rotary settings 'yarn' must be a JSON object"),
         ("text_config.rope_scaling.truncate", False, "rope_parameters.truncate=False is not implemented; only True"),
         ("vit_config.num_channels", 1, "vit_config.num_channels=1 is not implemented; only 3"),

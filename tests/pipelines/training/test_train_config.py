@@ -49,7 +49,7 @@ def test_a_checkpoint_folder_gives_model_and_weights(file):
         ("num_workers=3", "global_batch_size=4 is not a multiple of num_workers=3"),
         ("device_batch_size=3", "device_batch_size=3 does not divide a worker's share of 4"),
         ("steps=0", "steps=0 must be at least 1"),
-        ("optim.schedule.hold=1", r"hold=1.0 must be in \[0, 1\)"),
+        ("optim.schedule.hold=1", r"hold=1 must be below 1"),
         ("name=a/b", "name='a/b' must be the name of a folder"),
         ("name=..", "name='..' must be the name of a folder"),
         ("name=''", "name='' must be the name of a folder"),

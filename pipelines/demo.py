@@ -1,0 +1,211 @@
+"""The demo's stages on one cluster: prepare, train, evaluate, register, serve and ask. `jobs.demo` is its command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from molmo_core.config import ConfigError, nearest
+from pipelines import cluster, tracking
+from pipelines.data.config import PrepareConfig
+from pipelines.data.preparation.prepare import prepare
+from pipelines.data.records.media import fetch
+from pipelines.data.records.reading import read_record
+from pipelines.data.sources import open_records
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.evaluate import PICTURE, evaluate, record
+from pipelines.evaluation.questions import Question, media_of, questions
+from pipelines.registry.config import RegisterConfig
+from pipelines.registry.register import register
+from pipelines.serving import client
+from pipelines.serving.app import serving
+from pipelines.serving.config import ServeConfig
+from pipelines.training.config import TrainConfig
+from pipelines.training.trainer import TrainResult, run_training
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FILES = {
+    "prepare": CONFIGS / "data/easy_vqa.yaml",
+    "train": CONFIGS / "train/demo.yaml",
+    "evaluate": CONFIGS / "evaluate/demo.yaml",
+    "register": CONFIGS / "register/demo.yaml",
+    "serve": CONFIGS / "serve/demo.yaml",
+}
+FOLDER = Path("runs/demo")
+MODEL = FOLDER / "model"
+DATASET = "easy-vqa 1.0"
+ASKED = ("colour", "shape", "yes_no", "pointing")
+OBJECT_STORE = 512 << 20
+
+console = Console()
+
+
+def by_stage(overrides: list[str] | None) -> dict[str, list[str]]:
+    """`["train.steps=5"]` as `{"train": ["steps=5"], ...}`."""
+    stages: dict[str, list[str]] = {stage: [] for stage in FILES}
+    for override in overrides or ():
+        stage, dot, rest = override.partition(".")
+        if not dot or stage not in stages:
+            hint = nearest(stage, stages)
+            raise ConfigError(f"demo: {override!r} must begin with a stage and a dot, for example train.steps=300.{hint}")
+        stages[stage].append(rest)
+    return stages
+
+
+def demo(overrides: list[str] | None = None) -> dict[str, Any]:
+    """Runs all stages on one cluster; returns what `runs/demo/summary.json` holds."""
+    started = time.perf_counter()
+    changes = by_stage(overrides)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    preparation = PrepareConfig.load(FILES["prepare"], changes["prepare"])
+    evaluation = EvaluateConfig.load(FILES["evaluate"], changes["evaluate"])
+    registration = RegisterConfig.load(FILES["register"], changes["register"])
+    serve = ServeConfig.load(FILES["serve"], [f"port={free_port()}", *changes["serve"]])
+
+    quiet()
+    # One cluster for all stages; one CPU more than training's workers, for what works beside them.
+    with cluster.connect(num_cpus=3, object_store_memory=OBJECT_STORE):
+        stage("Prepare", f"{DATASET}: drawings with questions, to which pointing tasks are added")
+        prepared = prepare(preparation)
+        console.print(f"{prepared['rows_out']:,} records, {prepared['tokens']:,} tokens in {prepared['seconds']:.0f} s", highlight=False)
+
+        # The model's file names the tokenizer that the preparation has just trained, so it is read only now.
+        training = TrainConfig.load(FILES["train"], changes["train"])
+        stage("Train", f"a tiny Molmo from random weights, {training.num_workers} workers with FSDP")
+        trained = run_training(training)
+        if trained.checkpoint is None:
+            console.print("The demo ends here; started again, it begins anew.")
+            raise KeyboardInterrupt
+        shutil.copytree(trained.checkpoint, MODEL)
+
+        stage("Evaluate", "all questions of the official test split, and pointing")
+        report = evaluate(evaluation)
+        with tracking.Run(training.experiment, training.name, run_id=trained.run_id) as run:
+            record(report, evaluation, run)
+        shutil.copy(Path(evaluation.output) / PICTURE, FOLDER / PICTURE)
+        console.print(scores_table(report))
+
+        stage("Register", "in MLflow's model registry")
+        registration.run_id = registration.run_id or trained.run_id
+        registered = register(registration)
+        console.print(f"{registered['uri']} is version {registered['version']}", highlight=False)
+
+        stage("Serve", f"{serve.model} with Ray Serve, and ask it over HTTP")
+        with serving(serve) as url:
+            answers = conversation(url, serve.served_name, evaluation.records)
+
+    summary = {
+        "dataset": DATASET,
+        "train": train_summary(trained, training.num_workers),
+        "eval": eval_summary(report),
+        "registry": registered,
+        "serve": {"answers": answers},
+        "seconds_total": round(time.perf_counter() - started, 1),
+    }
+    (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def conversation(url: str, model: str, records: str) -> list[dict[str, str]]:
+    """Asks a question of each type over HTTP, each about another image; the last answer is streamed.
+
+    Returns:
+        `question`, `answer` and `expected` of each.
+    """
+    answers = []
+    for question, image in questions_to_ask(records):
+        console.print(f"[bold]{question.text}[/bold] ({Path(image).name}) ", end="", highlight=False)
+        body = client.request(model, question.text, Path(image).read_bytes())
+        if question.type == ASKED[-1]:
+            pieces = client.stream(url, body)
+        else:
+            pieces = iter([client.post(url, body)["choices"][0]["message"]["content"]])
+        answer = ""
+        for piece in pieces:
+            console.print(piece, end="", style="green", highlight=False, markup=False)
+            answer += piece
+        expected = question.answers[0]
+        console.print("" if answer == expected else f"  (expected: {expected})", style="dim", highlight=False, markup=False)
+        answers.append({"question": question.text, "answer": answer, "expected": expected})
+    return answers
+
+
+def questions_to_ask(path: str) -> Iterator[tuple[Question, str]]:
+    """A question of each type and the path of its image, from records spread over the file."""
+    records = open_records(path)
+    for k, kind in enumerate(ASKED):
+        for i in range(k * len(records) // len(ASKED), len(records)):
+            example = read_record(records[i])
+            found = next((question for question in questions(example) if question.type == kind), None)
+            if found:
+                yield found, str(fetch(media_of(example)["image"]))
+                break
+
+
+def train_summary(result: TrainResult, workers: int) -> dict[str, Any]:
+    logged = [values for _, values in result.metrics if "loss" in values]
+    speeds = sorted(values["tokens_per_second"] for values in logged)
+    return {
+        "steps": result.step,
+        "seconds": round(result.seconds, 1),
+        "workers": workers,
+        "first_loss": round(logged[0]["loss"], 4),
+        "last_loss": round(logged[-1]["loss"], 4),
+        "tokens_per_second": round(speeds[len(speeds) // 2]),
+    }
+
+
+def eval_summary(report: dict[str, Any]) -> dict[str, Any]:
+    types = report["types"]
+    scores = {kind: types[kind]["score"] if kind in types else None for kind in ("shape", "colour", "yes_no", "pointing")}
+    return {"questions": report["questions"], "overall": report["overall"], **scores}
+
+
+def scores_table(report: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("question", "number", "right"):
+        table.add_column(name, justify="left" if name == "question" else "right")
+    rows = {"all": {"questions": report["questions"], "score": report["overall"]}, **report["types"]}
+    for kind, figures in rows.items():
+        name = "pointing, within 5 % of the width" if kind == "pointing" else kind.replace("_", "/")
+        table.add_row(name, f"{figures['questions']:,}", f"{figures['score']:.1%}")
+    return table
+
+
+def quiet() -> None:
+    """Leaves the terminal to the demo: Ray's own notes on its actors and pipelines mean nothing to a newcomer."""
+    for name in ("ray.data", "ray.train", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def stage(name: str, what: str) -> None:
+    console.print()
+    console.rule(f"[bold]{name}[/bold]  {what}", align="left")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def closing_words(summary: dict[str, Any]) -> str:
+    trained, scores, seconds = summary["train"], summary["eval"], summary["seconds_total"]
+    return (
+        f"Done in {int(seconds) // 60} min {int(seconds) % 60} s. A model that knew nothing was trained for {trained['steps']:,} steps "
+        f"({trained['seconds']:.0f} s),\nanswers {scores['overall']:.1%} of {scores['questions']:,} test questions, points right on "
+        f"{scores['pointing']:.1%} of the images,\nand is {summary['registry']['uri']}, version {summary['registry']['version']}.\n\n"
+        f"  {FOLDER / PICTURE!s:<26} what it answers and where it points\n"
+        f"  {FOLDER / 'summary.json'!s:<26} these numbers\n"
+        f"  {'make serve':<26} keeps the model up: http://127.0.0.1:8000\n"
+        f"  {'make mlflow':<26} opens loss curves, pictures and the registry: http://127.0.0.1:5000\n"
+    )
