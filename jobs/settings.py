@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -120,7 +121,7 @@ def _meanings(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for parent in reversed(cls.__mro__):
         body = _classes(parent.__module__).get(parent.__name__, []) if parent.__module__ != "builtins" else []
-        for statement, following in zip(body, body[1:]):
+        for statement, following in itertools.pairwise(body):
             match statement, following:
                 case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(meaning))):
                     found[name] = " ".join(meaning.split())
