@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from molmo_core.checkpoint.checksums import check_folder
 from molmo_core.checkpoint.folder import CheckpointError
 from molmo_core.checkpoint.safetensors_stream import MODEL_DTYPES, SafetensorsReader, TensorSpec, model_dtype
 
@@ -92,10 +93,12 @@ def load_tensors(
         device: where created tensors go; None = CPU.
 
     Raises:
-        CheckpointError: one error that names every missing, unexpected and mis-shaped tensor.
+        CheckpointError: one error that names every missing, unexpected and mis-shaped tensor; or a file is not as it was written
+            (where the folder has checksums). Nothing has been loaded then.
     """
     tensors = model_tensors(model)
     targets, report = by_native(links), check_fit(tensors, links, reader, strict)
+    check_folder(reader.path)  # last: what has a more specific message has been told by now
     names = [name for name in targets if name in tensors and name not in report.missing]
     owners = _owners(model)
     for name in sorted(names, key=lambda n: reader.position(targets[n][0].other)):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from molmo_core.checkpoint.checksums import check_folder
 from molmo_core.checkpoint.folder import Published, local_folder, locate
 from molmo_core.checkpoint.layouts import detect_layout, published_links
 from molmo_core.checkpoint.links import Link, LoadReport, Model, load_tensors, model_tensors, same_names
@@ -36,9 +35,7 @@ def load_model(path: str | Path, dtype: torch.dtype | str | None = None, device:
     """
     dtype, found = model_dtype(dtype), locate(path)
     config = BaseModelConfig.load(found)
-    folder = found.folder if isinstance(found, Published) else found.parent
-    check_folder(folder)
-    reader = SafetensorsReader(folder)
+    reader = SafetensorsReader(found.folder if isinstance(found, Published) else found.parent)
     with torch.device("meta"):
         model = config.build_model()
     load_tensors(model, reader, checkpoint_links(model, reader, found), strict=True, dtype=dtype, device=device)
@@ -73,7 +70,6 @@ def load_checkpoint(model: Model, path: str | Path, strict: bool = True) -> Load
             (where the folder has checksums).
     """
     path = local_folder(path)
-    check_folder(path)
     reader = SafetensorsReader(path)
     return load_tensors(model, reader, checkpoint_links(model, reader, locate(path) if path.is_dir() else path), strict)
 

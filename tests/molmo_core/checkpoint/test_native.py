@@ -122,9 +122,35 @@ def test_one_error_names_every_tensor_that_does_not_fit(golden, tmp_path):
         load_checkpoint(model, tmp_path / "checkpoint", strict=False)  # a wrong shape is never let through
     tensors["transformer.ln_f.weight"] = torch.full((64,), 3.0)
     save_file(tensors, file)
+    (tmp_path / "checkpoint/checksums.json").unlink()
     report = load_checkpoint(model, tmp_path / "checkpoint", strict=False)
     assert report == (["transformer.blocks.0.attn_norm.weight"], ["transformer.blocks.7.ff_out.weight"])
     assert (model.transformer.ln_f.weight == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.safetensors", lambda old: old[:-1] + bytes([old[-1] ^ 1]), "its content has changed since it was written"),
+        ("config.yaml", lambda old: old + b"\n", r"[\d,]+ bytes of [\d,]+"),
+        ("tokenizer/tokenizer.json", lambda old: old.replace(b"a", b"b", 1), "its content has changed since it was written"),
+        ("tokenizer/tokenizer_config.json", None, "missing"),
+        ("checksums.json", lambda _: b"{", "damaged"),
+    ],
+)
+def test_what_fits_the_model_but_is_not_as_it_was_written(golden, tmp_path, name, change, message):
+    """It is not loaded, unless its owner says that the change was meant."""
+    save_checkpoint(build(golden), tmp_path / "checkpoint")
+    file, other = tmp_path / "checkpoint" / name, build(golden, "molmo-qwen2-clip")
+    torch.nn.init.zeros_(other.transformer.ff_out.weight)
+    file.unlink() if change is None else file.write_bytes(change(file.read_bytes()))
+    said = rf"checkpoint differs from what was written: {name}: {message}.* Copy or export it again; .* on purpose, delete checksums\.json"
+    for load in (load_model, other.load_checkpoint):
+        with pytest.raises(CheckpointError, match=said):
+            load(tmp_path / "checkpoint")
+    assert not other.transformer.ff_out.weight.any(), "nothing was loaded"
+    (tmp_path / "checkpoint/checksums.json").unlink()
+    load_model(tmp_path / "checkpoint")
 
 
 def test_wrong_places(tmp_path):

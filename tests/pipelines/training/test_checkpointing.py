@@ -135,9 +135,9 @@ def test_a_model_that_leaves_has_checksums_too(train, tmp_path):
     expected = load_model(done.model).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in load_model(copy).state_dict().items())
     flip(copy / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"copy is damaged: model.safetensors: its content has changed"):
+    with pytest.raises(CheckpointError, match=r"copy differs from what was written: model.safetensors: its content has changed"):
         load_model(copy)
-    with pytest.raises(CheckpointError, match=r"copy is damaged: model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"copy differs from what was written: model.safetensors"):
         tiny_config(tmp_path).model.build_model().load_checkpoint(copy)
 
 
