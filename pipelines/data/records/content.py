@@ -18,6 +18,8 @@ _SUFFIX = re.compile(r"\.(?:" + "|".join(f"(?P<{kind}>{names})" for kind, names 
 _DATA_URL = re.compile(r"data:(image|video|audio)/")
 _BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{20,}$")
 """Pictures in base64 without the head of a data URL: PNG, JPEG, GIF, WebP."""
+_NO_MEDIA = (b"\x93NUMPY", b"PK\3\4", b"\x80")
+"""Arrays, archives, pickles."""
 _LONGEST_PATH = 4096
 _HOLDS = (str, bytes, bytearray, dict, list, tuple, np.ndarray)
 
@@ -51,7 +53,9 @@ def _of_text(value: str) -> Medium | None:
     return "image" if is_base64(value) else None
 
 
-def _of_bytes(head: bytes) -> Medium:
+def _of_bytes(head: bytes) -> Medium | None:
+    if head.startswith(_NO_MEDIA):
+        return None
     if head[4:8] == b"ftyp" and head[8:12] not in (b"avif", b"heic", b"mif1", b"M4A "):
         return "video"
     if head.startswith(b"\x1a\x45\xdf\xa3") or (head.startswith(b"RIFF") and head[8:12] == b"AVI "):

@@ -12,6 +12,8 @@ import fsspec
 import numpy as np
 
 from molmo_core.config import ConfigError
+from pipelines.data.records.content import is_base64
+from pipelines.data.records.field_names import UNCLEAR, understood
 from pipelines.data.records.record_file import RecordFile, mapping
 from pipelines.data.rejects import Rejected
 
@@ -73,7 +75,8 @@ class JsonArray(RecordFile):
 class WebDataset(RecordFile):
     """A tar whose files share a name up to the first dot: `0001.jpg` + `0001.json` (the record) or `0001.txt` (a caption).
 
-    Of a tar that is cut short, the last sample is rejected: some of its files may be missing.
+    Any other file is a field of the record, named by what is behind that dot without `.json` or `.txt` (`0001.answer.txt`): the object in
+    a .json, text, or bytes. Of a tar that is cut short, the last sample is rejected: some of its files may be missing.
     """
 
     IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -114,19 +117,38 @@ class WebDataset(RecordFile):
     def read(self, i: int) -> dict[str, Any]:
         if i == self._cut:
             raise Rejected("record: truncated tar", f"{self.path} ends within or after this sample, without an end mark")
-        files = self._samples[i]
-        images = sorted((e for e in files if e.rpartition(".")[2] in self.IMAGES), key=_natural)
+        files = dict(self._samples[i])
+        images = sorted((e for e in files if e.rpartition(".")[2] in self.IMAGES and not _is_unclear(e)), key=_natural)
         videos = [e for e in files if e.rpartition(".")[2] in self.VIDEOS]
         if len(videos) > 1 or (videos and images):
             raise Rejected("record: too many media", f"one video, or images, in a sample; found {', '.join([*images, *videos])}")
-        record = _parsed(self._file(files["json"])) if "json" in files else {}
-        if "txt" in files and "text" not in record and "messages" not in record:
-            record["caption"] = _decoded(self._file(files["txt"])).strip()
-        if len(images) > 1:
-            record["images"] = [self._file(files[e]) for e in images]
-        elif images or videos:
-            record["image" if images else "video"] = self._file(files[(images or videos)[0]])
+        record = _parsed(self._file(files.pop("json"))) if "json" in files else {}
+        media = [self._file(files.pop(e)) for e in images or videos]
+        if media:
+            _set_media(record, "video" if videos else "images" if len(media) > 1 else "image", media)
+        for extension, member in files.items():
+            self._add(record, extension, self._file(member))
         return record
+
+    def _add(self, record: dict[str, Any], extension: str, data: bytes) -> None:
+        """A file of another kind as a field, which is used or judged like any other."""
+        name, _, suffix = extension.rpartition(".")
+        value: Any
+        if suffix == "json":
+            name, value = name or suffix, _json(_decoded(data))
+        elif suffix == "txt":
+            value = _decoded(data).strip()
+        else:
+            name, value = extension or "file", _text_or_bytes(data)
+        if not name:  # the sample's one text: the caption, which may also stand in its .json
+            words = [record[field] for field in ("caption", "text", "messages") if record.get(field) is not None]
+            name = "txt" if words else "caption"
+            if value in (word.strip() for word in words if isinstance(word, str)):
+                return
+        if record.get(name) is None:
+            record[name] = value
+        elif record[name] != value and str(record[name]) != value:
+            raise Rejected("record: bad field", f"{name}: once in the .json and once as a file of its own, with another value")
 
     def _file(self, member: tuple[int, int]) -> bytes:
         data = self._bytes(*member)
@@ -135,13 +157,38 @@ class WebDataset(RecordFile):
         return data
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
-    text = _decoded(line)
+def _set_media(record: dict[str, Any], name: str, media: list[bytes]) -> None:
+    """The files of a sample, in place of the names that its record has for them."""
+    found = [record.pop(field) for field in ({name} if name == "video" else {"image", "images"}) if record.get(field) is not None]
+    references = [reference for value in found for reference in (value if isinstance(value, list) else [value])]
+    if any(not isinstance(r, str) or r.startswith("data:") or is_base64(r) for r in references) or len(references) > len(media):
+        raise Rejected("record: too many media", f"{name}: in the .json, and as a file beside it")
+    record[name] = media if name == "images" else media[0]
+
+
+def _is_unclear(extension: str) -> bool:
+    """`seg.png`: nobody can say that it is asked about."""
+    return bool(understood(extension.rpartition(".")[0]).words & UNCLEAR)
+
+
+def _text_or_bytes(data: bytes) -> str | bytes:
+    if b"\0" in data:
+        return data
     try:
-        data = json.loads(text)
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return data
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    return mapping(_json(_decoded(line)))
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise Rejected("record: not JSON", str(error)) from None
-    return mapping(data)
 
 
 def _decoded(data: bytes) -> str:
