@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG, GIF = b"\x89PNG\r\n\x1a\n", b"GIF8"
 _TEXT_LIMIT = 1 << 20
 """Bytes of a text or EXIF chunk of a PNG; of larger ones nothing more is read."""
 _REPAIRS = 16
@@ -112,14 +112,15 @@ def _png_chunks(stream: BinaryIO, pixels: bool) -> Iterator[tuple[bytes, bytes, 
         stream.seek(position)
         length, kind = struct.unpack(">I4s", stream.read(8))
         end = position + 12 + length
-        critical = kind in (b"IHDR", b"PLTE", b"IDAT")
+        critical = kind in (b"IHDR", b"IDAT")
+        palette = kind == b"PLTE"  # kept with a wrong checksum, which is an error if it is needed; else it must not hide the pixels
         if kind == b"IEND":
             return
         broken = not kind.isalpha() or (end > size and not critical)
-        if not broken and (pixels or (kind in _TEXTS and length <= _TEXT_LIMIT)):
+        if (not broken or palette) and (pixels or (kind in _TEXTS and length <= _TEXT_LIMIT)):
             content, crc = stream.read(length), stream.read(4)
             broken = not critical and crc != struct.pack(">I", zlib.crc32(kind + content))
-            if critical or (kind in _TEXTS and length <= _TEXT_LIMIT):  # with a wrong checksum, too: it may be all that is wrong
+            if critical or palette or (kind in _TEXTS and length <= _TEXT_LIMIT):  # with a wrong checksum, too: it may be all that is wrong
                 yield kind, content, crc
         elif kind == b"IHDR":
             yield kind, stream.read(length), stream.read(4)
@@ -249,7 +250,7 @@ _STRIP: dict[bytes, Callable[[bytes], tuple[bytes, int]]] = {
     PNG: _bare_png,
     b"\xff\xd8": _bare_jpeg,
     b"RIFF": _bare_webp,
-    b"GIF8": _bare_gif,
+    GIF: _bare_gif,
     b"II*\0": _bare_tiff,
     b"MM\0*": _bare_tiff,
 }

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from molmo_core.preprocessing.image_files import PNG, bare, orientation, png_parts
+from molmo_core.preprocessing.image_files import GIF, PNG, bare, orientation, png_parts
 
 MAX_PIXELS = 178_956_970
 """Default limit of an image's size, checked before it is decoded. Pillow opens none that is larger."""
@@ -114,30 +114,27 @@ def _name(source: Any) -> str:
 @contextlib.contextmanager
 def _open(source: FileSource, name: str, pixels: bool = True) -> Iterator[tuple[Image.Image, int | None]]:
     """An image that is not decoded yet, and its orientation; None = what its metadata say. What Pillow cannot open is tried without
-    metadata; of a PNG it never gets any, because a text named `interlace` or `bbox` changes how it reads the pixels.
+    metadata. Of a PNG and a GIF it never gets any: a text named `interlace`, or an empty extension, changes how it reads the rest.
 
     Args:
         pixels: they will be decoded.
     """
     stream = _stream(source, name)
     with stream:
-        if stream.read(len(PNG)) == PNG:
-            data, turned = png_parts(stream, pixels)
-            with _opened(io.BytesIO(data), name) as image:
-                yield image, turned
-            return
-        stream.seek(0)
-        try:
-            image = _opened(stream, name)
-        except MediaError:
-            stripped = bare(_read(source))
-            if stripped is None:
-                raise
-            with _opened(io.BytesIO(stripped[0]), name) as image:
-                yield image, stripped[1]
-            return
+        head = stream.read(len(PNG))
+        stripped = png_parts(stream, pixels) if head == PNG else bare(_read(source)) if head.startswith(GIF) else None
+        if stripped is None:
+            stream.seek(0)
+            try:
+                image = _opened(stream, name)
+            except MediaError:
+                stripped = bare(_read(source))
+                if stripped is None:
+                    raise
+        if stripped is not None:
+            image = _opened(io.BytesIO(stripped[0]), name)
         with image:
-            yield image, None
+            yield image, None if stripped is None else stripped[1]
 
 
 def _stream(source: FileSource, name: str) -> BinaryIO:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
@@ -185,6 +185,8 @@ FORMATS: dict[str, tuple[bytes, Callable[[bytes, random.Random], bytes]]] = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=600, deadline=None)
 @given(st.sampled_from(list(FORMATS)), st.integers(0, 2**32 - 1))
+@example("PNG", 5380568)  # a palette that nobody needs, longer than the file
+@example("GIF", 1888572710)  # an empty extension before another
 def test_damaged_metadata_cost_no_pixel(name: str, seed: int) -> None:
     clean, damage = FORMATS[name]
     right, data = load_image(clean), damage(clean, random.Random(seed))
@@ -241,6 +243,19 @@ def test_pixels_that_are_damaged_are_refused() -> None:
         load_image(colours[:at] + bytes([colours[at] ^ 1]) + colours[at + 1 :])
     with pytest.raises(TooManyPixels):
         load_image(clean[:33] + chunk(b"pHYs", b"") + clean[33:], max_pixels=959)
+
+
+@pytest.mark.parametrize("length", [0, 5, 769, 3000, 5000, 1 << 31])
+@pytest.mark.parametrize("content", [b"", b"bbox\0y", bytes(768)])
+def test_a_palette_that_is_damaged_costs_only_what_needs_it(length: int, content: bytes) -> None:
+    clean = FORMATS["PNG"][0]
+    broken = struct.pack(">I4s", length, b"PLTE") + content + bytes(4)
+    np.testing.assert_array_equal(load_image(clean[:33] + broken + clean[33:]), PICTURE)
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(FORMATS["GIF"][0])).save(stream, "PNG")
+    parts = [broken if kind == b"PLTE" else chunk(kind, data) for kind, data in chunks(stream.getvalue())]
+    with pytest.raises(MediaError):
+        load_image(stream.getvalue()[:8] + b"".join(parts))
 
 
 def test_a_png_that_ends_in_its_metadata_is_whole() -> None:
