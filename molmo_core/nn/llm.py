@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from molmo_core.nn.attention import Attention, Cached
 from molmo_core.nn.configs import LlmConfig
+from molmo_core.nn.linear import Linear
 from molmo_core.nn.mlp import fused_swiglu
 from molmo_core.nn.moe import MixtureOfExperts, RouterLosses
 from molmo_core.nn.norm import RMSNorm
@@ -82,7 +83,7 @@ class Block(nn.Module):
         queries, keys = config.n_heads * config.head_width, config.kv_heads * config.head_width
         self.widths = (queries, keys, keys)
         self._build_projections()
-        self.attn_out = nn.Linear(queries, config.d_model, bias=False)
+        self.attn_out = Linear(queries, config.d_model, bias=False)
         self.attn_norm = RMSNorm(config.d_model, config.layer_norm_eps)
         self.ff_norm = RMSNorm(config.d_model, config.layer_norm_eps)
         if config.attention_layer_norm:
@@ -92,9 +93,9 @@ class Block(nn.Module):
 
     def _build_projections(self) -> None:
         config = self.config
-        self.att_proj = nn.Linear(config.d_model, sum(self.widths), bias=config.qkv_bias)
-        self.ff_proj = nn.Linear(config.d_model, 2 * config.intermediate_size, bias=False)
-        self.ff_out = nn.Linear(config.intermediate_size, config.d_model, bias=False)
+        self.att_proj = Linear(config.d_model, sum(self.widths), bias=config.qkv_bias)
+        self.ff_proj = Linear(config.d_model, 2 * config.intermediate_size, bias=False)
+        self.ff_out = Linear(config.intermediate_size, config.d_model, bias=False)
 
     def reset_parameters(self) -> None:
         """Normal weights; the projections that end a branch are smaller, by sqrt(2 · layers)."""
@@ -176,10 +177,10 @@ class LlamaBlock(Block):
 
     def _build_projections(self) -> None:
         config = self.config
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.d_model, width, bias=config.qkv_bias) for width in self.widths)
-        self.ff_proj1 = nn.Linear(config.d_model, config.intermediate_size, bias=False)
-        self.ff_proj2 = nn.Linear(config.d_model, config.intermediate_size, bias=False)
-        self.ff_out = nn.Linear(config.intermediate_size, config.d_model, bias=False)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(config.d_model, width, bias=config.qkv_bias) for width in self.widths)
+        self.ff_proj1 = Linear(config.d_model, config.intermediate_size, bias=False)
+        self.ff_proj2 = Linear(config.d_model, config.intermediate_size, bias=False)
+        self.ff_out = Linear(config.intermediate_size, config.d_model, bias=False)
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -192,7 +193,7 @@ class MoEBlock(Block):
     """Fused q/k/v and a mixture of experts (`block_type: moe`)."""
 
     def _build_projections(self) -> None:
-        self.att_proj = nn.Linear(self.config.d_model, sum(self.widths), bias=self.config.qkv_bias)
+        self.att_proj = Linear(self.config.d_model, sum(self.widths), bias=self.config.qkv_bias)
         self.ffn = MixtureOfExperts(self.config)
 
     def _feed_forward(self, x: torch.Tensor, inputs: BlockInputs) -> tuple[torch.Tensor, RouterLosses | None]:
@@ -220,7 +221,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.block_type](config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.layer_norm_eps)
         if not config.weight_tying:
-            self.ff_out = nn.Linear(config.d_model, config.embedding_rows, bias=False)
+            self.ff_out = Linear(config.d_model, config.embedding_rows, bias=False)
 
     def reset_parameters(self) -> None:
         std = self.config.initializer_range

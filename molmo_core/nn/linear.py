@@ -1,0 +1,24 @@
+"""The linear layers of the language model: a single row without a gradient on a GPU is multiplied by a kernel of our own.
+
+For one row cuBLAS reads the weights at 56 to 86 % of an H100's bandwidth; this kernel at 79 to 96 % (Molmo2-4B's shapes, bfloat16).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, faster for a single row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
+        weight = self.weight
+        if x.is_cuda and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and x.dtype == weight.dtype and weight.is_contiguous():
+            from molmo_core.nn.row_kernel import fits, multiply  # Triton is there with a GPU only
+
+            if fits(weight):
+                out = multiply(x.reshape(-1), weight).view(*x.shape[:-1], -1)
+                return out if self.bias is None else out + self.bias
+        return super().forward(x)
