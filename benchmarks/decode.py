@@ -1,11 +1,10 @@
 """How fast the engine generates: tokens a second with so many answers in work, time to first token, prompt tokens a second.
 
     python benchmarks/decode.py                       # on a GPU: Molmo2-4B, prompts of 1,400 tokens with a picture of 7 crops, bfloat16
-    python benchmarks/decode.py --peer                # the same with transformers' Molmo2 and its static cache
     python benchmarks/decode.py --tiny                # on any CPU: checks the script
 
-Decoding is timed from the step after the last prompt was read to the last token, scheduling and sampling included; every answer has
-the same number of tokens. `bound` is what reading the weights and the cache once a token would take at 3.0 TB/s. Every line is one
+Decoding is timed while all answers are in work: from the step after the last prompt was read to the end of the first answer,
+scheduling and sampling included. `bound` is what reading the weights and the cache once a token would take at 3.0 TB/s. Every line is one
 JSON object; the first says what machine and versions these are.
 """
 
@@ -48,10 +47,9 @@ def main() -> None:
     limits = EngineLimits(max_running=max(batches), graphs=not arguments.no_graphs, overlap=not arguments.no_overlap)
     engine = Engine(model, limits)
     print(json.dumps({"load_s": round(loaded - started, 1)}), flush=True)
-    for batch in reversed(batches):
-        start = time.perf_counter()
-        engine.warm_up([batch])
-        print(json.dumps({"warm_up_batch": batch, "s": round(time.perf_counter() - start, 1)}), flush=True)
+    start = time.perf_counter()
+    engine.warm_up()
+    print(json.dumps({"warm_up_s": round(time.perf_counter() - start, 1)}), flush=True)
     rng = np.random.RandomState(0)
     new = 8 if arguments.tiny else arguments.new
     for batch in batches:
@@ -76,20 +74,18 @@ def measure(
     for request in requests:
         engine.add(request)
     first: dict[Request, float] = {}
-    counts = dict.fromkeys(requests, 0)
+    began, ended, tokens = 0.0, 0.0, 0
     while engine.active:
-        began = len(first) == batch
-        if began and "decode" not in counts:
-            decode_start, decode_tokens = time.perf_counter(), sum(v for v in counts.values())
-            counts["decode"] = 0  # type: ignore[index]
+        if len(first) == batch and not began:
+            began = time.perf_counter()
         for request, event in engine.step():
             if isinstance(event, Token):
                 first.setdefault(request, time.perf_counter() - start)
-                counts[request] += 1
-    end = time.perf_counter()
-    del counts["decode"]  # type: ignore[arg-type]
+                tokens += bool(began and not ended)
+            elif not ended:
+                ended = time.perf_counter()
     return {
-        "decode_tokens_s": (sum(counts.values()) - decode_tokens) / (end - decode_start),
+        "decode_tokens_s": tokens / (ended - began),
         "first_token_s": statistics.median(first.values()),
         "prompt_tokens_s": batch * length / max(first.values()),
     }

@@ -13,7 +13,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "arguments", "lines"), [("he_molmo.py", ["--batch", "1", "--repeats", "1"], 5), ("molmo2_parity.py", [], 9)]
+    ("script", "arguments", "lines"),
+    [
+        ("he_molmo.py", ["--batch", "1", "--repeats", "1"], 5),
+        ("molmo2_parity.py", [], 9),
+        ("decode.py", ["--rounds", "1"], 5),
+        ("train_step.py", ["--steps", "4"], 2),
+    ],
 )
 def test_script_runs(script: str, arguments: list[str], lines: int) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--tiny", *arguments]

@@ -13,8 +13,6 @@ from molmo_core.nn.llm import Pass
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Batches are padded to the next of these, with rows that write to page 0."""
-PROGRAMS = 512
-"""Programs that read the pages of a batch, about: several for each multiprocessor."""
 
 
 @dataclasses.dataclass
@@ -118,11 +116,9 @@ class DecodeGraphs:
 
 
 def parts_of(groups: int) -> int:
-    """In how many parts the pages of each sequence are read, for so many pairs of sequence and key/value head: a power of two."""
-    parts = 1
-    while groups * parts * 2 <= PROGRAMS and parts < 16:
-        parts *= 2
-    return parts
+    """In how many parts the pages of each sequence are read, for so many pairs of sequence and key/value head: enough programs for
+    all multiprocessors. One of three numbers, because blocks are compiled anew for each."""
+    return 16 if groups <= 16 else 4 if groups < 256 else 1
 
 
 def _head_step(transformer: Any, x: torch.Tensor) -> torch.Tensor:
