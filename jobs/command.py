@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from molmo_core.config import BaseConfig, ConfigError
+from molmo_core.config import BaseConfig, ConfigError, MissingFile
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of this job's configuration.", show_default=False)]
 Overrides = Annotated[
@@ -56,7 +56,10 @@ def job(main: Callable[..., Any], config: type[BaseConfig] | None = None) -> typ
             main(*args, **kwargs)
         except ConfigError as error:
             # Ray re-raises a worker's error as a subclass that carries the remote traceback; `cause` is the error itself.
-            print(f"error: {getattr(error, 'cause', None) or error}", file=sys.stderr)
+            told = getattr(error, "cause", None) or error
+            print(f"error: {told}", file=sys.stderr)
+            if isinstance(told, MissingFile) and told.path and not Path(told.path).is_absolute() and "://" not in told.path:
+                print(_looked_for(Path.cwd()), file=sys.stderr)
             raise typer.Exit(CONFIG_ERROR_EXIT_CODE) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
@@ -71,3 +74,15 @@ def job(main: Callable[..., Any], config: type[BaseConfig] | None = None) -> typ
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(cls=Command)(guarded)
     return app
+
+
+def _looked_for(current: Path) -> str:
+    """Where a relative path was looked for."""
+    from pipelines.files import is_temporary
+
+    if is_temporary(current):
+        return (
+            f"A submitted job runs in {current}, a copy of the working directory without what .gitignore names (runs/, for example): "
+            "give absolute paths, of places that all nodes see"
+        )
+    return f"A relative path means the folder of the configuration file if something is there, else the current folder, {current}"

@@ -52,15 +52,14 @@ def main(
 ) -> None:
     """Answers the questions of records with a model on all workers and scores the answers."""
     settings = EvaluateConfig.load(config, overrides)
-    from pipelines import cluster, tracking
+    from pipelines import tracking
     from pipelines.evaluation.evaluate import PICTURE, evaluate, read_report
 
     if record_only:
         report = read_report(settings)
     else:
         tracking.client()  # a wrong address is told now, not after the work
-        with cluster.connect():
-            report = evaluate(settings)
+        report = evaluate(settings)
     print(f"{settings.model} on {settings.records}, {report['seconds']} s\n\n{describe(report)}\n", flush=True)
     print(f"Report, predictions and {PICTURE} are in {settings.output}", flush=True)
     print(f"MLflow   {tracking.tracking_uri()} run {save_in_mlflow(report, settings)}")

@@ -23,9 +23,10 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     if not streamed:
         raise ConfigError(f"{config}: all datasets are prepared; their lengths are known")
     paths = [inventory_path(dataset.path) for dataset in streamed]
+    opened = [open_records(dataset.path, dataset.format) for dataset in streamed]
     with connect():
-        for dataset, path in zip(streamed, paths):
-            counts = take_inventory(open_records(dataset.path, dataset.format), path)
+        for records, path in zip(opened, paths):
+            counts = take_inventory(records, path)
             print(f"{path}: {counts.pop('usable'):,} of {counts.pop('rows'):,} records usable")
             for reason, count in counts.items():
                 print(f"  {count:,}: {reason}")

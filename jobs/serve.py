@@ -31,9 +31,11 @@ def stop_requested() -> Iterator[threading.Event]:
 def serve(config: ServeConfig) -> None:
     """Serves until Ctrl-C or SIGTERM; answers in work are finished first."""
     from pipelines import cluster
+    from pipelines.model_folder import fixed_model
     from pipelines.serving.app import check_port, serving
 
     check_port(config.host, config.port)  # before a cluster starts for nothing
+    fixed_model(config.model)
     print(f"Loading {config.model} ...", flush=True)
     needed = config.replicas * config.cpus_per_replica + config.frontends * FRONTEND_CPUS
     with cluster.connect(num_cpus=cluster.cpus_for(needed)), serving(config) as url:

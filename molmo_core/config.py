@@ -44,6 +44,15 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The message says which key of which file, and what to write instead."""
 
 
+class MissingFile(ConfigError):
+    """A file or folder that a configuration names is not there."""
+
+    def __init__(self, message: str, path: str | Path = "") -> None:
+        super().__init__(message)
+        self.path = str(path)
+        """As it was given; empty if the message says all there is to say of where it was looked for."""
+
+
 @dataclasses.dataclass
 class BaseConfig:
     """Base of all configurations. Subclasses are plain dataclasses; nested configurations are fields of their type."""
@@ -126,7 +135,7 @@ def read_yaml(path: str | Path, overrides: list[str] | None = None, key: str | N
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file")
+        raise MissingFile(f"{path}: no such configuration file", path)
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):

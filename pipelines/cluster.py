@@ -191,6 +191,20 @@ def cpus_for(workers: float, all_cores: bool = False) -> int:
     return max(least, cores()) if all_cores else least
 
 
+def free_memory() -> int:
+    """Bytes that processes started now can get without swapping: what is free of the machine, or of a container with a limit."""
+    free = psutil.virtual_memory().available
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if (_CGROUP / limit).is_file() and (most := (_CGROUP / limit).read_text().strip()).isdigit():
+            stat = dict(line.split() for line in (_CGROUP / used).with_name("memory.stat").read_text().splitlines())
+            # Cached files count as used, and are dropped when memory is wanted.
+            free = min(free, int(most) - int((_CGROUP / used).read_text()) + int(stat[cache]))
+    return max(0, free)
+
+
 def default_object_store_memory() -> int:
     """Bytes: a quarter of the free shared memory (or of the disk behind /tmp, where Ray goes without it), at most
     the larger of 2 GiB and 1 GiB a core."""

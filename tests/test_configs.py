@@ -21,6 +21,14 @@ CLASSES: dict[str, type[BaseConfig]] = {
     "register": RegisterConfig,
     "serve": ServeConfig,
 }
+CHECKPOINT = Path(__file__).parent / "golden/molmo-qwen2-clip"
+# What a recipe leaves to the one who uses it.
+GIVEN = {
+    "train/finetune.yaml": [f"init_from={CHECKPOINT}"],
+    "evaluate/own.yaml": ["model=m", "records=r.jsonl"],
+    "register/own.yaml": ["checkpoint=c", "name=n"],
+    "serve/own.yaml": ["model=m"],
+}
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
 
@@ -31,14 +39,22 @@ def test_groups():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_loads(path, tmp_path):
-    config = CLASSES[path.parent.name].load(path)
+    given = GIVEN.get(path.relative_to(CONFIGS).as_posix(), [])
+    config = CLASSES[path.parent.name].load(path, given)
     assert path.read_text().startswith("#"), "a recipe begins with a comment that says what it is for"
     again = tmp_path / path.name
     config.save(again)
     assert CLASSES[path.parent.name].load(again).as_dict() == config.as_dict()
 
 
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_has_to_be_given_is_named(name):
+    key = GIVEN[name][0].partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"\b{key}\b"):
+        CLASSES[name.partition("/")[0]].load(CONFIGS / name)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_unknown_key(path):
     with pytest.raises(ConfigError, match="no_such_setting"):
-        CLASSES[path.parent.name].load(path, ["no_such_setting=1"])
+        CLASSES[path.parent.name].load(path, [*GIVEN.get(path.relative_to(CONFIGS).as_posix(), []), "no_such_setting=1"])

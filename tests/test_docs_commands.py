@@ -20,6 +20,7 @@ from pipelines.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHECKPOINT = ROOT / "tests/golden/molmo-qwen2-clip"
 CONFIGS: dict[str, type[BaseConfig]] = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
@@ -101,6 +102,7 @@ def job(verb: str, arguments: list[str]) -> None:
     assert verb in VERBS, f"no job {verb!r}"
     positional = [word for word in arguments if not word.startswith("-") and "=" not in word]
     overrides = [word for word in arguments if not word.startswith("-") and "=" in word]
+    overrides = [word.replace("CHECKPOINT", str(CHECKPOINT)) for word in overrides]
     if any(Path(word).stem == "mine" for word in positional):  # the reader's own file
         return
     for path in (word for word in positional if word.startswith("configs/")):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from molmo_core.config import ConfigError
+from molmo_core.config import ConfigError, MissingFile
 
 CONFIG_NAME = "config.yaml"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -20,6 +20,10 @@ _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 class CheckpointError(ConfigError):
     """A checkpoint that cannot be used. The message says what is wrong with which file or tensor, and what to do."""
+
+
+class CheckpointMissing(CheckpointError, MissingFile):
+    """There is nothing at a checkpoint's path."""
 
 
 class Published(NamedTuple):
@@ -132,16 +136,17 @@ def _some(items: Iterable[Any], most: int = 5) -> list[Any]:
 
 def _download(name: str, weights: bool) -> Path:
     if Path(name).suffix in _YAML_SUFFIXES:
-        raise CheckpointError(f"{name}: no such configuration file")
+        raise CheckpointMissing(f"{name}: no such configuration file", name)
     if not _HUB_ID.fullmatch(name):
-        raise CheckpointError(f"{name}: no such file or folder (and not the name of a hub repository, owner/name)")
+        raise CheckpointMissing(f"{name}: no such file or folder (and not the name of a hub repository, owner/name)", name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(name, allow_patterns=_SETTINGS + _WEIGHTS if weights else _SETTINGS))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
+        raise CheckpointMissing(
             f"{name}: no such folder here, and it cannot be downloaded from the hub ({error}). "
-            "Offline, give the path of a folder with config.json, *.safetensors and tokenizer.json"
+            "Offline, give the path of a folder with config.json, *.safetensors and tokenizer.json",
+            name,
         ) from error

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import fsspec
 import numpy as np
 
-from molmo_core.config import ConfigError
+from molmo_core.config import ConfigError, MissingFile
 from pipelines.data.records.files import JsonArray, JsonLines, WebDataset
 from pipelines.data.records.record import Record
 from pipelines.data.records.record_file import local_path
@@ -121,11 +121,11 @@ def _expand(path: str) -> list[str]:
     if re.search(r"[*?\[]", path) and not Path(path).exists():
         found = sorted(str(Path(p)) for p in glob.glob(path, recursive=True) if _is_file(p) and _holds_records(path, p))
         if not found:
-            raise ConfigError(f"{path}: no file matches")
+            raise MissingFile(f"{path}: no file matches", path)
         return found
     folder = Path(path)
     if not folder.exists():
-        raise ConfigError(f"{path}: no such file or folder of records")
+        raise MissingFile(f"{path}: no such file or folder of records", path)
     if folder.is_file() or (folder / "state.json").is_file():
         return [path]
     if (folder / "dataset_dict.json").is_file():

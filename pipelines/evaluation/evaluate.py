@@ -13,10 +13,10 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from molmo_core.config import ConfigError
-from pipelines import tracking
+from pipelines import cluster, tracking
 from pipelines.cluster import quiet, reading
 from pipelines.data.rejects import Rejects
-from pipelines.data.sources import open_records
+from pipelines.data.sources import Records, open_records
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.picture import draw_answers
 from pipelines.evaluation.worker import Worker
@@ -29,7 +29,7 @@ REPORT, PREDICTIONS, PICTURE = "report.json", "predictions.jsonl", "answers.png"
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluates a model. Ray must be connected.
+    """Evaluates a model, on the cluster that is connected or a new one.
 
     Returns:
         the report, also written to `report.json`: `questions` (number), `overall` (mean score of all questions but pointing),
@@ -43,6 +43,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     records = open_records(config.records, config.format)
     total = min(len(records), config.limit or len(records))
     model = fixed_model(config.model)
+    with cluster.connect():
+        ordered = _answered(config, model, records, total)
+    report = summarise(ordered, config)
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    write_text(folder / PREDICTIONS, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in ordered))
+    write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    draw_answers(ordered, records, config.samples).save(folder / PICTURE)
+    return report
+
+
+def _answered(config: EvaluateConfig, model: str, records: Records, total: int) -> list[dict[str, Any]]:
+    """What the workers made of every record, in order."""
     workers = config.workers or _capacity(config)
     batches = -(-total // config.records_per_batch)
     quiet()
@@ -70,15 +82,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             for question in result.get("questions", ()):
                 right, asked = right + question["score"], asked + 1
             progress.update(len(results), f"{right / asked:.1%} right" if asked else "")
-    ordered = [results[i] for i in sorted(results)]
-    if len(ordered) != total:
-        raise RuntimeError(f"{config.records}: {total} records, but results of {len(ordered)}")
-    report = summarise(ordered, config)
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    write_text(folder / PREDICTIONS, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in ordered))
-    write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    draw_answers(ordered, records, config.samples).save(folder / PICTURE)
-    return report
+    if len(results) != total:
+        raise RuntimeError(f"{config.records}: {total} records, but results of {len(results)}")
+    return [results[i] for i in sorted(results)]
 
 
 def read_report(config: EvaluateConfig) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class TrainConfig(BaseConfig):
     name: str
     """Name of the run: of its folder under `storage` and of its MLflow run."""
     model: BaseModelConfig
-    """A model configuration, the path of one, or a checkpoint folder (then `init_from` is that folder unless given)."""
+    """A model configuration, the path of one, or a checkpoint folder (then `init_from` is that folder unless given). Not given: that of
+    `init_from`."""
     data: DataConfig
     """What to train on, or the path of a file that says so."""
     steps: Size
@@ -145,6 +146,8 @@ class TrainConfig(BaseConfig):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """One GPU a worker, or none; `auto`: GPUs if the cluster has as many as workers."""
     cpus_per_worker: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    check_memory: bool = True
+    """Refuse a run whose weights, gradients and optimiser states cannot fit into the memory of this machine."""
     max_failures: Count = 3
     """Restarts from the last checkpoint after a worker died; 0 = none."""
 
@@ -195,12 +198,20 @@ class TrainConfig(BaseConfig):
         outer = [o for o in overrides or () if not o.startswith(("model.", "data."))]
         content = read_yaml(path, outer, key)
         model = content.get("model")
+        if model is None and isinstance(content.get("init_from"), str):  # the weights bring their model's configuration
+            content["init_from"] = model = str(_beside(path, content["init_from"]))
+        if model is None:
+            raise ConfigError(
+                f"{path}: no model is given. init_from=CHECKPOINT fine-tunes one (a folder such as runs/demo/model, a registered "
+                "models:/name@alias, or a repository of the hub such as allenai/Molmo-7B-D-0924); model=configs/models/FILE trains one "
+                "from random weights"
+            )
         if isinstance(model, str):
             file = model_folder(str(_beside(path, model)))
             if not file.is_file():  # a checkpoint, here or on the hub
                 content.setdefault("init_from", str(file))
             content["model"] = BaseModelConfig.load(file, _inner(overrides, "model."))
-        elif model is not None:
+        else:
             content["model"] = BaseModelConfig.load(path, _inner(overrides, "model."), key=f"{key}.model" if key else "model")
         if isinstance(content.get("data"), str):
             content["data"] = DataConfig.load(_beside(path, content["data"]), _inner(overrides, "data."))

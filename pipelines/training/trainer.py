@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from molmo_core.config import ConfigError
-from pipelines import cluster
+from pipelines import cluster, tracking
 from pipelines.data.batches.loader import TrainLoader
 from pipelines.data.sources import open_records
 from pipelines.evaluation.picture import draw_answers
@@ -21,6 +21,7 @@ from pipelines.training.belonging import check_belonging
 from pipelines.training.config import TrainConfig, pinned
 from pipelines.training.events import Done, Event, Failed, Metrics, Note, Samples, Saved, Started, Step, Stopped
 from pipelines.training.fit import Fit
+from pipelines.training.memory import check_memory
 from pipelines.training.pictures import training_curves
 from pipelines.training.progress import ProgressBar, start_inbox
 from pipelines.training.recorder import Recorder
@@ -65,8 +66,8 @@ def run_training(config: TrainConfig, make_loader: Callable[..., Any] = TrainLoa
         num_cpus: CPUs of a cluster that is started here (see `cluster.connect`).
 
     Raises:
-        ConfigError: settings that do not fit the folder's run, the data (`check_belonging`) or the cluster; another training of this name
-            runs; the tracking server does not answer.
+        ConfigError: settings that do not fit the folder's run, the data (`check_belonging`), the memory (`check_memory`) or the cluster;
+            another training of this name runs; the tracking server does not answer.
         TrainingError: the loss or a gradient is not finite (NonFiniteError), or the storage takes no more checkpoints.
         ray.train.TrainingFailedError: workers failed more often than `max_failures`.
     """
@@ -76,6 +77,8 @@ def run_training(config: TrainConfig, make_loader: Callable[..., Any] = TrainLoa
         folder.check()
         if make_loader is TrainLoader:  # another one reads what it likes
             check_belonging(config)
+        check_memory(config)
+        tracking.client()  # a wrong address is told now
         with cluster.connect(num_cpus=num_cpus):
             config = prepared(config)
             with Driver(config, folder) as driver:
