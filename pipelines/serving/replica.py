@@ -25,6 +25,7 @@ class Replica:
         """`model`: the checkpoint, with its version fixed (an alias may move while replicas start)."""
         device = "cuda" if config.gpus_per_replica else "cpu"
         engine = Engine(load_model(model_folder(model), getattr(torch, config.dtype), device), EngineLimits(config.max_batch_size))
+        engine.warm_up()
         self._host = Host(engine, config.max_batch_size + config.max_queued_requests, config.batch_wait_ms / 1000)
 
     async def generate(

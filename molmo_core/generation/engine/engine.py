@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence as Items
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from molmo_core.generation.engine.decoding import Decoder, GraphDecoder, PlainDecoder
@@ -113,7 +114,16 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self, batches: Items[int] = ()) -> None:
-        """Compiles and captures the decoding of batches of these sizes, which otherwise happens when they are first needed."""
+        """Compiles what reads prompts, and captures the decoding of batches of these sizes (default: of all). Without this, those who
+        first need it wait. Nothing to do on a CPU."""
+        if self.model.device.type != "cuda":
+            return
+        if self.model.vision_backbone is not None:
+            self.model.vision_backbone.blank_features(2)
+        self.add(Request({"input_ids": np.zeros(2, np.int64)}, SamplingParams(max_tokens=1, ignore_eos=True)))
+        while self.active:
+            self.step()
+        self.tokens = 0
         if isinstance(self.decoder, GraphDecoder):
             graphs = self.decoder.graphs
             for size in sorted({graphs.size_of(batch) for batch in batches or graphs.sizes}, reverse=True):
@@ -247,8 +257,10 @@ class Engine:
 
     def _decoder(self, pages: int) -> Decoder:
         model, cache, limits = self.model, self.runner.cache, self.limits
-        width = model.config.llm.head_width
-        if limits.graphs and model.device.type == "cuda" and width >= 16 and width & (width - 1) == 0:
+        width, dtype = model.config.llm.head_width, cache.keys[0].dtype
+        # The kernel's products are exact in half precision only; experts in float16 wait for the host, which a graph cannot.
+        half = dtype == torch.bfloat16 or (dtype == torch.float16 and model.config.llm.block_type != "moe")
+        if limits.graphs and model.device.type == "cuda" and half and width >= 16 and width & (width - 1) == 0:
             longest = -(-model.config.llm.max_sequence_length // limits.page_size)
             return GraphDecoder(model, cache, limits.max_running, min(longest, pages))
         return PlainDecoder(model, cache)
