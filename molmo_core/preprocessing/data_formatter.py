@@ -1,7 +1,8 @@
 """From a record to the conversations that are tokenised: style prefixes and the roles of the chat around the task's messages.
 
 The records themselves are described in `tasks`. `style` names the data set or task, `weight` multiplies the loss (of a
-record, an annotation, or an assistant's message), `message_weight` overrides the weighting rules, `message_list` makes a message tree.
+record, an annotation, or an assistant's message), `message_weight` overrides the weighting rules, `message_list` makes a message tree,
+`placeholders: False` says that `<|image|>` and `<|video|>` in its texts are text too, and not the places of media.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ class Formatter:
     """Formats records as a `DataFormatter` configuration says. Stateless; all randomness comes from the `rng` it is given.
 
     Args:
-        literal: what keeps names of special tokens in the text of a record text (`Tokenizer.literal`).
+        literal: what keeps names of special tokens in the text of a record text (`Tokenizer.literal`); None = they are left as they are.
     """
 
-    def __init__(self, config: DataFormatter, literal: Callable[[str], str] = str):
+    def __init__(self, config: DataFormatter, literal: Callable[[str, bool], str] | None = None):
         self.config = config
         self.literal = literal
         self.html = config.pointing_format != "v1"
@@ -82,7 +83,7 @@ class Formatter:
         own = record is not example
         record = {k: v for k, v in record.items() if v is not None}  # tables have a null where a record lacks a key
         style = record.get("style") or example.get("style")
-        messages = [self.literal(message) for message in reader.messages(record, style or "")]
+        messages = reader.messages(record, style or "")
         if style is not None:
             answer = messages[1] if len(messages) > 1 else None
             multiple_choice = "options" in record or "unlabelled_options" in record
@@ -90,6 +91,8 @@ class Formatter:
             messages[0] = " ".join(part for part in (prefix, messages[0]) if part)
         if reader.for_inference and "messages" not in record:
             messages = messages[:1]
+        if self.literal is not None:
+            messages = [self.literal(message, not example.get("placeholders", True)) for message in messages]
         if self.config.image_last and reader.image_sizes:
             messages[0] += IMAGE_PROMPT
         return Annotation(self._with_roles(messages), _weight(record, example if own else {}), _turn_weights(record))

@@ -54,7 +54,7 @@ class ExampleBuilder:
         metadata = example.pop("metadata")
         self.decode(example)
         try:
-            result = self.preprocessor(example, rng=rng)
+            result = self.preprocessor({**example, "placeholders": False}, rng=rng)
         except MediaError as error:
             raise unusable("video" if "video" in example else "image", error) from None
         except Exception as error:  # of whatever the record holds; the reject rate tells a bug from a bad record
@@ -70,7 +70,7 @@ class ExampleBuilder:
         """Tokens and crops that the call with the same `rng` gives, from what its media measure; a record that will be rejected
         counts as one token."""
         try:
-            example = self.example(record)
+            example = {**self.example(record), "placeholders": False}
             if media.timestamps is not None:
                 return self.preprocessor.measure_video(example, media.timestamps, media.fps, rng)
             return self.preprocessor.measure(example, media.image_sizes, rng)

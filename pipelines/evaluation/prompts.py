@@ -69,7 +69,7 @@ class TaskBuilder(ExampleBuilder):
         media = {key: value for key, value in example.items() if key != "tasks"}
         self.decode(media)
         try:
-            return {"inputs": [self.preprocessor({**media, **task}) for task in example["tasks"]]}
+            return {"inputs": [self.preprocessor({**media, **task, "placeholders": False}) for task in example["tasks"]]}
         except MediaError as error:
             raise unusable("video" if "video" in media else "image", error) from None
         except Exception as error:  # whatever is in the record; the reject rate tells a bug from a bad record

@@ -73,8 +73,7 @@ class ChatService:
         if len(urls) > self._config.max_images:
             raise bad_request(f"{len(urls)} images; this server takes at most {self._config.max_images} in a request.", "messages")
         images = [decode_image(url, self._config.max_image_pixels, where) for url, where in urls]
-        literal = self._tokenizer.literal
-        example: dict[str, Any] = {"messages": [{"role": m.role, "content": literal(m.text, placeholders=True)} for m in chat.messages]}
+        example: dict[str, Any] = {"messages": [{"role": m.role, "content": m.text} for m in chat.messages], "placeholders": False}
         if images:
             example |= {"image": images[0]} if len(images) == 1 else {"images": images}
         try:

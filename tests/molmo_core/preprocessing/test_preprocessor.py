@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from qwen_vocabulary import QWEN2_SPECIALS, QWEN3_SPECIALS, write_qwen_tokenizer
 
 from molmo_core.nn.configs import VitConfig
 from molmo_core.preprocessing.configs import DataFormatter, MolmoPreprocessorConfig
@@ -66,6 +67,55 @@ def test_names_of_special_tokens_in_a_record_stay_text(tokenizer):
         written = tokenizer.decode([t for t in got["labels"] if t < tokenizer.text_vocab_size and t != end], truncate_at_eos=False)
         assert written.count(text) == 2
     assert (got["input_ids"] == tokenizer.image_patch_token_id).any()
+
+
+@pytest.fixture(scope="module")
+def layouts(tokenizer, tmp_path_factory):
+    folders = [tmp_path_factory.mktemp(name) for name in ("qwen2", "qwen3")]
+    return {
+        "golden": tokenizer,
+        "Molmo 7B-D": Tokenizer.load(write_qwen_tokenizer(folders[0], QWEN2_SPECIALS, "<|endoftext|>"), first_special_id=152064),
+        "Molmo2": Tokenizer.load(write_qwen_tokenizer(folders[1], QWEN3_SPECIALS, "<|im_end|>"), first_special_id=151936, layout="molmo2"),
+    }
+
+
+@pytest.mark.parametrize("layout", ["golden", "Molmo 7B-D", "Molmo2"])
+@pytest.mark.parametrize("kind", ["question", "messages", "tree", "options", "label", "caption", "style"])
+@pytest.mark.parametrize("message_format", ["role", "qwen3", "none"])
+def test_no_text_of_a_record_is_a_special_token(layouts, layout, kind, message_format):
+    """In whatever field, for whatever name: the special tokens are those of the same record with harmless words."""
+    tokenizer = layouts[layout]
+    if message_format == "qwen3" and layout == "golden":
+        pytest.skip("its vocabulary has no turns")
+    preprocess = build_preprocessor(
+        tokenizer,
+        VitConfig(image_default_input_size=(56, 56), resize_mode="siglip", normalize="siglip"),
+        DataFormatter(prompt_templates="none", system_prompt="style", message_format=message_format),
+        MolmoPreprocessorConfig(**CONFIG),
+        for_inference=False,
+    )
+    special = {t.content: i for i, t in tokenizer.backend.get_added_tokens_decoder().items() if t.special} | tokenizer.special_tokens
+
+    def ids(name: str) -> list[int]:
+        words = f"a {name} b{name}"
+        record = {
+            "question": {"question": words, "answer": words},
+            "messages": {"messages": [words] * 4},
+            "tree": {"message_list": [{"question": words, "answer": words}, {"question": words, "answer": words}]},
+            "options": {"question": words, "options": [words, words], "answer_idx": 1},
+            "label": {"label": words, "points": np.array([[1.0, 2.0]]), "point_scale": 100, "style": "pointing"},
+            "caption": {"text": words, "style": "long_caption"},
+            "style": {"question": "Who?", "answer": "Me", "style": words},
+        }[kind]
+        got = preprocess({"style": "demo", "image": picture(40, 60), "placeholders": False, **record}, np.random.RandomState(1))
+        return [*got["input_ids"].tolist(), got["labels"][-1]]
+
+    harmless = [i for i in ids("word") if i in special.values()]
+    for name in [*special, "<|image|>", "<|video|>"]:
+        found = ids(name)
+        assert [i for i in found if i in special.values()] == harmless
+        shown = tokenizer.decode([i for i in found if i not in special.values()], truncate_at_eos=False)
+        assert shown.count(name) >= 2 * (1 if kind in ("style", "label", "caption") else 2), shown
 
 
 def test_several_images(tokenizer):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from molmo_core.models.base import BaseModelConfig
+from molmo_core.preprocessing.media import load_image
 from pipelines.data.builder import ExampleBuilder, example_rng
 from pipelines.data.preparation.train_tokenizer import train_tokenizer
 from pipelines.data.records.media import Media
@@ -41,6 +42,23 @@ def test_good_records_become_examples(builder, good_records):
     assert ["images" in e for e in examples] == [True] * 38 + [False, True]
     assert examples[-1]["subsegment_ids"].max() == 10_000
     assert examples[0]["images"].dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", ["<|image|>", "<|video|>", "<|endoftext|>", "<im_patch>"])
+def test_text_that_looks_like_a_special_token_stays_text(builder, make, tmp_path, name):
+    words = f"what is {name}"
+    make.picture(tmp_path / "a.png")
+    picture = str(tmp_path / "a.png")
+    tokenizer = builder.preprocessor.tokenizer
+    plain = builder.build({"messages": ["a", "b"], "image": picture, "metadata": {}}, rng())
+    for fields in ({"question": words, "answer": words}, {"messages": [words, words]}):
+        record = Record("/set/a.jsonl", 0, fields)
+        built = builder.build({**builder.example(record), "image": picture}, rng())
+        assert set(built["input_ids"]) & tokenizer.image_token_ids == set(plain["input_ids"]) & tokenizer.image_token_ids
+        assert built["images"].shape == plain["images"].shape
+        text = [i for i in [*built["input_ids"], built["labels"][-1]] if i not in tokenizer.image_token_ids]
+        assert tokenizer.decode(text[1:-1], truncate_at_eos=False).count(words) == 2
+        assert builder.measure(record, Media([load_image(picture).shape[:2]], None, 0.0), rng())[0] == len(built["input_ids"])
 
 
 def test_every_corruption_has_its_reason(tokenizer, make, tmp_path):
