@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import math
-import time
+from types import SimpleNamespace
 
 import pytest
 import ray.train
@@ -15,7 +15,7 @@ from batches import RandomLoader, looks, tiny_config
 from molmo_core.checkpoint import load_model
 from molmo_core.config import ConfigError
 from pipelines.data.records import media
-from pipelines.training import loop
+from pipelines.training import loop, meter
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.events import Done, Metrics, Note, Samples, Saved, Started, Stopped
 
@@ -204,22 +204,34 @@ class Breaking(RandomLoader):
 
 
 def test_rates_are_those_of_the_steps_alone(run, monkeypatch, tmp_path):
-    """Validation and sampling take a second each; the first step, which waits a second for its batch, does not count."""
+    """By a clock that only this test moves: validation and sampling take 1,000 s, the first batch 100 s, every other one 0.25 s."""
+    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: Clock.now))
     for name in ("Validator", "Sampler"):
         look = getattr(loop, name).run
-        monkeypatch.setattr(getattr(loop, name), "run", lambda self, look=look: time.sleep(1.0) or look(self))
+        monkeypatch.setattr(getattr(loop, name), "run", lambda self, look=look: (Clock.forward(1000), look(self))[1])
     settings = looks(tmp_path / "looks")
     settings["validation"].interval = settings["samples"].interval = 1
-    recorder = run(steps=3, log_interval=3, loader=SlowStart, **settings)
-    (speed,), (wait,) = recorder.values("tokens_per_second"), recorder.values("data_wait")
-    assert speed > recorder.values("tokens")[0] / 3 / 0.9, "a step takes less than 0.9 s"
-    assert wait < 0.5
+    recorder = run(steps=3, log_interval=1, loader=Clock, **settings)
+    first, second, third = recorder.values("tokens")
+    assert recorder.values("tokens_per_second") == pytest.approx([(second - first) / 0.25, (third - second) / 0.25])
+    assert recorder.values("data_wait") == pytest.approx([1.0, 1.0])
 
 
-class SlowStart(RandomLoader):
+class Clock(RandomLoader):
+    """A loader whose batches take time."""
+
+    now = 0.0
+
+    @classmethod
+    def forward(cls, seconds):
+        cls.now += seconds
+
     def __iter__(self):
-        time.sleep(1.0)
-        yield from super().__iter__()
+        seconds = 100.0
+        for batch in super().__iter__():
+            self.forward(seconds)
+            yield batch
+            seconds = 0.25
 
 
 @pytest.mark.parametrize("steps", [3, 2])
