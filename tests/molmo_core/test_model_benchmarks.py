@@ -26,8 +26,10 @@ def test_script_runs(script: str, arguments: list[str], lines: int) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) == lines
-    for row in rows[1:]:
-        assert row.get("error", 0) < 1e-5
+    measured = {"he_molmo.py": "tflop", "molmo2_parity.py": "error", "decode.py": "decode_tokens_s", "train_step.py": "tokens_s"}[script]
+    values = [row[measured] for row in rows[1:] if measured in row]
+    assert len(values) >= 1
+    assert all(value < 1e-5 for value in values) if measured == "error" else all(value > 0 for value in values)
 
 
 @pytest.mark.slow

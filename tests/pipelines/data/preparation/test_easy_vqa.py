@@ -10,21 +10,21 @@ from pipelines.data.preparation import easy_vqa
 
 
 @pytest.fixture(scope="module")
-def test_records():
+def official_test():
     return easy_vqa.records("test")
 
 
-def test_official_split(test_records):
-    kinds = collections.Counter(a["type"] for r in test_records for a in r["message_list"])
-    assert len(test_records) == 1000
+def test_official_split(official_test):
+    kinds = collections.Counter(a["type"] for r in official_test for a in r["message_list"])
+    assert len(official_test) == 1000
     assert kinds == {"yes_no": 7136, "colour": 1280, "shape": 1257, "pointing": 1000}
-    assert all("".join(a["answer"]) for r in test_records for a in r["message_list"])
+    assert all("".join(a["answer"]) for r in official_test for a in r["message_list"])
 
 
-def test_figures_agree_with_the_questions(test_records):
+def test_figures_agree_with_the_questions(official_test):
     """Where no question asks for the shape, the figure is inferred from the others: never wrongly."""
     checked = 0
-    for record in test_records:
+    for record in official_test:
         pairs = [(a["question"], a["answer"]) for a in record["message_list"] if a["type"] != "pointing"]
         truth = {answer for _, answer in pairs if answer in easy_vqa.SHAPES}
         inferred = easy_vqa._figure([p for p in pairs if p[1] not in easy_vqa.SHAPES])
@@ -34,8 +34,8 @@ def test_figures_agree_with_the_questions(test_records):
     assert checked > 500
 
 
-def test_point_lies_on_the_figure(test_records):
-    for record in test_records[:100]:
+def test_point_lies_on_the_figure(official_test):
+    for record in official_test[:100]:
         pixels = np.asarray(Image.open(record["image"]).convert("RGB")).astype(int)
         x, y = record["metadata"]["point"]
         height, width = pixels.shape[:2]
