@@ -117,7 +117,7 @@ def _section(title: str, rows: Iterator[Setting]) -> str:
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """What stands under each field: its docstring, on one line."""
+    """The docstring under each field, on one line."""
     found: dict[str, str] = {}
     for parent in reversed(cls.__mro__):
         body = _classes(parent.__module__).get(parent.__name__, []) if parent.__module__ != "builtins" else []

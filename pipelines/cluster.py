@@ -56,20 +56,16 @@ EXIT_TIMEOUT_S = 10
 @contextlib.contextmanager
 def connect(
     num_cpus: int | None = None,
-    num_gpus: int | None = None,
     object_store_memory: int | None = None,
     env: Mapping[str, str] | None = None,
-    log_to_driver: bool = False,
 ) -> Iterator[None]:
     """Connects to Ray for the length of a `with` block; only what it started itself is shut down at the end.
 
     Args:
         num_cpus: CPUs that a cluster started here offers (None = those that Ray finds: the machine's, or what its container may
-            use). More than there are is allowed: light actors then share a core. Ignored when joining, like the next two.
-        num_gpus: GPUs it offers (None = those that Ray finds).
+            use). More than there are is allowed: light actors then share a core. Ignored when joining, like the next.
         object_store_memory: bytes of its object store (None = see `default_object_store_memory`).
         env: environment variables for all workers, in either case.
-        log_to_driver: print the workers' output here.
 
     Raises:
         ConnectionError: `RAY_ADDRESS` is set and no cluster answers there.
@@ -80,12 +76,12 @@ def connect(
     variables = {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()} | dict(env or {})
     os.environ.update(variables)
     address = os.environ.get("RAY_ADDRESS")
-    common: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "log_to_driver": log_to_driver}
+    common: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "log_to_driver": False}
     if address:
         _check_answers(address)
         ray.init(address=address, logging_level=logging.WARNING, **common)
     else:
-        _start(num_cpus, num_gpus, object_store_memory, common)
+        _start(num_cpus, object_store_memory, common)
     try:
         with contextlib.nullcontext() if address else _watched():
             yield
@@ -156,7 +152,7 @@ def _check_answers(address: str) -> None:
         raise ConnectionError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); unset it to start one here") from None
 
 
-def _start(num_cpus: int | None, num_gpus: int | None, object_store_memory: int | None, common: dict[str, Any]) -> None:
+def _start(num_cpus: int | None, object_store_memory: int | None, common: dict[str, Any]) -> None:
     for name, value in LOCAL_ENV.items():
         os.environ.setdefault(name, value)
     # Ray's ports are open to every user of the machine, so it asks for a token unless RAY_AUTH_MODE says otherwise. One that only
@@ -165,7 +161,6 @@ def _start(num_cpus: int | None, num_gpus: int | None, object_store_memory: int 
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         num_cpus=num_cpus,
-        num_gpus=num_gpus,
         object_store_memory=object_store_memory or default_object_store_memory(),
         include_dashboard=False,
         logging_level=logging.ERROR,

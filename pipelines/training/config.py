@@ -35,7 +35,7 @@ class GroupConfig(BaseConfig):
 
 @dataclasses.dataclass
 class ScheduleConfig(BaseConfig):
-    """How the learning rates go on after warmup."""
+    """The learning rates after warmup."""
 
     name: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
     alpha_f: Share = 0.1
@@ -99,7 +99,7 @@ class SamplesConfig(BaseConfig):
 
 @dataclasses.dataclass
 class TrainConfig(BaseConfig):
-    """`python -m jobs.train`. A run of the same `name` and `storage` goes on where it stopped."""
+    """`python -m jobs.train`. A run of the same `name` and `storage` resumes where it stopped."""
 
     name: str
     """Name of the run: of its folder under `storage` and of its MLflow run."""
