@@ -24,31 +24,9 @@ from typing import Any
 import psutil
 import ray
 
-# Quiet, and no second set of threads in every process. A variable that the user has set wins.
-WORKER_ENV = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    # glibc gives large blocks back to the kernel with each `free`, and every page of the next one is a fault: 3 MB of pixels take
-    # longer to be given memory than to be copied. 32 MiB is the most that the first may be.
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-    # On a busy machine the HTTP proxy takes longer to start than the 5 s after which Serve kills it.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-}
-_CGROUP = Path("/sys/fs/cgroup")
-LOCAL_ENV = {
-    # Ray Train looks at its workers every 2 s by default, which delays every checkpoint and the end of a run by as much.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Figures of every process and a record of every task, for a dashboard that is not there.
-    "RAY_enable_metrics_collection": "0",
-    "RAY_task_events_report_interval_ms": "0",
-    # Workers that wait for work wake up a hundred times a second.
-    "RAY_prestart_worker_first_driver": "0",
-}
+from pipelines import environment
 
+_CGROUP = Path("/sys/fs/cgroup")
 CONNECT_TIMEOUT_S = 10
 EXIT_TIMEOUT_S = 10
 
@@ -73,7 +51,7 @@ def connect(
     if ray.is_initialized():
         yield
         return
-    variables = {name: os.environ.get(name, value) for name, value in WORKER_ENV.items()} | dict(env or {})
+    variables = {name: os.environ.get(name, value) for name, value in environment.WORKER.items()} | dict(env or {})
     os.environ.update(variables)
     address = os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "log_to_driver": False}
@@ -153,8 +131,7 @@ def _check_answers(address: str) -> None:
 
 
 def _start(num_cpus: int | None, object_store_memory: int | None, common: dict[str, Any]) -> None:
-    for name, value in LOCAL_ENV.items():
-        os.environ.setdefault(name, value)
+    environment.defaults(environment.LOCAL)
     # Ray's ports are open to every user of the machine, so it asks for a token unless RAY_AUTH_MODE says otherwise. One that only
     # this process and its children know keeps others out, and (unlike Ray's default) is not written to the home directory.
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:

@@ -17,11 +17,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# MLflow would ask a server that does not answer seven times, two minutes each.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-
 import mlflow
 import requests
 from mlflow.entities import Metric, Param
@@ -35,11 +30,14 @@ from sqlalchemy.exc import ArgumentError
 from molmo_core.checkpoint.folder import locate
 from molmo_core.config import ConfigError, flatten
 from molmo_core.registry import BaseModelConfig
+from pipelines import environment
 from pipelines.files import is_temporary
 from pipelines.names import file_name, fitting, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+environment.defaults(environment.MLFLOW)
 
 RUNS = Path("runs")
 ANSWER_S = 5.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -12,10 +11,10 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-from ray.train.v2._internal.execution.callback import ControllerCallback
 
+from pipelines import environment
 from pipelines.training.config import TrainConfig
+from pipelines.training.controller import SNAPSHOT, callbacks
 from pipelines.training.loop import train_worker
 from pipelines.training.storage import Storage
 
@@ -27,12 +26,12 @@ class Fit:
     """Ray Train's run, for the length of a `with` block; left before its end (an error, a signal), it is abandoned."""
 
     def __init__(self, config: TrainConfig, make_loader: Callable[..., Any], inbox: Any):
-        os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers keep the driver's folder: relative paths mean the same
+        environment.defaults(environment.TRAINING)
         if not config.name.isascii():
-            os.environ["RAY_TRAIN_METRICS_ENABLED"] = "0"  # of Ray's dashboard, whose tags are ASCII: the run's name ends it otherwise
+            environment.defaults(environment.ASCII_TAGS)
         # Ray Train would refuse to begin with a list of checkpoints that is damaged, or names a folder that is gone. `Checkpointer`
         # looks at the folders themselves.
-        Storage(config.storage, config.name).delete(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+        Storage(config.storage, config.name).delete(SNAPSHOT)
         gpu = config.device == "gpu"
         resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if gpu else {})
         self.inbox = inbox
@@ -45,7 +44,7 @@ class Fit:
                 name=config.name,
                 storage_path=config.storage,
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                callbacks=[_Handle(inbox)],  # type: ignore[list-item]  # Ray Train takes its own kind, too
+                callbacks=callbacks(inbox),
             ),
         )
         self.done = threading.Event()
@@ -93,13 +92,3 @@ class Fit:
             if controller := ray.get(self.inbox.get_controller.remote()):
                 ray.kill(controller)
                 self.done.wait(end - time.monotonic())
-
-
-class _Handle(ControllerCallback):
-    """Puts Ray Train's controller, which `fit` keeps to itself, into the inbox."""
-
-    def __init__(self, inbox: Any):
-        self.inbox = inbox
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        self.inbox.set_controller.remote(ray.get_runtime_context().current_actor)
