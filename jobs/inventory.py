@@ -11,34 +11,34 @@ from pipelines.training.config import TrainConfig
 
 
 def main(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Measure the media of records from their headers, for packing while streaming. CONFIG is a data or a training configuration; changes
-    are those of jobs.train (data.datasets.mine.path=...)."""
-    data = load_data(config, overrides)
+    """Measure the media of records from their headers, for packing while streaming. CONFIG is a data or a training configuration (then the
+    records that validate are measured, too); changes are those of jobs.train (data.datasets.mine.path=...)."""
+    found = load_data(config, overrides)
     from pipelines.cluster import connect
-    from pipelines.data.batches.prepared import is_prepared
+    from pipelines.data.batches.prepared import reads_prepared
     from pipelines.data.preparation.inventory import inventory_path, take_inventory
     from pipelines.data.sources import open_records
 
-    streamed = [d for group in data.all_groups().values() for d in group.datasets.values() if not is_prepared(d.path)]
+    datasets = [dataset for data in found for group in data.all_groups().values() for dataset in group.datasets.values()]
+    streamed = {inventory_path(dataset.path): dataset for dataset in datasets if not reads_prepared(dataset)}
     if not streamed:
         raise ConfigError(f"{config}: all datasets are prepared; their lengths are known")
-    paths = [inventory_path(dataset.path) for dataset in streamed]
-    opened = [open_records(dataset.path, dataset.format) for dataset in streamed]
+    opened = {path: open_records(dataset.path, dataset.format) for path, dataset in streamed.items()}
     with connect():
-        for records, path in zip(opened, paths):
+        for path, records in opened.items():
             counts = take_inventory(records, path)
             print(f"{path}: {counts.pop('usable'):,} of {counts.pop('rows'):,} records usable")
             for reason, count in counts.items():
                 print(f"  {count:,}: {reason}")
 
 
-def load_data(path: Path, overrides: list[str] | None) -> DataConfig:
-    """The data of a training configuration, with the overrides of `jobs.train`, or of a data configuration, with those of its `data`."""
+def load_data(path: Path, overrides: list[str] | None) -> list[DataConfig]:
+    """All data of a training configuration, with the overrides of `jobs.train`, or of a data configuration, with those of its `data`."""
     if "data" in read_yaml(path):
-        return TrainConfig.load(path, overrides).data
+        return TrainConfig.load(path, overrides).all_data()
     if others := [o for o in overrides or () if not o.startswith("data.")]:
         raise ConfigError(f"{path} is a data configuration: changes begin with data., as in jobs.train: data.{others[0]}")
-    return DataConfig.load(path, [o.removeprefix("data.") for o in overrides or ()])
+    return [DataConfig.load(path, [o.removeprefix("data.") for o in overrides or ()])]
 
 
 app = job(main)

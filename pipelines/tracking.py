@@ -360,7 +360,12 @@ def resolve(uri: str | Path) -> Path:
     if not cache.is_dir():
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache.parent) as partial:
-            Path(mlflow.artifacts.download_artifacts(source, dst_path=partial)).rename(cache)
+            downloaded = Path(mlflow.artifacts.download_artifacts(source, dst_path=partial))
+            try:
+                downloaded.rename(cache)
+            except OSError:
+                if not cache.is_dir():  # else another process was faster: replicas of a server start together
+                    raise
     return cache
 
 

@@ -124,6 +124,8 @@ class Host:
         try:
             while not self._closing.is_set():
                 for ticket in self._new():
+                    if ticket not in self._tickets:
+                        continue  # whoever asked has left before the engine heard of it
                     try:
                         self._engine.add(ticket.request)
                         tickets[ticket.request] = ticket

@@ -51,6 +51,8 @@ class Validator:
         batches.close()
         back_to_training(self.model)
         loss, correct, weight = all_sum(sums).tolist()
+        if weight == 0:
+            raise ConfigError("validation.data: no token of the batches that validate has a loss weight")
         return {"validation/loss": loss / weight, "validation/accuracy": correct / weight}
 
 

@@ -1,6 +1,7 @@
 """MLflow runs and the registry, on a sqlite database of the test's own."""
 
 import multiprocessing
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -116,6 +117,22 @@ def test_artifacts_elsewhere_are_downloaded_once(database, checkpoint, monkeypat
     assert fetched == ["s3://bucket/checkpoint"]
     assert folders == [database / "runs" / "models" / "remote" / version] * 2
     assert place != folders[0]
+
+
+def test_replicas_that_download_at_once_share_the_first_copy(database, checkpoint, monkeypatch, tmp_path):
+    version = tracking.register(checkpoint, "shared")
+    cache = database / "runs" / "models" / "shared" / version
+
+    def download(uri, dst_path):
+        for folder in (Path(dst_path) / "checkpoint", cache):  # another process ends its download first
+            folder.mkdir(parents=True)
+            (folder / "config.yaml").write_text("x: 1\n")
+        return str(Path(dst_path) / "checkpoint")
+
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
+    monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_download_uri", lambda *_: "s3://bucket/checkpoint")
+    assert tracking.resolve(f"models:/shared/{version}") == cache
+    assert [path.name for path in cache.parent.iterdir()] == [version], "nothing else is left"
 
 
 def _first_use(uri):

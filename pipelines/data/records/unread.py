@@ -41,7 +41,12 @@ def judge(fields: Fields, counts: Counter[str], own: Medium | None = None, numbe
     """
     for field, value in fields.left.items():
         _check(str(field), value, fields.where, own, number, inside)
-        counts[re.sub(r"\[\d+\]", "[]", f"{fields.where}{field}")] += 1
+        count(fields, str(field), counts)
+
+
+def count(fields: Fields, field: str, counts: Counter[str]) -> None:
+    """Counts a field that is not used, under one name for all messages, parts and points."""
+    counts[re.sub(r"\[\d+\]", "[]", f"{fields.where}{field}")] += 1
 
 
 def find_medium(row: Fields) -> tuple[str, Medium] | None:

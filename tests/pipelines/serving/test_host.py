@@ -155,6 +155,31 @@ def test_one_who_leaves_frees_the_place(host, engine):
     asyncio.run(main())
 
 
+def test_one_who_leaves_before_the_engine_hears_of_it_costs_nothing(host, engine, monkeypatch):
+    entered, gate, add = threading.Event(), threading.Event(), engine.add
+
+    def slow(request):
+        entered.set()
+        assert gate.wait(10)
+        add(request)
+
+    monkeypatch.setattr(engine, "add", slow)
+
+    async def main():
+        first = asyncio.create_task(collect(host.answer(Count(3))))
+        await until(entered.is_set)
+        second = asyncio.create_task(collect(host.answer(Count(10**9))))
+        await until(lambda: host.load()["waiting"] == 2)
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        gate.set()
+        assert await first == ([1, 2, 3], "length")
+        assert await collect(host.answer(Count(2))) == ([1, 2], "length")
+
+    asyncio.run(main())
+    assert engine.requests == []
+
+
 def test_a_request_that_fails_does_so_alone(host):
     async def main():
         good, bad = await asyncio.gather(collect(host.answer(Count(4))), collect(host.answer(Count("four"))), return_exceptions=True)

@@ -162,6 +162,21 @@ def test_looking_at_the_model_does_not_change_its_training(run, tmp_path):
     assert {"question", "answers", "prediction", "score"} <= set(questions[0])
 
 
+def test_validation_without_anything_to_score_is_an_error(run, tmp_path):
+    class Silent(RandomLoader):
+        def __init__(self, data, *rest, **settings):
+            super().__init__(data, *rest, **settings)
+            self.silent = "other" in data.datasets
+
+        def example(self, stream, step):
+            example = super().example(stream, step)
+            return example | {"loss_masks": 0 * example["loss_masks"]} if self.silent else example
+
+    settings = looks(tmp_path / "looks")
+    with pytest.raises(ConfigError, match=r"validation.data: no token of the batches that validate has a loss weight"):
+        run(steps=3, loader=Silent, validation=settings["validation"])
+
+
 def test_records_that_cannot_be_sampled_are_named(run, tmp_path):
     settings = looks(tmp_path / "looks")
     (tmp_path / "looks" / "red.png").unlink()

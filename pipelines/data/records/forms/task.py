@@ -55,7 +55,8 @@ def read(row: Fields, inline: Inline, counts: Counter[str], style: Any = None) -
             raise Rejected("record: bad field", f"{row.where}system: this {kind} record has no question that it could join")
         task["question"] = f"{system}\n{task['question']}"
     if kind in ("question", "multiple choice") and "label" in row:  # of a data set for classification; the question says what is asked
-        counts[f"{row.where}label"] += bool(row.take("label")) or 1
+        row.take("label")
+        unread.count(row, "label", counts)
     if "style" not in task and style is None:
         if kind == "caption":
             raise Rejected("record: bad field", f"{row.where}text is a caption's or a transcript's: write its style, or caption for text")

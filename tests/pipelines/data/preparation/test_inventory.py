@@ -172,8 +172,10 @@ def test_changes_are_those_of_training(golden, tmp_path):
     (tmp_path / "train.yaml").write_text(f"name: x\nsteps: 1\nmodel: {model}\ndata: data.yaml\n")
     (tmp_path / "whole.yaml").write_text(f"name: x\nsteps: 1\nmodel: {model}\ndata: {{datasets: {{a: {{path: x.jsonl}}}}}}\n")
     for name in ("data", "train", "whole"):
-        data = load_data(tmp_path / f"{name}.yaml", ["data.datasets.a.path=other.jsonl", "data.shuffle=false"])
+        (data,) = load_data(tmp_path / f"{name}.yaml", ["data.datasets.a.path=other.jsonl", "data.shuffle=false"])
         assert (data.datasets["a"].path, data.shuffle) == ("other.jsonl", False), name
+    validation = ["validation.data.datasets.b.path=held-out.jsonl"]
+    assert [list(data.datasets) for data in load_data(tmp_path / "train.yaml", validation)] == [["a"], ["b"]], "validation packs, too"
     load_data(tmp_path / "train.yaml", ["steps=5", "data.shuffle=false"])
     with pytest.raises(ConfigError, match=r"changes begin with data., as in jobs.train: data.shuffle=false"):
         load_data(tmp_path / "data.yaml", ["shuffle=false"])

@@ -200,6 +200,8 @@ def test_what_describes_the_record_is_counted():
     found, counts = read({**row, **fields})
     assert found == read(row)[0]
     assert counts == dict.fromkeys(fields.keys() - {"system"}, 1)
+    _, counts = read({"image": PNG, "message_list": [{**QA, "label": 2, "split": "train"}] * 3})
+    assert counts == {"message_list[].label": 3, "message_list[].split": 3}, "one name, however many annotations there are"
 
 
 def test_fields_of_turns_parts_and_points():
