@@ -105,9 +105,8 @@ class Asker:
         Raises:
             ConfigError: the model cannot read this (media that it does not take, a prompt longer than its context).
         """
-        text = self.model.tokenizer.literal(question, placeholders=True)
         try:
-            example = self._preprocess({**media, "messages": [{"role": "user", "content": text}]})
+            example = self._preprocess({**media, "messages": [{"role": "user", "content": question}], "placeholders": False})
         except ValueError as error:
             raise ConfigError(f"the model cannot read this: {error}") from None
         example.pop("metadata", None)

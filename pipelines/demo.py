@@ -153,14 +153,14 @@ def questions_to_ask(path: str) -> Iterator[tuple[Question, str]]:
 
 def train_summary(result: TrainResult, workers: int) -> dict[str, Any]:
     logged = [values for _, values in result.metrics if "loss" in values]
-    speeds = sorted(values["tokens_per_second"] for values in logged)
+    speeds = sorted(values["tokens_per_second"] for values in logged if "tokens_per_second" in values)  # not of a first step alone
     return {
         "steps": result.step,
         "seconds": round(result.seconds, 1),
         "workers": workers,
         "first_loss": round(logged[0]["loss"], 4),
         "last_loss": round(logged[-1]["loss"], 4),
-        "tokens_per_second": round(speeds[len(speeds) // 2]),
+        "tokens_per_second": round(speeds[len(speeds) // 2]) if speeds else None,
     }
 
 

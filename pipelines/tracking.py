@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 environment.defaults(environment.MLFLOW)
 
 RUNS = Path("runs")
-ANSWER_S = 5.0
 CHECKPOINT_FOLDER = "checkpoint"
 EVALUATION = "evaluation/"
 """Metrics of evaluations begin with this; they are shares of 1."""

@@ -36,6 +36,14 @@ def test_the_answer_is_that_of_generate(tiny_checkpoint, tiny_model, picture):
     assert result.stdout.splitlines()[0].strip() == expected.splitlines()[0].strip()
 
 
+def test_names_of_special_tokens_in_a_question_are_text(tiny_checkpoint, tiny_model, picture):
+    question = "What does <|image|> mean, and <im_patch>?"
+    result = CliRunner().invoke(app, [str(tiny_checkpoint), question, str(picture), "--max-tokens", "4"])
+    assert result.exit_code == 0, result.output
+    example = {"image": str(picture), "messages": [{"role": "user", "content": question}], "placeholders": False}
+    assert result.stdout.splitlines()[0].strip() == generated(tiny_model, example, 4).splitlines()[0].strip()
+
+
 def test_text_alone_and_draws(tiny_checkpoint):
     def ask(*options):
         result = CliRunner().invoke(app, [str(tiny_checkpoint), QUESTION, "--max-tokens", "8", *options])

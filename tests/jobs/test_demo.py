@@ -12,6 +12,7 @@ from PIL import Image
 from molmo_core.config import ConfigError
 from pipelines import demo, tracking
 from pipelines.data.preparation import easy_vqa
+from pipelines.training.trainer import TrainResult
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = [
@@ -39,6 +40,14 @@ def test_questions_to_ask(tmp_path):
     assert [question.type for question, _ in asked] == list(demo.ASKED)
     assert len({image for _, image in asked}) == 4
     assert all(Path(image).is_file() for _, image in asked)
+
+
+def test_a_summary_of_a_step_that_has_no_speed():
+    """The first step compiles and loads: nothing is logged of how fast it was."""
+    result = TrainResult("model", "run", 1, 1, 2.0, [(1, {"loss": 6.0, "accuracy": 0.0})])
+    assert demo.train_summary(result, 2)["tokens_per_second"] is None
+    result.metrics += [(step, {"loss": 5.0, "tokens_per_second": speed}) for step, speed in ((2, 30.4), (3, 10.0), (4, 20.0))]
+    assert demo.train_summary(result, 2)["tokens_per_second"] == 20
 
 
 @pytest.mark.slow

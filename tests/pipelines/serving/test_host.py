@@ -122,10 +122,8 @@ def test_a_full_queue_refuses_at_once_and_works_again(host, engine):
         held = [asyncio.create_task(collect(host.answer(Count(3)))) for _ in range(5)]
         await until(lambda: host.load()["active"] == 2)
         for _ in range(50):
-            start = time.perf_counter()
-            with pytest.raises(ApiError) as caught:
-                await collect(host.answer(Count(3)))
-            assert time.perf_counter() - start < 0.1
+            with pytest.raises(ApiError) as caught:  # while the engine stands still: who waited would wait for ever
+                await asyncio.wait_for(collect(host.answer(Count(3))), 10)
             assert caught.value.status == 429
             assert caught.value.headers == {"Retry-After": "1"}
             assert caught.value.body()["error"]["type"] == "rate_limit_error"

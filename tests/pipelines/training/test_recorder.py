@@ -91,10 +91,8 @@ def test_an_outage_is_said_once_and_what_waited_is_sent_afterwards(recorder, run
         if step == begin:
             until(lambda: not recorder._waiting())
             outage.begin()
-        started = time.monotonic()
         recorder.metrics(step, {"loss": float(step)})
         recorder.look()
-        assert time.monotonic() - started < 0.1, "nobody waits"
         time.sleep(0.06)
     until(lambda: recorder.look() or recorder.lines)
     assert "connection refused. Training continues" in recorder.lines[0]

@@ -101,9 +101,7 @@ def test_dead_hosts_are_left_alone_for_a_while(tmp_path, monkeypatch, listening)
         first = rejected(f"http://127.0.0.1:{port}/a.png")
         assert ("timed out" if listening else "refused") in first.detail
     with serving(tmp_path, port):
-        start = time.monotonic()
         second = rejected(f"http://127.0.0.1:{port}/a.png")
-        assert time.monotonic() - start < 0.2
         assert second.reason == first.reason
         assert second.detail.startswith(first.detail)
         assert "left alone for 1 s" in second.detail
