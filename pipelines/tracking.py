@@ -45,7 +45,7 @@ EVALUATION = "evaluation/"
 """Metrics of evaluations begin with this; they are shares of 1."""
 # How MLflow's pages tell model training from agents and prompts.
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
-CONNECT_TIMEOUT_S = 10
+CONNECT_TIMEOUT_S = 5
 MAX_KEY = validation.MAX_ENTITY_KEY_LENGTH
 MAX_NAME, MAX_RUN_NAME = 256, 250
 """Characters of a model's or an experiment's name and of a run's in MLflow's databases (sqlite itself would take more)."""
@@ -101,6 +101,19 @@ def _check(what: str, name: str, validate: Callable[[str], Any], limit: int) -> 
         raise TrackingError(f"{what}={name!r}: {error.message}") from None
     if not name.isprintable() or len(name) > limit:
         raise TrackingError(f"{what}={name[:300]!r}: must be at most {limit} printable characters")
+
+
+def check_experiment(name: str) -> None:
+    """Whether runs of an experiment can be logged now; to be called before any work begins.
+
+    Raises:
+        TrackingError: the server does not answer, the database cannot be written, or the experiment is refused or deleted.
+    """
+    _check("experiment", name, validation._validate_experiment_name, MAX_NAME)
+    try:
+        _known_experiment(client(), name)
+    except MlflowException as error:
+        raise TrackingError(f"MLFLOW_TRACKING_URI={tracking_uri()}: what answers there is not a working MLflow ({error.message})") from None
 
 
 def tracking_uri() -> str:
@@ -247,12 +260,16 @@ class Run:
             error.add_note(f"MLflow's run {self.id} could not be ended as {status}: {failure.message}")
 
 
-def _experiment(opened: mlflow.MlflowClient, name: str) -> str:
+def _known_experiment(opened: mlflow.MlflowClient, name: str) -> str | None:
     found = opened.get_experiment_by_name(name)
-    if found:
-        if found.lifecycle_stage != "active":
-            raise TrackingError(f"experiment {name!r} was deleted in {tracking_uri()}; restore it (`mlflow experiments restore`) or rename")
-        return found.experiment_id
+    if found and found.lifecycle_stage != "active":
+        raise TrackingError(f"experiment {name!r} was deleted in {tracking_uri()}; restore it (`mlflow experiments restore`) or rename")
+    return found.experiment_id if found else None
+
+
+def _experiment(opened: mlflow.MlflowClient, name: str) -> str:
+    if known := _known_experiment(opened, name):
+        return known
     uri = tracking_uri()
     if not uri.startswith("sqlite:"):  # a server decides itself where artifacts go
         return opened.create_experiment(name, tags=TRAINING_PAGES)

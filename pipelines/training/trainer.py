@@ -73,26 +73,32 @@ def run_training(config: TrainConfig, make_loader: Callable[..., Any] = TrainLoa
     """
     started = time.perf_counter()
     folder = RunFolder(config)
+    tracking.check_experiment(config.experiment)
     with folder.lock():
         folder.check()
         if make_loader is TrainLoader:  # another one reads what it likes
             check_belonging(config)
         check_memory(config)
-        tracking.client()  # a wrong address is told now
+        config = pinned_down(config)
         with cluster.connect(num_cpus=num_cpus):
-            config = prepared(config)
+            config = fitted(config)
             with Driver(config, folder) as driver:
                 driver.run(make_loader)
     return driver.result(time.perf_counter() - started)
 
 
-def prepared(config: TrainConfig) -> TrainConfig:
-    """The configuration with what only the driver can decide: absolute paths, device, the place of registered weights."""
+def pinned_down(config: TrainConfig) -> TrainConfig:
+    """The configuration as every process must read it: absolute paths, the place of registered weights."""
     config = copy.deepcopy(config)
     pinned(config)
     config = dataclasses.replace(config, storage=absolute(config.storage))
     if config.init_from is not None:
         config = dataclasses.replace(config, init_from=fixed_model(str(model_folder(config.init_from))))
+    return config
+
+
+def fitted(config: TrainConfig) -> TrainConfig:
+    """The configuration with its device; raises ConfigError if the cluster is too small."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if config.device == "auto":
         config = dataclasses.replace(config, device="gpu" if gpus >= config.num_workers else "cpu")

@@ -1,15 +1,19 @@
 """The folder of a run: who may run in it, and what is left there when a run cannot begin."""
 
+import functools
+import http.server
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import ray
 from batches import tiny_config
 
 from molmo_core.config import ConfigError
@@ -119,3 +123,30 @@ def test_a_storage_that_cannot_be_written_is_named(tmp_path):
             RunFolder(tiny_config(storage, name="run")).lock(),
         ):
             pass
+
+
+def test_what_mlflow_would_refuse_is_told_before_the_run_has_a_folder(tmp_path, monkeypatch):
+    """And before Ray starts: in the time that the test has."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = tracking.client()
+    client.delete_experiment(client.create_experiment("gone"))
+    for experiment, address, told in (
+        ("gone", f"sqlite:///{tmp_path}/mlflow.db", "'gone' was deleted"),
+        ("tests", "http://127.0.0.1:9", "no MLflow server answers there"),
+        ("tests", f"sqlite:///{tmp_path}/mlflow.db/inside", "cannot be written"),
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(ConfigError, match=told):
+            run_training(tiny_config(tmp_path / "runs", experiment=experiment))
+        assert not (tmp_path / "runs").exists()
+        assert not ray.is_initialized()
+
+
+def test_a_server_of_another_kind_is_refused(tmp_path, monkeypatch):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ConfigError, match="not a working MLflow"):
+            tracking.check_experiment("tests")
+        server.shutdown()
