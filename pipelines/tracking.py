@@ -89,8 +89,7 @@ def check_names(model: str, alias: str | None = None) -> None:
     """
     _check("name", model, validation._validate_model_name, MAX_NAME)
     if alias is not None:
-        checks = validation._validate_model_alias_name, validation._validate_model_alias_name_reserved
-        for validate in checks:
+        for validate in (validation._validate_model_alias_name, validation._validate_model_alias_name_reserved):
             _check("alias", alias, validate, validation.MAX_REGISTERED_MODEL_ALIAS_LENGTH)
 
 
@@ -101,19 +100,6 @@ def _check(what: str, name: str, validate: Callable[[str], Any], limit: int) -> 
         raise TrackingError(f"{what}={name!r}: {error.message}") from None
     if not name.isprintable() or len(name) > limit:
         raise TrackingError(f"{what}={name[:300]!r}: must be at most {limit} printable characters")
-
-
-def check_experiment(name: str) -> None:
-    """Whether runs of an experiment can be logged now; to be called before any work begins.
-
-    Raises:
-        TrackingError: the server does not answer, the database cannot be written, or the experiment is refused or deleted.
-    """
-    _check("experiment", name, validation._validate_experiment_name, MAX_NAME)
-    try:
-        _known_experiment(client(), name)
-    except MlflowException as error:
-        raise TrackingError(f"MLFLOW_TRACKING_URI={tracking_uri()}: what answers there is not a working MLflow ({error.message})") from None
 
 
 def tracking_uri() -> str:
@@ -166,7 +152,8 @@ def client() -> mlflow.MlflowClient:
     os.environ["MLFLOW_TRACKING_URI"] = uri
     mlflow.set_tracking_uri(uri)
     if not uri.startswith("sqlite:"):
-        _check_answers(uri)
+        if uri.startswith(("http://", "https://")):
+            _check_answers(uri)
         return mlflow.MlflowClient()
     database = _database(uri)
     try:
@@ -185,8 +172,6 @@ def client() -> mlflow.MlflowClient:
 
 def _check_answers(uri: str) -> None:
     """MLflow itself would try again for minutes."""
-    if not uri.startswith(("http://", "https://")):
-        return
     try:
         requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_TIMEOUT_S)  # any answer will do
     except requests.RequestException as error:
@@ -211,7 +196,7 @@ class Run:
                 raise TrackingError(f"run {run_id} is not in {tracking_uri()}: {error.message}") from None
             self.id = run_id
         else:
-            experiment_id = _experiment(self.client, experiment)
+            experiment_id = known_experiment(self.client, experiment) or _new_experiment(self.client, experiment)
             self.id = self.client.create_run(experiment_id, run_name=_text(name)[:MAX_RUN_NAME]).info.run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -260,16 +245,16 @@ class Run:
             error.add_note(f"MLflow's run {self.id} could not be ended as {status}: {failure.message}")
 
 
-def _known_experiment(opened: mlflow.MlflowClient, name: str) -> str | None:
+def known_experiment(opened: mlflow.MlflowClient, name: str) -> str | None:
+    """The id of an experiment, None if it is new; raises TrackingError if it was deleted, or MLflow refuses its name."""
+    _check("experiment", name, validation._validate_experiment_name, MAX_NAME)
     found = opened.get_experiment_by_name(name)
     if found and found.lifecycle_stage != "active":
         raise TrackingError(f"experiment {name!r} was deleted in {tracking_uri()}; restore it (`mlflow experiments restore`) or rename")
     return found.experiment_id if found else None
 
 
-def _experiment(opened: mlflow.MlflowClient, name: str) -> str:
-    if known := _known_experiment(opened, name):
-        return known
+def _new_experiment(opened: mlflow.MlflowClient, name: str) -> str:
     uri = tracking_uri()
     if not uri.startswith("sqlite:"):  # a server decides itself where artifacts go
         return opened.create_experiment(name, tags=TRAINING_PAGES)

@@ -35,6 +35,13 @@ class RunFolder:
         self.notes: list[str] = []
         """What a person should know of how the run was opened."""
 
+    def check_tracking(self) -> None:
+        """Raises ConfigError if MLflow does not answer or would refuse the run: before anything is written or started."""
+        try:
+            tracking.known_experiment(tracking.client(), self.config.experiment)
+        except MlflowException as error:
+            raise ConfigError(f"MLFLOW_TRACKING_URI={tracking.tracking_uri()}: not a working MLflow server ({error.message})") from None
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps every other training out of this folder. The kernel releases the lock when this process ends, however it ends.

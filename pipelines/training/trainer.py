@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from molmo_core.config import ConfigError
-from pipelines import cluster, tracking
+from pipelines import cluster
 from pipelines.data.batches.loader import TrainLoader
 from pipelines.data.sources import open_records
 from pipelines.evaluation.picture import draw_answers
@@ -73,7 +73,7 @@ def run_training(config: TrainConfig, make_loader: Callable[..., Any] = TrainLoa
     """
     started = time.perf_counter()
     folder = RunFolder(config)
-    tracking.check_experiment(config.experiment)
+    folder.check_tracking()
     with folder.lock():
         folder.check()
         if make_loader is TrainLoader:  # another one reads what it likes

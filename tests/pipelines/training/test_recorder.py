@@ -183,5 +183,5 @@ def test_a_server_that_is_not_there_or_does_not_speak_is_said_at_once(monkeypatc
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
             started = time.monotonic()
             with pytest.raises(tracking.TrackingError, match=f"MLFLOW_TRACKING_URI=http://127.0.0.1:{port}: no MLflow server.*{problem}"):
-                tracking.check_experiment("tests")
+                tracking.Run("tests", "run")
             assert time.monotonic() - started < seconds
