@@ -52,6 +52,9 @@ def main(
 ) -> None:
     """Answers the questions of records with a model on all workers and scores the answers."""
     settings = EvaluateConfig.load(config, overrides)
+    if not record_only:
+        check_places(settings)
+    # Only now what takes seconds to import: mistakes are shown at once.
     from pipelines import tracking
     from pipelines.evaluation.evaluate import PICTURE, evaluate, read_report
 
@@ -63,6 +66,17 @@ def main(
     print(f"{settings.model} on {settings.records}, {report['seconds']} s\n\n{describe(report)}\n", flush=True)
     print(f"Report, predictions and {PICTURE} are in {settings.output}", flush=True)
     print(f"MLflow   {tracking.tracking_uri()} run {save_in_mlflow(report, settings)}")
+
+
+def check_places(settings: EvaluateConfig) -> None:
+    """Raises ConfigError for records or a model that are not there, or an output that cannot be written; light."""
+    from pipelines.data.sources import find_records
+    from pipelines.files import output_folder
+    from pipelines.model_folder import fixed_model
+
+    find_records(settings.records)
+    fixed_model(settings.model)
+    output_folder(settings.output)
 
 
 app = job(main, EvaluateConfig)

@@ -30,12 +30,15 @@ def stop_requested() -> Iterator[threading.Event]:
 
 def serve(config: ServeConfig) -> None:
     """Serves until Ctrl-C or SIGTERM; answers in work are finished first."""
-    from pipelines import cluster
     from pipelines.model_folder import fixed_model
-    from pipelines.serving.app import check_port, serving
+    from pipelines.serving.port import check_port
 
     check_port(config.host, config.port)  # before a cluster starts for nothing
     fixed_model(config.model)
+    # Only now what takes seconds to import: mistakes are shown at once.
+    from pipelines import cluster
+    from pipelines.serving.app import serving
+
     print(f"Loading {config.model} ...", flush=True)
     needed = config.replicas * config.cpus_per_replica + config.frontends * FRONTEND_CPUS
     with cluster.connect(num_cpus=cluster.cpus_for(needed)), serving(config) as url:

@@ -19,7 +19,10 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     checkpoint; Ctrl-C or SIGTERM saves one first, and the exit code is then 130 or 143.
     """
     settings = TrainConfig.load(config, overrides)
-    # Only now what takes seconds to import: a mistake in the configuration is shown at once.
+    from pipelines.training.places import check_places
+
+    check_places(settings)
+    # Only now what takes seconds to import: mistakes are shown at once.
     from pipelines import cluster, tracking
     from pipelines.data.batches import endless
     from pipelines.training.errors import TrainingError

@@ -38,3 +38,14 @@ def check_lasting(path: Path | str, setting: str) -> None:
             f"{setting}={path}: is in the copy of a submitted job's working directory, which Ray deletes; "
             "give the full path of a folder that all nodes share"
         )
+
+
+def output_folder(output: str) -> Path:
+    """The folder of an output, made if it is not there. Raises ConfigError if it is temporary or cannot be written."""
+    check_lasting(output, "output")
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={output}: cannot be written: {error}") from None
+    return folder

@@ -20,7 +20,7 @@ from pipelines.data.sources import Records, open_records
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.picture import draw_answers
 from pipelines.evaluation.worker import Worker
-from pipelines.files import check_lasting, write_text
+from pipelines.files import output_folder, write_text
 from pipelines.model_folder import fixed_model
 from pipelines.progress import RecordProgress
 
@@ -39,7 +39,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: no such model or records, an output that cannot be written, or too many records that cannot be used.
     """
     started = time.perf_counter()
-    folder = _folder(config)
+    folder = output_folder(config.output)
     records = open_records(config.records, config.format)
     total = min(len(records), config.limit or len(records))
     model = fixed_model(config.model)
@@ -136,16 +136,6 @@ def summarise(results: list[dict[str, Any]], config: EvaluateConfig) -> dict[str
             kind: {"questions": len(values), "metric": metric, "score": _mean(values)} for (kind, metric), values in sorted(scores.items())
         },
     }
-
-
-def _folder(config: EvaluateConfig) -> Path:
-    folder = Path(config.output)
-    check_lasting(folder, "output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output={config.output}: cannot be written: {error}") from None
-    return folder
 
 
 def _mean(values: list[float]) -> float | None:

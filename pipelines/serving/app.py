@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import socket
 from collections.abc import Iterator
 
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-from molmo_core.config import ConfigError
 from pipelines.model_folder import fixed_model
 from pipelines.serving.config import FRONTEND_CPUS, ServeConfig
 from pipelines.serving.frontend import PREPARING, Frontend
+from pipelines.serving.port import check_port
 from pipelines.serving.replica import Replica
 
 APPLICATION = "molmo"
@@ -69,15 +67,3 @@ def serving(config: ServeConfig) -> Iterator[str]:
         yield config.url
     finally:
         serve.delete(APPLICATION)
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError when a server cannot listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-            raise ConfigError(f"serve: {host}:{port} {reason}; choose another, e.g. port={port + 1}") from None

@@ -53,11 +53,16 @@ def evaluated(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     output = tmp_path / "out"
     output.mkdir()
-    (output / REPORT).write_text(json.dumps(REPORT_OF_M))
+    model = tmp_path / "m"
+    model.mkdir()
+    (model / "config.yaml").write_text("model_name: molmo\n")
+    (tmp_path / "r.jsonl").write_text("{}\n")
+    report = REPORT_OF_M | {"model": str(model)}
+    (output / REPORT).write_text(json.dumps(report))
     Image.new("RGB", (4, 4)).save(output / PICTURE)
     config = tmp_path / "evaluate.yaml"
     config.write_text(f"model: m\nrecords: r.jsonl\noutput: {output}\n")
-    monkeypatch.setattr(evaluate, "evaluate", lambda _: REPORT_OF_M)
+    monkeypatch.setattr(evaluate, "evaluate", lambda _: report)
     monkeypatch.setattr(cluster, "connect", contextlib.nullcontext)
     return [str(config)]
 
@@ -89,7 +94,7 @@ def test_an_outage_after_the_work_loses_nothing_and_can_be_made_up_for(evaluated
 
 
 def test_there_must_be_a_report_of_this_model(evaluated, tmp_path):
-    for change, told in (("model=other", "is of m, not of other"), (f"output={tmp_path}/nowhere", "no such report")):
+    for change, told in (("model=other", "/m, not of other"), (f"output={tmp_path}/nowhere", "no such report")):
         result = CliRunner().invoke(app, [*evaluated, change, "--record"])
         assert result.exit_code == 2
         assert told in result.stderr

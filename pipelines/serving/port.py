@@ -1,0 +1,20 @@
+"""Whether a server can listen at an address: asked before a cluster starts. Light."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from molmo_core.config import ConfigError
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError when a server cannot listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise ConfigError(f"serve: {host}:{port} {reason}; choose another, e.g. port={port + 1}") from None
