@@ -32,6 +32,7 @@ import typer
 import typer.core
 
 from molmo_core.config import BaseConfig, ConfigError, MissingFile
+from pipelines.training.errors import TrainingError
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of this job's configuration.", show_default=False)]
 Overrides = Annotated[
@@ -39,14 +40,15 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, e.g. limit=100 or optim.llm.lr=1e-5.", show_default=False),
 ]
 
-CONFIG_ERROR_EXIT_CODE = 2
+EXIT_CODES: dict[type[Exception], int] = {ConfigError: 2, TrainingError: 1}
+"""Errors whose text says what a person can do: they are printed without a traceback and end with this code."""
 
 
 def job(main: Callable[..., Any], config: type[BaseConfig] | None = None) -> typer.Typer:
     """The command-line program of a job: `main`'s arguments become the command's, its docstring the help.
 
     `config` is what CONFIG holds; `--help` lists its settings.
-    A `ConfigError` (also one raised inside a Ray worker) is printed without a traceback and ends with exit code 2;
+    The errors in `EXIT_CODES` (also raised inside a Ray worker) are printed without a traceback;
     Ctrl-C ends with 130. Any other error keeps its traceback.
     """
 
@@ -54,13 +56,13 @@ def job(main: Callable[..., Any], config: type[BaseConfig] | None = None) -> typ
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             main(*args, **kwargs)
-        except ConfigError as error:
+        except tuple(EXIT_CODES) as error:
             # Ray re-raises a worker's error as a subclass that carries the remote traceback; `cause` is the error itself.
             told = getattr(error, "cause", None) or error
             print(f"error: {told}", file=sys.stderr)
             if isinstance(told, MissingFile) and told.path and not Path(told.path).is_absolute() and "://" not in told.path:
                 print(_looked_for(Path.cwd()), file=sys.stderr)
-            raise typer.Exit(CONFIG_ERROR_EXIT_CODE) from None
+            raise typer.Exit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 

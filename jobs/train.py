@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
 from jobs.command import ConfigPath, Overrides, job
 from pipelines.training.config import TrainConfig
-
-FAILED_EXIT_CODE = 1
 
 
 def main(config: ConfigPath, overrides: Overrides = None) -> None:
@@ -25,18 +21,13 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     # Only now what takes seconds to import: mistakes are shown at once.
     from pipelines import cluster, tracking
     from pipelines.data.batches import endless
-    from pipelines.training.errors import TrainingError
     from pipelines.training.trainer import run_training
 
     streamed = streams_records(settings)
     if streamed:
         endless.internals()  # its warning would otherwise be in the workers' logs only
     cpus = cluster.cpus_for(settings.num_workers * settings.cpus_per_worker, all_cores=streamed)  # actors decode on all cores
-    try:
-        result = run_training(settings, num_cpus=cpus)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(FAILED_EXIT_CODE) from None
+    result = run_training(settings, num_cpus=cpus)
     print(f"{'trained' if result.finished else 'stopped at'} {result.step} of {result.steps} steps in {result.seconds:.0f} s")
     if result.checkpoint:
         print(f"model    {result.checkpoint}")

@@ -65,11 +65,13 @@ def demo(overrides: list[str] | None = None) -> dict[str, Any]:
     """Runs all stages on one cluster; returns what `runs/demo/summary.json` holds."""
     started = time.perf_counter()
     changes = by_stage(overrides)
-    shutil.rmtree(FOLDER, ignore_errors=True)
     preparation = PrepareConfig.load(FILES["prepare"], changes["prepare"])
     evaluation = EvaluateConfig.load(FILES["evaluate"], changes["evaluate"])
     registration = RegisterConfig.load(FILES["register"], changes["register"])
+    tracking.check_names(registration.name, registration.alias)
     serve = ServeConfig.load(FILES["serve"], [f"port={free_port()}", *changes["serve"]])
+    tracking.client()
+    shutil.rmtree(FOLDER, ignore_errors=True)
 
     quiet()
     # One cluster for all stages; one CPU more than training's workers, for what works beside them.

@@ -1,9 +1,11 @@
 """What every job's command line does with errors."""
 
+import pytest
 from typer.testing import CliRunner
 
 from jobs.command import ConfigPath, Overrides, job
 from molmo_core.config import ConfigError
+from pipelines.training.errors import NonFiniteError, TrainingError
 
 
 def invoke(error: BaseException | None, *arguments: str):
@@ -35,6 +37,14 @@ def test_configuration_error():
     result, _ = invoke(ConfigError("no such key"), "a.yaml")
     assert result.exit_code == 2
     assert result.stderr == "error: no such key\n"
+
+
+@pytest.mark.parametrize("error", [TrainingError("the disk is full"), NonFiniteError("step 2: loss nan")])
+def test_a_training_that_cannot_continue(error):
+    """In every job that trains."""
+    result, _ = invoke(error, "a.yaml")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {error}\n"
 
 
 def test_configuration_error_of_a_worker():

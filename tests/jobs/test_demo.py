@@ -34,6 +34,23 @@ def test_overrides_by_stage():
         demo.by_stage(["steps=5"])
 
 
+@pytest.mark.parametrize(
+    ("change", "variable", "told"),
+    [
+        ("register.name=a/b", "", "name='a/b'"),
+        ("register.alias=a b!", "", "alias='a b!'"),
+        ("train.steps=2", "http://127.0.0.1:9", "no MLflow server answers there"),
+    ],
+)
+def test_what_mlflow_refuses_is_told_before_the_last_demo_is_deleted(tmp_path, monkeypatch, change, variable, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=told):
+        demo.demo([change])
+    assert (tmp_path / "runs/demo").exists()
+
+
 def test_questions_to_ask(tmp_path):
     easy_vqa.write("test", tmp_path / "test.jsonl", 40)
     asked = list(demo.questions_to_ask(str(tmp_path / "test.jsonl")))
