@@ -13,15 +13,15 @@ import pyarrow.parquet as pq
 from molmo_core.config import ConfigError
 from pipelines.data import schema
 from pipelines.data.config import DataConfig, DatasetConfig
+from pipelines.data.preparation.books import DATASET, INDEX
 from pipelines.data.preparation.checksums import BLOCK, BlockCheck
+from pipelines.data.preparation.claim import STATE
 from pipelines.data.preparation.shards import shard_path
-
-DATASET, INDEX = "dataset.json", "index.parquet"
 
 
 def is_prepared(path: str) -> bool:
     """Whether `path` is a folder that `jobs.prepare` writes (complete or not)."""
-    return "://" not in path and any((Path(path) / name).is_file() for name in (DATASET, "prepare.json"))
+    return "://" not in path and any((Path(path) / name).is_file() for name in (DATASET, STATE))
 
 
 def is_streamed(data: DataConfig) -> bool:
@@ -95,7 +95,10 @@ class _Shard:
         self._path = path
         self._whole = pa.memory_map(str(path)).read_buffer()
         view = memoryview(self._whole)
-        expected = json.loads(path.with_suffix(".json").read_text()).get("checksums")
+        try:
+            expected = json.loads(path.with_suffix(".json").read_text()).get("checksums")
+        except (OSError, ValueError):
+            raise damaged(path, f"{path.with_suffix('.json').name}, which commits it, is missing or damaged") from None
         self._check = BlockCheck(view, expected) if expected is not None else None
         self._verify(0, 1)  # the schema, and where its batches are
         self._verify(len(view) - 1, len(view))

@@ -125,5 +125,8 @@ def read_summary(folder: Path, shard: int) -> dict[str, Any] | None:
     path, data = shard_path(folder, shard, ".json"), shard_path(folder, shard, ".arrow")
     if not (path.is_file() and data.is_file()):
         return None
-    summary = json.loads(path.read_text())
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError:
+        return None
     return summary if data.stat().st_size == summary["bytes"] and checksums(data) == summary["checksums"] else None

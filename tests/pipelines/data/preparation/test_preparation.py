@@ -173,6 +173,14 @@ def test_every_flipped_byte_is_found(checkpoint, good_records, tmp_path, monkeyp
         assert (again.report, again.todo) == (None, [1])
     made(again)
     assert path.read_bytes() == whole, "made again, byte for byte"
+    summary = path.with_suffix(".json")
+    for rest in (summary.read_text()[:-9], None):
+        summary.unlink() if rest is None else summary.write_text(rest)
+        with pytest.raises(ConfigError, match=r"shard-00001.arrow: damaged \(shard-00001.json, which commits it, is missing or damaged\)"):
+            PreparedDataset(prepared.folder)[20]
+        again = preparation(good_records, tmp_path / "out", f"model={checkpoint}", "shard_rows=20")
+        assert (again.report, again.todo) == (None, [1])
+    made(again)
     assert preparation(good_records, tmp_path / "out", f"model={checkpoint}", "shard_rows=20").report is not None
 
 
