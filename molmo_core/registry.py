@@ -42,7 +42,7 @@ class BaseModelConfig(BaseConfig):
             path: a YAML file, a checkpoint folder (own or published), a hub repository such as `allenai/Molmo-7B-D-0924`, or what
                 `locate` found there.
             overrides: dotted assignments relative to the model, e.g. `["llm.n_layers=16"]`.
-            key: where the model stands in a YAML file. By default the whole file, or its part `model` if it is a training configuration.
+            key: where the model is in a YAML file. By default the whole file, or its part `model` if it is a training configuration.
 
         Raises:
             ConfigError: as `BaseConfig.load`; there is no model at `path`, or another one than the class asked for.

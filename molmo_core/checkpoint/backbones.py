@@ -70,7 +70,7 @@ def load_llm(model: Model, path: str | Path) -> None:
     folder, config = _open(path)
     kind = config.get("model_type")
     if kind not in _FAMILIES:
-        raise CheckpointError(f"{folder}: model_type {kind!r} is no text model known here ({', '.join(_FAMILIES)})")
+        raise CheckpointError(f"{folder}: model_type {kind!r} is not a text model known here ({', '.join(_FAMILIES)})")
     llm = model.config.llm
     try:
         _compare_settings(folder, llm, _FAMILIES[kind], config)
@@ -199,7 +199,7 @@ def _positions(table: torch.Tensor, vit: VitConfig) -> torch.Tensor:
         return table
     side = round((len(table) - special) ** 0.5)
     if side * side != len(table) - special:
-        raise CheckpointError(f"positional table of {len(table)} rows is no square grid with {special} class token(s)")
+        raise CheckpointError(f"positional table of {len(table)} rows is not a square grid with {special} class token(s)")
     image = table[special:].float().unflatten(0, (side, side)).permute(2, 0, 1)[None]
     image = F.interpolate(image, size=vit.grid, mode="bicubic", align_corners=False)
     return torch.cat([table[:special].float(), image[0].flatten(1).T])

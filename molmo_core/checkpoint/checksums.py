@@ -1,7 +1,7 @@
 """Checksums of a folder's files, kept beside them in `checksums.json`: damage is found before it is trained on or served.
 
 CRC-32 finds every damage of up to 32 bits in a row, and 4 billion in 4 billion and one others, at 4 GB a second and core (measured;
-blake2b does 0.9, SHA-256 1.8). It is no defence against people.
+blake2b does 0.9, SHA-256 1.8). It is not a defence against people.
 """
 
 from __future__ import annotations

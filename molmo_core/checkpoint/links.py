@@ -37,7 +37,7 @@ class Model(Protocol):
 
 
 class Link(NamedTuple):
-    """A (part of a) tensor of a model and where it lies in another layout. Parts are ranges of rows (first axis)."""
+    """A (part of a) tensor of a model and where it is in another layout. Parts are ranges of rows (first axis)."""
 
     native: str
     """Name in the model."""
@@ -49,7 +49,7 @@ class Link(NamedTuple):
     transposed: bool = False
     """The part is stored transposed there."""
     convert: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """What makes the model's tensor out of the other one, where that is no plain copy (such links go one way)."""
+    """What makes the model's tensor out of the other one, where that is not a plain copy (such links go one way)."""
     export_only: bool = False
     """A second copy there of what another link already fills here."""
 
@@ -124,7 +124,7 @@ def export_specs(tensors: Mapping[str, torch.Tensor], links: list[Link], dtype: 
     """Types and shapes that the model's tensors have in the other layout.
 
     Raises:
-        ValueError: `dtype` is no floating-point type.
+        ValueError: `dtype` is not a floating-point type.
     """
     dtype = model_dtype(dtype)
     specs: dict[str, TensorSpec] = {}

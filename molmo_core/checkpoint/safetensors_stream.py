@@ -45,7 +45,7 @@ def model_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if found is not None and found not in MODEL_DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in MODEL_DTYPES)
-        raise ValueError(f"dtype={dtype!r} is no type that a model computes in ({names}; None = as stored)")
+        raise ValueError(f"dtype={dtype!r} is not a type that a model computes in ({names}; None = as stored)")
     return found
 
 
@@ -91,7 +91,7 @@ class SafetensorsReader:
         return types.MappingProxyType({name: entry.spec for name, entry in self._entries.items()})
 
     def position(self, name: str) -> tuple[str, int]:
-        """Where a tensor lies (file, offset): reading in this order reads forward."""
+        """Where a tensor is (file, offset): reading in this order reads forward."""
         entry = self._entries[name]
         return str(entry.file), entry.offset
 
@@ -184,7 +184,7 @@ def _files(path: Path) -> dict[Path, list[str] | None]:
         files: dict[Path, list[str] | None] = {}
         for name, file_name in weight_map.items():
             if Path(file_name).name != file_name:
-                raise CheckpointError(f"{path / INDEX_NAME}: {file_name!r} is no file of this folder")
+                raise CheckpointError(f"{path / INDEX_NAME}: {file_name!r} is not a file of this folder")
             wanted = files.setdefault(path / file_name, [])
             assert wanted is not None
             wanted.append(name)

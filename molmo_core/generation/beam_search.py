@@ -6,7 +6,7 @@ import torch
 
 
 class BeamSearch:
-    """The beams of a batch. Fed log-probabilities step by step, it says which beams go on and with which tokens.
+    """The beams of a batch. Fed log-probabilities step by step, it says which beams continue and with which tokens.
 
     A beam that produced an end token stays in the race with its score and is padded from then on.
     """
@@ -41,7 +41,7 @@ class BeamSearch:
             [B, num_beams] the beam that each new beam continues.
         """
         batch, beams, vocabulary = log_probs.shape
-        # A finished beam has one continuation, at no cost: it stands in column 0 until it is written as padding.
+        # A finished beam has one continuation, at no cost: it stays in column 0 until it is written as padding.
         log_probs = log_probs.masked_fill(self.finished.unsqueeze(-1), -torch.inf)
         log_probs[..., 0] = log_probs[..., 0].masked_fill(self.finished, 0.0)
         total = self.scores.unsqueeze(-1) + log_probs

@@ -145,7 +145,7 @@ class Decoder:
         return output.logits[:, -1].float()
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Row i goes on from what row `rows[i]` was; rows may repeat."""
+        """Row i continues from what row `rows[i]` was; rows may repeat."""
         self._cache.reorder(rows)
         self._mask = self._mask[rows]
         self._next_position = self._next_position[rows]

@@ -41,7 +41,7 @@ class HeMolmo(TokenScoring, Molmo):
     preprocessor gives all of them. `output.internal` holds `selected` int64 [B, K], `high_res_importance` [B, N] and
     `low_res_importance` [B, n_low, f·f]; in training `output.loss` includes the selection loss.
 
-    Without gradients the second pass goes on from the keys and values of the first: the question and the low-resolution image never
+    Without gradients the second pass continues from the keys and values of the first: the question and the low-resolution image never
     see what comes after them, so they are computed once. The published code computes them twice; the numbers are the same.
     """
 

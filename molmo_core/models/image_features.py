@@ -15,7 +15,7 @@ class FeatureTarget(NamedTuple):
     """Which patches become which tokens."""
 
     pooled_idx: torch.Tensor
-    """int64 [B, n, k]: patches of each feature, into (crops · patches); a row of -1 is no feature."""
+    """int64 [B, n, k]: patches of each feature, into (crops · patches); a row of -1 is not a feature."""
     token_id: int | None = None
     """The features belong, in order, to the tokens with this id ..."""
     positions: torch.Tensor | None = None

@@ -28,7 +28,7 @@ def patchify(images: torch.Tensor, patch: int) -> torch.Tensor:
     """Pixels [..., 3, H, W] -> patches [..., rows·cols, patch·patch·3], ordered (row, col, channel) inside a patch.
 
     Raises:
-        ValueError: not three channels, or H or W is no multiple of `patch`.
+        ValueError: not three channels, or H or W is not a multiple of `patch`.
     """
     channels, height, width = images.shape[-3:]
     if channels != 3 or height % patch or width % patch:

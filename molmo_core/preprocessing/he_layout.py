@@ -1,6 +1,6 @@
 """Where HeMolmo's image tokens stand and which patches they read. Shapes only: no pixel is touched here.
 
-Source: the published HeMolmo research code. The question stands first, then
+Source: the published HeMolmo research code. The question comes first, then
 
     <im_start> (<im_low>·w_low <im_col>)·h_low <im_end>   <im_start> <im_patch>·K <im_col>·h <im_end>
 

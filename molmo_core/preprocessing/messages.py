@@ -129,7 +129,7 @@ def assemble_sequence(
     limit = limit if max_text_tokens is None else min(limit, media_length + max_text_tokens)
     if limit < media_length + max(texts[0].slots, default=0):
         raise ValueError(
-            f"an image in a later turn lies beyond the limit of {limit} tokens: raise max_seq_len, or give fewer images or shorter turns"
+            f"an image in a later turn is beyond the limit of {limit} tokens: raise max_seq_len, or give fewer images or shorter turns"
         )
     if limit < length:
         sequence = {k: v[:limit] for k, v in sequence.items()}

@@ -36,7 +36,7 @@ _STYLE_WORDS = {
 
 
 def task_kind(record: dict[str, Any], style: str) -> TaskKind | None:
-    """The kind of a record without null values; None if it is no task."""
+    """The kind of a record without null values; None if it is not a task."""
     fields = record.keys()
     if "messages" in fields:
         return "conversation"
@@ -128,7 +128,7 @@ def check_task(record: dict[str, Any], where: str = "") -> None:
 
     Args:
         record: nulls are fields that are not there.
-        where: stands before the field in errors (`message_list[3].`).
+        where: precedes the field in errors (`message_list[3].`).
 
     Raises:
         ValueError: names the field and what was found.
@@ -159,7 +159,7 @@ def conversation(messages: Sequence[str | dict[str, Any]]) -> list[str]:
         messages: strings, or {"role": "user" | "assistant", "content": str}, with `weight` (a factor of an answer's loss) or without.
 
     Raises:
-        ValueError: no messages, a role out of turn, or content that is no text.
+        ValueError: no messages, a role out of turn, or content that is not text.
     """
     if not is_list(messages) or len(messages) == 0:
         raise ValueError(f"messages is a list of at least one message, got {messages!r}")

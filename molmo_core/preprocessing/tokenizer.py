@@ -198,7 +198,7 @@ class Tokenizer:
         return "".join([*parts, self.backend.decode(run, skip_special_tokens=False)])
 
     def id_to_token(self, token_id: int) -> str:
-        """Name of one id as it stands in the vocabulary (padding rows of the embedding included)."""
+        """Name of one id as it is in the vocabulary (padding rows of the embedding included)."""
         if token_id in self._special_names:
             return self._special_names[token_id]
         return self.backend.id_to_token(token_id) or f"{_PADDING_PREFIX}{token_id - self.text_vocab_size}>|"

@@ -132,7 +132,7 @@ class VideoOlmoPreprocessor(VideoPreprocessor):
 
 
 def time_prefix(mode: str, features: VideoFeatures) -> str:
-    """What stands before the first frame: the rate of the sampled frames, or the seconds between them."""
+    """What precedes the first frame: the rate of the sampled frames, or the seconds between them."""
     times = features.times
     rate = features.sampling_fps
     if rate is None and len(times) > 1 and times[-1] > times[0]:

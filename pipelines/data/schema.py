@@ -2,7 +2,7 @@
 
 Every array of the contract (docs/architecture.md) is a flat list column; arrays with more than one axis have a `<name>_shape`
 column beside it, pixels are `large_binary`. All media columns are nullable, so that text, images and video share files.
-The version stands in the schema's metadata and is checked on reading.
+The version is in the schema's metadata and is checked on reading.
 """
 
 from __future__ import annotations

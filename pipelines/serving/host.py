@@ -1,4 +1,4 @@
-"""What stands around an engine: the thread it works in, the queue before it, and an asynchronous generator for each answer.
+"""What is around an engine: the thread it works in, the queue before it, and an asynchronous generator for each answer.
 
 The engine owns the queue; the host bounds it, and refuses what would make it longer.
 """

@@ -27,7 +27,7 @@ LOCK_FILE = ".lock"
 
 
 class RunFolder:
-    """The folder of a run, seen from the driver. Checkpoints lie beside what is written here."""
+    """The folder of a run, seen from the driver. Checkpoints are beside what is written here."""
 
     def __init__(self, config: TrainConfig):
         self.config = config

@@ -1,4 +1,4 @@
-"""What a client of the engine asks for, and what it hears: plain data, without torch."""
+"""What a client of the engine asks for, and what comes back: plain data, without torch."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class Runner:
         layout = self._layout(chunks, longest) if any(c.sequence.state.layout.groups is not None for c in chunks) else None
         pasts = [chunk.start for chunk in chunks]
         if not any(pasts):
-            if layout is None:  # causal: padding stands behind all real tokens, which do not see it
+            if layout is None:  # causal: padding follows all real tokens, which do not see it
                 return None, None
             return None, layout.mask(rows, longest, longest, self.device, "sdpa")
         most = -(-max(pasts) // size)

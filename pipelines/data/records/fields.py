@@ -18,7 +18,7 @@ class Fields:
 
     Attributes:
         left: the fields that nobody took; nulls are fields that are not there.
-        where: stands before a field's name in reasons (`messages[0].`).
+        where: precedes a field's name in reasons (`messages[0].`).
     """
 
     __slots__ = ("left", "where")

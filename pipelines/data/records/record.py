@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass
 class Record:
-    """One row as it stands in its file."""
+    """One row as it is in its file."""
 
     source: str
     row: int

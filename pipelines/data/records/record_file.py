@@ -1,4 +1,4 @@
-"""What all files of records and media share: why one is rejected, where it lies, how a change of it is noticed, open handles."""
+"""What all files of records and media share: paths, change detection, open handles."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ WEIGHTS = {
     "index without map": (write(INDEX, "{}"), r"index\.json: no index of shards"),
     "index leads elsewhere": (
         change_json(INDEX, lambda d: d["weight_map"].update({k: "../" + v for k, v in d["weight_map"].items()})),
-        r"index\.json: '\.\./model-\S+' is no file of this folder",
+        r"index\.json: '\.\./model-\S+' is not a file of this folder",
     ),
     "index lacks tensors": (
         change_json(INDEX, lambda d: [d["weight_map"].pop(k) for k in list(d["weight_map"])[:2]]),
@@ -192,7 +192,7 @@ def test_broken_tokenizer(checkpoints, tmp_path, name, content, message):
 @pytest.mark.parametrize("dtype", ["fp16", "int8", "nn", "float8_e4m3fn", torch.int8, torch.float8_e4m3fn, 16])
 def test_types_that_no_model_computes_in(checkpoints, tmp_path, dtype):
     """Converted to them the weights would be lost without a word."""
-    message = re.escape(f"dtype={dtype!r} is no type that a model computes in (float32, bfloat16,")
+    message = re.escape(f"dtype={dtype!r} is not a type that a model computes in (float32, bfloat16,")
     model = from_pretrained(checkpoints / "own")
     for wrong in (
         lambda: from_pretrained(checkpoints / "own", dtype=dtype),
@@ -217,7 +217,7 @@ def test_unknown_export_format(checkpoints, tmp_path):
         (None, "no config.json; a backbone is a folder that transformers' save_pretrained wrote"),
         ("{", "config.json: not readable as a JSON object"),
         ('{"model_type": "qwen2"}', r"no key 'num_attention_heads'|neither model\.safetensors nor"),
-        ('{"model_type": "bert"}', r"'bert' is no text model known here|neither model\.safetensors nor"),
+        ('{"model_type": "bert"}', r"'bert' is not a text model known here|neither model\.safetensors nor"),
     ],
 )
 def test_backbones(golden, tmp_path, load, content, message):

@@ -165,7 +165,7 @@ def test_a_truncated_sequence_is_the_beginning_of_the_whole(tokenizer, conversat
         ([["a<|image|>", "b"], ["a", "b"]], {"media": MEDIA[:1]}, "cannot be combined with a message tree"),
         ([["a", "b"], ["a<|image|>", "b"]], {"media": MEDIA[:1]}, "may not stand in a later conversation"),
         ([["a a", "b"]], {"media": MEDIA, "max_seq_len": 9}, "8 media tokens and 2 text tokens, beyond max_seq_len=9"),
-        ([["a", "b", "a<|image|>", "b"]], {"media": MEDIA[:1], "max_seq_len": 8}, "image in a later turn lies beyond the limit of 8"),
+        ([["a", "b", "a<|image|>", "b"]], {"media": MEDIA[:1], "max_seq_len": 8}, "image in a later turn is beyond the limit of 8"),
         ([["a a", "b"]], {"max_text_tokens": 1}, "beyond max_text_tokens=1"),
         ([["a a"]], {"media": MEDIA, "max_seq_len": 10, "for_inference": True}, "11 tokens long \\(8 of images or video, 2 of text\\)"),
     ],

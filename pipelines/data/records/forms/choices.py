@@ -19,7 +19,7 @@ def read_choices(row: Fields) -> dict[str, Any]:
     """`options` or `unlabelled_options` with `option_names` and, where the row has an answer, `answer_idx`; nothing without options.
 
     Raises:
-        Rejected: an answer that is no option, or could be two.
+        Rejected: an answer that is not an option, or could be two.
     """
     given = row.take_all(*_OPTIONS)
     if not given:
