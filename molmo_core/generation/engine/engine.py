@@ -31,7 +31,7 @@ class EngineLimits:
     max_running: int = 64
     """Answers in work at once; others wait."""
     prefill_tokens: int = 8192
-    """Tokens of prompts that a step reads at most, so that answers in work do not wait long."""
+    """Tokens of prompts that a step reads at most, padding included, so that answers in work do not wait long."""
     cache_bytes: int | None = None
     """Memory for keys and values; None: on a GPU most of what is free, elsewhere 1 GiB."""
     feature_bytes: int = 256 << 20

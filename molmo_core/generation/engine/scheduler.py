@@ -60,7 +60,8 @@ class Scheduler:
         Args:
             pool: the pages.
             max_running: sequences in work at most.
-            prefill_tokens: tokens of prompts that a step computes at most (a prompt that must not be cut may be longer).
+            prefill_tokens: tokens of prompts that a step computes at most, with those that pad each chunk to the longest one (a prompt
+                that must not be cut may be longer).
         """
         self.pool, self.max_running, self.prefill_tokens = pool, max_running, prefill_tokens
         self.waiting: collections.deque[Sequence] = collections.deque()
@@ -103,9 +104,9 @@ class Scheduler:
             wanted = sequence.count < sequence.request.params.max_tokens
             if sequence in self.running and wanted and self.is_decoding(sequence) and self._room_for_next(sequence):
                 decode.append(sequence)
-        prefill = self._continue_prompts(self.prefill_tokens)
-        budget = self.prefill_tokens - sum(chunk.end - chunk.start for chunk in prefill)
-        return Plan(prefill + self._admit(budget), [s for s in decode if s in self.running])
+        prefill = self._continue_prompts()
+        self._admit(prefill)
+        return Plan(prefill, [s for s in decode if s in self.running])
 
     def done(self, plan: Plan) -> None:
         """The plan was carried out: its tokens are in the cache, and full pages of prompts can be shared."""
@@ -149,18 +150,23 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.pages, sequence.computed = [], 0
 
-    def _continue_prompts(self, budget: int) -> list[Chunk]:
+    def _room(self, chunks: list[Chunk]) -> int:
+        """Tokens of a chunk that is computed beside these; a few short prompts beside a long one would be mostly padding."""
+        most = self.prefill_tokens // (len(chunks) + 1)
+        return most if all(chunk.end - chunk.start <= most for chunk in chunks) else 0
+
+    def _continue_prompts(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in self.running:
-            if not self.is_decoding(sequence) and budget > 0:
-                chunks.append(self._chunk(sequence, budget, bool(chunks)))
-                budget -= chunks[-1].end - chunks[-1].start
-        return [chunk for chunk in chunks if chunk.end > chunk.start]
+            if not self.is_decoding(sequence):
+                chunk = self._chunk(sequence, self._room(chunks), bool(chunks))
+                chunks += [chunk] if chunk.end > chunk.start else []
+        return chunks
 
-    def _admit(self, budget: int) -> list[Chunk]:
-        chunks: list[Chunk] = []
+    def _admit(self, chunks: list[Chunk]) -> None:
+        """Adds chunks of prompts that wait."""
         filling: set[bytes] = set()
-        while self.waiting and len(self.running) < self.max_running and budget > 0:
+        while self.waiting and len(self.running) < self.max_running and (room := self._room(chunks)):
             sequence = self.waiting[0]
             shared = self._shared_pages(sequence)
             missing = sequence.keys[len(shared) : len(shared) + 1]
@@ -174,7 +180,7 @@ class Scheduler:
             self.pool.share(shared)
             sequence.pages = shared + self.pool.take(needed)
             sequence.computed = len(shared) * self.pool.page_size
-            chunk = self._chunk(sequence, budget, bool(chunks))
+            chunk = self._chunk(sequence, room, bool(chunks))
             if chunk.end == chunk.start:  # does not fit beside the others
                 self._release(sequence)
                 self.waiting.appendleft(sequence)
@@ -183,8 +189,6 @@ class Scheduler:
             filling.update(sequence.keys[len(shared) :])
             self.running.append(sequence)
             chunks.append(chunk)
-            budget -= chunk.end - chunk.start
-        return chunks
 
     def _shared_pages(self, sequence: Sequence) -> list[int]:
         """Pages of the prompt's beginning that are in the cache; one token at least is left to compute."""

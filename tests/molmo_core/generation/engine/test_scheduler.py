@@ -59,6 +59,18 @@ def test_long_prompts_are_read_in_chunks_while_others_decode():
         play(scheduler, plan)
 
 
+def test_short_prompts_are_not_padded_to_a_long_one():
+    scheduler = Scheduler(PagePool(500, SIZE), 50, 100)
+    for length in (90, 10, 10, 10, 30, 130, 20):
+        scheduler.add(sequence(length, max_tokens=9))
+    seen = []
+    while any(not scheduler.is_decoding(one) for one in [*scheduler.running, *scheduler.waiting]):
+        plan = scheduler.plan()
+        seen.append([(c.start, c.end) for c in plan.prefill])
+        play(scheduler, plan)
+    assert seen == [[(0, 90)], [(0, 10)] * 3, [(0, 30)], [(0, 100)], [(100, 130), (0, 20)]]
+
+
 @pytest.mark.parametrize(("budget", "ends"), [(3, [2, 6, 8]), (5, [2, 7, 8]), (6, [6, 8]), (100, [8])])
 def test_chunks_end_where_no_token_sees_ahead(budget, ends):
     """Tokens 2 to 5 see each other."""
@@ -152,6 +164,9 @@ def test_everybody_is_answered_and_no_page_is_lost(requests, pages, budget, runn
         for one, start, end in plan.prefill:
             assert start == one.computed < end <= len(one.tokens)
             assert end <= len(one.pages) * SIZE
+        if len(plan.prefill) > 1:
+            assert len(plan.prefill) * max(end - start for _, start, end in plan.prefill) <= budget, "padding included"
+            assert all(end == len(one.tokens) for one, _, end in plan.prefill), "cut only if read alone"
         assert plan.prefill or plan.decode or not scheduler.active or waiting
         play(scheduler, plan)
         step += 1
