@@ -16,7 +16,7 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     """Turn records into a prepared dataset: Arrow shards, rejected rows, a report. Run it again to continue after a stop.
 
     Settings that most people need: records=FILE, FOLDER or GLOB, output=FOLDER, model=CHECKPOINT (its tokenizer is used), sequence_length,
-    limit (only the first records), max_reject_rate. All of them are in CONFIG, with comments.
+    limit (only the first records), split.test=0.1 (hold out records), max_reject_rate. All of them are in CONFIG, with comments.
     """
     settings = PrepareConfig.load(config, overrides)
     # Only now what takes seconds to import: a mistake in the configuration is shown at once.
@@ -43,6 +43,8 @@ def describe(preparation: Preparation, report: dict[str, Any]) -> None:
     output = preparation.config.output
     print(f"{output}: {report['rows_out']:,} of {report['rows_in']:,} records in {report['shards']} shards, ", end="")
     print(f"{report['tokens']:,} tokens, {report['bytes'] / 1e6:,.1f} MB, {report['seconds']} s ({report['rows_per_second']} records/s)")
+    if preparation.held_out:
+        print(f"  held out: {preparation.held_out:,} records, {output}/test.part.json (every job takes it as records)")
     if report["truncated"]:
         print(f"  {report['truncated']:,} examples lost their last annotations to fit {report['sequence_length']:,} tokens")
     for reason, count in report["rejected_by_reason"].items():

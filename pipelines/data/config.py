@@ -23,6 +23,14 @@ class TokenizerTraining(BaseConfig):
 
 
 @dataclasses.dataclass
+class Split(BaseConfig):
+    """Records that are held out, chosen by `seed` and their number alone."""
+
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the records that are not prepared but named in `test.part.json`, which every job takes as records."""
+
+
+@dataclasses.dataclass
 class PrepareConfig(BaseConfig):
     """`python -m jobs.prepare`: records → preprocessed Arrow shards, a report and the rejected rows."""
 
@@ -42,6 +50,8 @@ class PrepareConfig(BaseConfig):
     """Records of one shard, the unit of work and of restarting."""
     limit: Size | None = None
     """Use only the first records."""
+    split: Split | None = None
+    """Hold out records for evaluation. None = all are prepared."""
     max_reject_rate: Share = 0.05
     """Stop when a larger share of the records is unusable."""
     max_image_pixels: Annotated[int, Field(ge=1, le=MAX_IMAGE_PIXELS)] = MAX_IMAGE_PIXELS

@@ -13,6 +13,7 @@ import glob
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ import fsspec
 import numpy as np
 
 from molmo_core.config import ConfigError, MissingFile
+from pipelines.data.records import parts
 from pipelines.data.records.files import JsonArray, JsonLines, WebDataset
 from pipelines.data.records.record import Record
 from pipelines.data.records.record_file import local_path
@@ -57,14 +59,23 @@ class Source(Protocol):
 
 
 class Records:
-    """All records of a configured path, numbered through."""
+    """All records of a configured path, or a part of them, numbered through.
 
-    def __init__(self, sources: list[Source]):
+    Args:
+        rows: int64, which of all; None = all.
+    """
+
+    def __init__(self, sources: list[Source], rows: np.ndarray | None = None):
         self.sources = sources
+        self._rows = rows
         self._bounds = np.cumsum([0, *(len(s) for s in sources)]).tolist()
 
     def __len__(self) -> int:
-        return self._bounds[-1]
+        return self._bounds[-1] if self._rows is None else len(self._rows)
+
+    def part(self, rows: np.ndarray) -> Records:
+        """Those of these records; int64."""
+        return Records(self.sources, rows if self._rows is None else self._rows[rows])
 
     def where(self, i: int) -> tuple[str, int]:
         """(file, row in the file) of record `i`."""
@@ -83,10 +94,13 @@ class Records:
 
     @property
     def stamp(self) -> list[list[Any]]:
-        """[path, rows, bytes, time of change or ETag] of each source when it was opened: another one if its records changed since."""
-        return [[s.path, len(s), *s.version] for s in self.sources]
+        """[path, rows, bytes, time of change or ETag] of each source when it was opened: another one if its records changed
+        since. Of a part also [number, checksum] of its rows."""
+        sources: list[list[Any]] = [[s.path, len(s), *s.version] for s in self.sources]
+        return sources if self._rows is None else [*sources, [len(self._rows), zlib.crc32(self._rows.tobytes())]]
 
     def _find(self, i: int) -> tuple[Source, int]:
+        i = i if self._rows is None else int(self._rows[i])
         s = bisect.bisect_right(self._bounds, i) - 1
         return self.sources[s], i - self._bounds[s]
 
@@ -98,7 +112,7 @@ def find_records(path: str) -> list[str]:
 
 
 def open_records(path: str, format: str = "auto") -> Records:
-    """Opens a file, a folder or a glob of record files.
+    """Opens a file, a folder or a glob of record files, or a part of them that `jobs.prepare` held out.
 
     Args:
         path: local path or fsspec URL.
@@ -107,7 +121,13 @@ def open_records(path: str, format: str = "auto") -> Records:
     Raises:
         ConfigError: nothing there, or a form that is not supported.
     """
-    records = Records([_open(p, format) for p in find_records(path)])
+    found = find_records(path)
+    if path.endswith(parts.SUFFIX):
+        part = parts.Part.read(*found)
+        whole = open_records(part.records, part.format)
+        part.check(path, whole.stamp)
+        return whole.part(part.numbers())
+    records = Records([_open(p, format) for p in found])
     if not len(records):
         raise ConfigError(f"{path}: no records in it")
     return records
@@ -169,10 +189,10 @@ def _is_file(path: str) -> bool:
 
 
 def _holds_records(pattern: str, name: str) -> bool:
-    """False of hidden files and folders below the fixed part of the pattern, and of what `jobs.inventory` writes beside records."""
+    """False of hidden files and folders below the fixed part of the pattern, and of what jobs write beside records."""
     fixed = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
     *folders, file = name[len(fixed) :].split("/")
-    return not any(part.startswith(".") for part in (*folders, file)) and not f".{file}".endswith(".inventory.parquet")
+    return not any(part.startswith(".") for part in (*folders, file)) and not f".{file}".endswith((".inventory.parquet", parts.SUFFIX))
 
 
 def _open(path: str, format: str) -> Source:

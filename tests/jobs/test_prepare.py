@@ -22,6 +22,9 @@ from pipelines.data.batches.prepared import PreparedDataset
 from pipelines.data.config import PrepareConfig
 from pipelines.data.preparation.prepare import prepare
 from pipelines.data.rejects import TooManyRejected
+from pipelines.data.sources import open_records
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.evaluation.evaluate import evaluate
 
 RECIPE = "configs/data/records.yaml"
 
@@ -85,6 +88,20 @@ def test_books_balance_and_rejects_are_listed(cluster, tmp_path):
     assert [dataset[i]["metadata"]["id"] for i in range(70)] == sorted(set(range(79)) - {r["row"] for r in rejected})
     assert dataset.tokens.tolist() == [len(dataset[i]["input_ids"]) for i in range(70)]
     assert dataset.crops.tolist() == [1] * 70
+
+
+@pytest.mark.slow
+def test_held_out_records_are_evaluated(cluster, tiny_checkpoint, tmp_path):
+    path = records(tmp_path, good=40)
+    report = prepare(config(path, tmp_path / "out", shard_rows=16, model=tiny_checkpoint, **{"split.test": 0.2}))
+    held_out = open_records(str(tmp_path / "out/test.part.json"))
+    assert report["rows_in"] + report["rows_held_out"] == 40
+    assert len(PreparedDataset(tmp_path / "out")) == report["rows_out"] == 40 - len(held_out)
+    settings = {"model": tiny_checkpoint, "records": tmp_path / "out/test.part.json", "output": tmp_path / "scores"}
+    scores = evaluate(EvaluateConfig(**{k: str(v) for k, v in settings.items()}, max_new_tokens=3, workers=1))
+    assert scores["records"] == scores["questions"] == len(held_out)
+    asked = [json.loads(line)["questions"][0]["question"] for line in (tmp_path / "scores/predictions.jsonl").read_text().splitlines()]
+    assert asked == [held_out[i].data["messages"][0] for i in range(len(held_out))]
 
 
 @pytest.mark.slow

@@ -60,16 +60,17 @@ def stop(folder: Path, done: Summaries, error: TooManyRejected) -> TooManyReject
 
 
 def close(
-    folder: Path, done: Summaries, total: int, length: int | None, made_for: dict[str, Any], made: int, seconds: float
+    folder: Path, done: Summaries, total: int, length: int | None, made_for: dict[str, Any], made: int, seconds: float, held_out: int
 ) -> dict[str, Any]:
     """Checks the books, then writes index, rejected rows and report.
 
     Args:
         done: summaries of all shards.
-        total: records.
+        total: records to be prepared.
         length: longest example in tokens.
         made_for: the model and its settings.
         made: records that took `seconds`; others were made before a stop.
+        held_out: records that were not to be prepared.
     """
     rejects = Rejects(1.0)
     ordered = [done[k] for k in sorted(done)]
@@ -86,6 +87,7 @@ def close(
     write_table(pa.table({k: pa.array(v, pa.int64()) for k, v in index.items()}), folder / INDEX)
     report = {
         "rows_in": rows_in,
+        "rows_held_out": held_out,
         "rows_out": rows_out,
         "rows_rejected": rejects.total,
         "rejected_by_reason": rejects.by_reason(),

@@ -40,6 +40,8 @@ def claimed(folder: Path, config: PrepareConfig, records: Records) -> Iterator[N
         ConfigError: the folder holds another preparation.
     """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "actors", "max_reject_rate")}
+    if settings["split"] is None:
+        del settings["split"]  # as in folders from before there was one
     sources = records.stamp
     text = json.dumps([schema.VERSION, settings, _model_text(config.model), sources], sort_keys=True)
     state = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "settings": settings, "sources": sources}
@@ -48,7 +50,8 @@ def claimed(folder: Path, config: PrepareConfig, records: Records) -> Iterator[N
     if found is not None and found["fingerprint"] != state["fingerprint"]:
         if _has_shards(folder):
             old = found["settings"]
-            changed = [k for k in settings if old.get(k) != settings[k]] or ["the records" if found["sources"] != sources else "the model"]
+            other = "the records" if found["sources"] != sources else "the model"
+            changed = [k for k in {**settings, **old} if old.get(k) != settings.get(k)] or [other]
             raise ConfigError(f"{folder}: holds another preparation ({', '.join(changed)} changed); choose another output or delete it")
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of other settings
     write_text(path, json.dumps(state, indent=2) + "\n")

@@ -25,6 +25,7 @@ from pipelines.data.preparation.claim import claimed, open_folder
 from pipelines.data.preparation.shards import read_summary, withdraw, write_shard
 from pipelines.data.preparation.train_tokenizer import model_for
 from pipelines.data.records.fetching import THREADS
+from pipelines.data.records.parts import TEST, Part
 from pipelines.data.rejects import Rejects, TooManyRejected
 from pipelines.data.sources import open_records
 from pipelines.model_folder import model_folder
@@ -42,6 +43,7 @@ class Preparation:
 
     Attributes:
         config: with what the model decides.
+        held_out: number of records that `test.part.json` names.
         report: of the finished preparation that the folder holds, None while something is left to do.
 
     Raises:
@@ -55,14 +57,23 @@ class Preparation:
         self.folder = Path(config.output).resolve()
         if config.records == "easy-vqa":
             open_folder(self.folder)
-        self.records = open_records(_easy_vqa(self.folder, config.limit) if config.records == "easy-vqa" else config.records, config.format)
-        self.total = min(len(self.records), config.limit or len(self.records))
+        path = _easy_vqa(self.folder, config.limit) if config.records == "easy-vqa" else config.records
+        found = open_records(path, config.format)
+        total = min(len(found), config.limit or len(found))
+        part = config.split and Part.of(path, config.format, config.seed, config.split.test, total, found.stamp)
+        self.records = found.part(part.others()) if part else found
+        self.total = len(self.records) if part else total
+        self.held_out = total - self.total
         open_folder(self.folder)
-        with claimed(self.folder, config, self.records):
+        with claimed(self.folder, config, found):
             model = model_for(self.folder, config, self.records, self.total)
             self.config = dataclasses.replace(config, sequence_length=config.sequence_length or model.llm.max_sequence_length)
             self.preprocessor = model.build_preprocessor(for_inference=False, is_training=True, max_seq_len=self.config.sequence_length)
             self.made_for = {"model": config.model, "settings": example_settings(model, self.preprocessor)}
+        if part:
+            part.write(self.folder / TEST)
+        else:
+            (self.folder / TEST).unlink(missing_ok=True)  # of a preparation that failed before its first shard
         self._try_media_again()
         shards = range(-(-self.total // config.shard_rows))
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:  # a shard is read for its checksums
@@ -100,7 +111,9 @@ class Preparation:
         except TooManyRejected as error:
             raise books.stop(self.folder, self.done, error) from None
         made, seconds = rejects.seen.total() - before, time.perf_counter() - started
-        self.report = books.close(self.folder, self.done, self.total, self.config.sequence_length, self.made_for, made, seconds)
+        self.report = books.close(
+            self.folder, self.done, self.total, self.config.sequence_length, self.made_for, made, seconds, self.held_out
+        )
         return self.report
 
     @property

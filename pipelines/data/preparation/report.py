@@ -45,6 +45,7 @@ def write_report(
     used = occupancy(tokens, crops, length)
     numbers = {
         "records in": f"{report['rows_in']:,}",
+        "held out": f"{report['rows_held_out']:,}",
         "examples out": f"{report['rows_out']:,}",
         "rejected": f"{report['rows_rejected']:,}",
         "truncated to fit": f"{report['truncated']:,}",

@@ -21,6 +21,7 @@ from pipelines.data.preparation.prepare import Preparation
 from pipelines.data.preparation.shards import write_shard
 from pipelines.data.preparation.train_tokenizer import train_tokenizer
 from pipelines.data.rejects import Rejects, TooManyRejected
+from pipelines.data.sources import open_records
 
 ROOT = Path(__file__).parents[4]
 
@@ -44,12 +45,46 @@ def made(prepared: Preparation) -> Preparation:
     for k in prepared.todo:
         rows = range(k * prepared.config.shard_rows, min(prepared.total, (k + 1) * prepared.config.shard_rows))
         prepared.done[k] = write_shard(prepared.folder, k, rows, prepared.records, builder, prepared.config.seed)
-    prepared.report = books.close(prepared.folder, prepared.done, prepared.total, 512, prepared.made_for, prepared.total, 1.0)
+    prepared.report = books.close(
+        prepared.folder, prepared.done, prepared.total, 512, prepared.made_for, prepared.total, 1.0, prepared.held_out
+    )
     return prepared
 
 
 def data(folder: Path, **settings) -> DataConfig:
     return DataConfig.from_dict({"datasets": {"mine": {"path": str(folder), **settings}}})
+
+
+def test_held_out_records_are_not_prepared_but_named(checkpoint, make, tmp_path):
+    rows = [make.chat(question="How?", answer=f"{i}") | {"id": i} for i in range(40)]
+    rows[7]["messages"] = []
+    path = make.write_jsonl(tmp_path / "in.jsonl", rows)
+    whole = open_records(str(path))
+    split = [f"model={checkpoint}", "split.test=0.2"]
+    prepared = made(preparation(path, tmp_path / "out", *split))
+    held_out = open_records(str(tmp_path / "out/test.part.json"))
+    report = prepared.report
+    assert report["rows_held_out"] == len(held_out) == prepared.held_out > 0
+    assert report["rows_in"] + report["rows_held_out"] == len(whole)
+    assert report["rows_in"] == report["rows_out"] + report["rows_rejected"]
+    dataset = PreparedDataset(tmp_path / "out")
+    train = {dataset[i]["metadata"]["id"] for i in range(len(dataset))}
+    test = {held_out[i].data["id"] for i in range(len(held_out))}
+    assert train.isdisjoint(test)
+    assert sorted({7} | train | test) == list(range(40))
+    assert preparation(path, tmp_path / "out", *split).report == json.loads((tmp_path / "out/report.json").read_text())
+    for other in (split[:1], [split[0], "split.test=0.3"]):
+        with pytest.raises(ConfigError, match=r"holds another preparation \(split changed\)"):
+            preparation(path, tmp_path / "out", *other)
+    # Preparing what was held out is a preparation like any other.
+    assert made(preparation(tmp_path / "out/test.part.json", tmp_path / "test", split[0])).report["rows_in"] == len(held_out)
+    assert not (tmp_path / "test/test.part.json").exists()
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])
+def test_shares_that_leave_nothing_are_refused(share):
+    with pytest.raises(ConfigError, match=r"split\.test"):
+        PrepareConfig.load(ROOT / "configs/data/records.yaml", [f"split.test={share}"])
 
 
 def test_a_checkpoint_keeps_its_tokenizer(checkpoint, good_records, tmp_path):
