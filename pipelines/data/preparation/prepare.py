@@ -58,14 +58,14 @@ class Preparation:
         if config.records == "easy-vqa":
             open_folder(self.folder)
         path = _easy_vqa(self.folder, config.limit) if config.records == "easy-vqa" else config.records
-        found = open_records(path, config.format)
-        total = min(len(found), config.limit or len(found))
-        part = config.split and Part.of(path, config.format, config.seed, config.split.test, total, found.stamp)
-        self.records = found.part(part.others()) if part else found
+        opened = open_records(path, config.format)
+        total = min(len(opened), config.limit or len(opened))
+        part = config.split and Part.of(path, config.format, config.seed, config.split.test, total, opened.stamp)
+        self.records = opened.part(part.others()) if part else opened
         self.total = len(self.records) if part else total
         self.held_out = total - self.total
         open_folder(self.folder)
-        with claimed(self.folder, config, found):
+        with claimed(self.folder, config, opened):
             model = model_for(self.folder, config, self.records, self.total)
             self.config = dataclasses.replace(config, sequence_length=config.sequence_length or model.llm.max_sequence_length)
             self.preprocessor = model.build_preprocessor(for_inference=False, is_training=True, max_seq_len=self.config.sequence_length)
