@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
 
 import mlflow
 import requests
@@ -110,7 +109,7 @@ def tracking_uri() -> str:
     """
     given = os.environ.get("MLFLOW_TRACKING_URI")
     uri = given or _sqlite(RUNS / "mlflow.db")
-    if urlsplit(uri).scheme in ("", "file"):
+    if not re.match(r"(?!file:)[\w+.-]+:", uri):
         path = local_file_uri_to_path(uri)
         raise TrackingError(f"MLFLOW_TRACKING_URI={given}: MLflow wants a database or a server, e.g. {_sqlite(Path(path) / 'mlflow.db')}")
     if not uri.startswith("sqlite:"):
@@ -382,6 +381,7 @@ def _version(opened: mlflow.MlflowClient, uri: str) -> tuple[str, str]:
     if not match:
         raise TrackingError(f"{uri}: a registered model is written models:/name@alias or models:/name/version")
     name, alias, version = match.groups()
+    _check("model", name, validation._validate_model_name, MAX_NAME)
     if not _exists(opened, name):
         names = [model.name for model in opened.search_registered_models(max_results=20)]
         raise TrackingError(f"{uri}: no registered model {name!r} in {tracking_uri()}. There are: {', '.join(names) or 'none'}")

@@ -91,6 +91,8 @@ def test_errors_say_what_there_is(database, checkpoint, tmp_path):
         tracking.resolve("models:/known@best")
     with pytest.raises(tracking.TrackingError, match="version=7"):
         tracking.resolve("models:/known/7")
+    with pytest.raises(tracking.TrackingError, match="model='a:b': "):
+        tracking.resolve("models:/a:b@champion")
     with pytest.raises(tracking.TrackingError, match="models:/name@alias or models:/name/version"):
         tracking.resolve("models:/known")
     with pytest.raises(tracking.TrackingError, match="no such checkpoint folder"):

@@ -94,6 +94,12 @@ def test_a_folder_is_not_a_database(monkeypatch, given):
         tracking.client()
 
 
+def test_what_is_not_an_address(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://[::1")
+    with pytest.raises(tracking.TrackingError, match=r"MLFLOW_TRACKING_URI=http://\[::1: no MLflow server answers there"):
+        tracking.client()
+
+
 def test_a_server_that_does_not_answer_is_told_at_once(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
