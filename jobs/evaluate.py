@@ -8,6 +8,7 @@ import typer
 
 from jobs.command import ConfigPath, Overrides, job
 from pipelines.evaluation.config import EvaluateConfig
+from pipelines.names import masked
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -65,7 +66,7 @@ def main(
         report = evaluate(settings)
     print(f"{settings.model} on {settings.records}, {report['seconds']} s\n\n{describe(report)}\n", flush=True)
     print(f"Report, predictions and {PICTURE} are in {settings.output}", flush=True)
-    print(f"MLflow   {tracking.tracking_uri()} run {save_in_mlflow(report, settings)}")
+    print(f"MLflow   {masked(tracking.tracking_uri())} run {save_in_mlflow(report, settings)}")
 
 
 def check_places(settings: EvaluateConfig) -> None:

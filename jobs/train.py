@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from jobs.command import ConfigPath, Overrides, job
+from pipelines.names import masked
 from pipelines.training.config import TrainConfig
 
 
@@ -31,7 +32,7 @@ def main(config: ConfigPath, overrides: Overrides = None) -> None:
     print(f"{'trained' if result.finished else 'stopped at'} {result.step} of {result.steps} steps in {result.seconds:.0f} s")
     if result.checkpoint:
         print(f"model    {result.checkpoint}")
-    print(f"MLflow   {tracking.tracking_uri()} run {result.run_id}")
+    print(f"MLflow   {masked(tracking.tracking_uri())} run {result.run_id}")
     if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
 

@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import ray
 
+from molmo_core.config import ConfigError
 from pipelines import environment
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -46,7 +47,7 @@ def connect(
         env: environment variables for all workers, in either case.
 
     Raises:
-        ConnectionError: `RAY_ADDRESS` is set and no cluster answers there.
+        ConfigError: `RAY_ADDRESS` is set and no cluster answers there.
     """
     if ray.is_initialized():
         yield
@@ -55,13 +56,14 @@ def connect(
     os.environ.update(variables)
     address = os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"runtime_env": {"env_vars": variables}, "log_to_driver": False}
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
     if address:
         _check_answers(address)
         ray.init(address=address, logging_level=logging.WARNING, **common)
     else:
         _start(num_cpus, object_store_memory, common)
     try:
-        with contextlib.nullcontext() if address else _watched():
+        with contextlib.nullcontext() if address else _watched(before):
             yield
     finally:
         gc.collect()  # what holds objects of this cluster goes before it
@@ -95,9 +97,12 @@ for left in psutil.wait_procs(watched, timeout={EXIT_TIMEOUT_S})[1]:
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[None]:
-    """A process that ends the cluster's agents if this one is killed: they notice it, but first wait a minute for their dead server."""
-    pids = [str(process.pid) for process in psutil.Process().children(recursive=True)]
+def _watched(before: set[int]) -> Iterator[None]:
+    """A process that ends the cluster's agents if this one is killed: they notice it, but first wait a minute for their dead server.
+
+    The cluster's processes are the children that are new since `before`.
+    """
+    pids = [str(process.pid) for process in psutil.Process().children(recursive=True) if process.pid not in before]
     with subprocess.Popen([sys.executable, "-c", _WATCH, *pids], stdin=subprocess.PIPE, start_new_session=True) as watcher:
         try:
             yield
@@ -127,7 +132,7 @@ def _check_answers(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise ConnectionError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); unset it to start one here") from None
+        raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); unset it to start one here") from None
 
 
 def _start(num_cpus: int | None, object_store_memory: int | None, common: dict[str, Any]) -> None:

@@ -42,3 +42,8 @@ def _marked(text: str, name: str, limit: int) -> str:
 def file_name(name: str) -> str:
     """A name as one folder or file, also in URLs, in Ray (which takes ASCII only) and on any file system."""
     return fitting(name, re.compile(r"\w(?:[\w .+=,()@-]*[\w+=,()@-])?", re.ASCII).fullmatch, MAX_FILE_NAME, re.ASCII)
+
+
+def masked(uri: str) -> str:
+    """An address without its user and password, for messages."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)

@@ -31,7 +31,7 @@ from molmo_core.config import ConfigError, flatten
 from molmo_core.registry import BaseModelConfig
 from pipelines import environment
 from pipelines.files import is_temporary
-from pipelines.names import file_name, fitting, shortened
+from pipelines.names import file_name, fitting, masked, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -133,9 +133,9 @@ def _database(uri: str) -> Path:
     try:
         name = make_url(uri).database
     except ArgumentError as error:
-        raise TrackingError(f"MLFLOW_TRACKING_URI={uri}: {error}") from None
+        raise TrackingError(f"MLFLOW_TRACKING_URI={masked(uri)}: {error}") from None
     if not name:
-        raise TrackingError(f"MLFLOW_TRACKING_URI={uri}: names no file; write sqlite:///path of the database")
+        raise TrackingError(f"MLFLOW_TRACKING_URI={masked(uri)}: names no file; write sqlite:///path of the database")
     return Path(name).absolute()
 
 
@@ -175,7 +175,7 @@ def _check_answers(uri: str) -> None:
         requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_TIMEOUT_S)  # any answer will do
     except requests.RequestException as error:
         problem = "it takes too long" if isinstance(error, requests.Timeout) else "connection refused, or no such host"
-        raise TrackingError(f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers there ({problem})") from None
+        raise TrackingError(f"MLFLOW_TRACKING_URI={masked(uri)}: no MLflow server answers there ({problem})") from None
 
 
 class Run:
@@ -192,7 +192,7 @@ class Run:
             try:
                 self.client.update_run(run_id, status="RUNNING")
             except MlflowException as error:
-                raise TrackingError(f"run {run_id} is not in {tracking_uri()}: {error.message}") from None
+                raise TrackingError(f"run {run_id} is not in {masked(tracking_uri())}: {error.message}") from None
             self.id = run_id
         else:
             experiment_id = known_experiment(self.client, experiment) or _new_experiment(self.client, experiment)
@@ -249,7 +249,9 @@ def known_experiment(opened: mlflow.MlflowClient, name: str) -> str | None:
     _check("experiment", name, validation._validate_experiment_name, MAX_NAME)
     found = opened.get_experiment_by_name(name)
     if found and found.lifecycle_stage != "active":
-        raise TrackingError(f"experiment {name!r} was deleted in {tracking_uri()}; restore it (`mlflow experiments restore`) or rename")
+        raise TrackingError(
+            f"experiment {name!r} was deleted in {masked(tracking_uri())}; restore it (`mlflow experiments restore`) or rename"
+        )
     return found.experiment_id if found else None
 
 
@@ -293,7 +295,7 @@ def register(checkpoint: str | Path, name: str, alias: str | None = None, run_id
         with Run("registry", f"register {name}") as run:
             return _add_version(opened, checkpoint, name, alias, run.id)
     except MlflowException as error:
-        raise TrackingError(f"cannot register {checkpoint} as {name!r} in {tracking_uri()}: {error.message}") from None
+        raise TrackingError(f"cannot register {checkpoint} as {name!r} in {masked(tracking_uri())}: {error.message}") from None
 
 
 def _add_version(opened: mlflow.MlflowClient, checkpoint: Path, name: str, alias: str | None, run_id: str) -> str:
@@ -384,7 +386,7 @@ def _version(opened: mlflow.MlflowClient, uri: str) -> tuple[str, str]:
     _check("model", name, validation._validate_model_name, MAX_NAME)
     if not _exists(opened, name):
         names = [model.name for model in opened.search_registered_models(max_results=20)]
-        raise TrackingError(f"{uri}: no registered model {name!r} in {tracking_uri()}. There are: {', '.join(names) or 'none'}")
+        raise TrackingError(f"{uri}: no registered model {name!r} in {masked(tracking_uri())}. There are: {', '.join(names) or 'none'}")
     model = opened.get_registered_model(name)
     if version:
         try:

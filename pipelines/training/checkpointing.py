@@ -92,7 +92,7 @@ class Checkpointer:
                     with self.storage.scratch(name, rank()) as folder:
                         self.model.save_checkpoint(folder)
                         if rank() == 0:
-                            self.storage.upload(folder, name)
+                            self.storage.upload(folder, name, last=CHECKSUMS_NAME)
         except (OSError, RuntimeError) as error:
             raise self._cannot_write(name, error) from error
         return f"{self.storage.url}/{name}"

@@ -65,7 +65,7 @@ def check_memory(config: TrainConfig) -> None:
     on_gpu = gpus >= config.num_workers if config.device == "auto" else config.device == "gpu" and gpus > 0
     need = memory_needed(config)
     if on_gpu:
-        refuse(need, need.bytes // config.num_workers, torch.cuda.mem_get_info(0)[1], "in a GPU's memory of")
+        refuse(need, need.bytes // config.num_workers, torch.cuda.get_device_properties(0).total_memory, "in a GPU's memory of")
     else:
         refuse(need, need.bytes, cluster.free_memory(), "in this machine's free memory of")
 

@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pipelines import tracking
+from pipelines.names import masked
 from pipelines.training.storage import Storage
 
 RETRY_S = 5.0
@@ -62,7 +63,9 @@ class Recorder:
         waiting = self._waiting()
         if waiting and not self._warned and time.monotonic() - self._moved > WARN_S:
             self._warned = True
-            self.say(f"MLflow ({tracking.tracking_uri()}): {self._problem}. Training continues; what it logs is kept and sent later.")
+            self.say(
+                f"MLflow ({masked(tracking.tracking_uri())}): {self._problem}. Training continues; what it logs is kept and sent later."
+            )
         elif self._warned and not waiting:
             self._warned = False
             self.say("MLflow answers again, and has everything.")
@@ -85,7 +88,8 @@ class Recorder:
             return
         else:
             kept = ""
-        self.say(f"MLflow ({tracking.tracking_uri()}): {self._problem}. {kept}The run stays RUNNING there until the same command ends it.")
+        where = masked(tracking.tracking_uri())
+        self.say(f"MLflow ({where}): {self._problem}. {kept}The run stays RUNNING there until the same command ends it.")
 
     def _kept_before(self) -> list[Any]:
         try:

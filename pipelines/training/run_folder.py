@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from molmo_core.config import ConfigError, flatten
 from pipelines import tracking
+from pipelines.names import masked
 from pipelines.training.config import TrainConfig
 from pipelines.training.storage import Storage
 
@@ -40,7 +41,9 @@ class RunFolder:
         try:
             tracking.known_experiment(tracking.client(), self.config.experiment)
         except MlflowException as error:
-            raise ConfigError(f"MLFLOW_TRACKING_URI={tracking.tracking_uri()}: not a working MLflow server ({error.message})") from None
+            raise ConfigError(
+                f"MLFLOW_TRACKING_URI={masked(tracking.tracking_uri())}: not a working MLflow server ({error.message})"
+            ) from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -113,7 +116,7 @@ class RunFolder:
                 self.storage.write(RUN_FILE, json.dumps({"mlflow_run": run.id, "identity": _plain(self.config.identity())}))
         except MlflowException as error:
             _abandon(run)
-            raise ConfigError(f"MLflow ({tracking.tracking_uri()}) refuses the run {self.config.name!r}: {error.message}") from None
+            raise ConfigError(f"MLflow ({masked(tracking.tracking_uri())}) refuses the run {self.config.name!r}: {error.message}") from None
         except BaseException:
             _abandon(run)
             raise
@@ -129,7 +132,7 @@ class RunFolder:
                     self.notes.append(f"MLflow: {error}. What is logged from here on is in a new run.")
             return tracking.Run(self.config.experiment, self.config.name)
         except MlflowException as error:
-            raise ConfigError(f"MLflow ({tracking.tracking_uri()}) refuses the run {self.config.name!r}: {error.message}") from None
+            raise ConfigError(f"MLflow ({masked(tracking.tracking_uri())}) refuses the run {self.config.name!r}: {error.message}") from None
 
     def _read(self) -> dict[str, Any] | None:
         text = self.storage.read(RUN_FILE)

@@ -110,10 +110,18 @@ class Storage:
         if self.local is None:
             shutil.rmtree(folder)
 
-    def upload(self, folder: Path, name: str) -> None:
-        """Copies a rank's files to where they belong; on a disk nothing needs to be moved yet."""
-        if self.local is None:
-            self.filesystem.create_dir(f"{self.path}/{name}")
+    def upload(self, folder: Path, name: str, last: str | None = None) -> None:
+        """Copies a rank's files to where they belong, `last` after all others; on a disk nothing needs to be moved yet."""
+        if self.local is not None:
+            return
+        self.filesystem.create_dir(f"{self.path}/{name}")
+        if last is not None:
+            with tempfile.TemporaryDirectory() as kept:
+                shutil.move(folder / last, Path(kept) / last)
+                fs.copy_files(str(folder), f"{self.path}/{name}", fs.LocalFileSystem(), self.filesystem)
+                shutil.move(Path(kept) / last, folder / last)
+            self.publish(folder, name, last)
+        else:
             fs.copy_files(str(folder), f"{self.path}/{name}", fs.LocalFileSystem(), self.filesystem)
 
     def publish(self, folder: Path, name: str, last: str) -> None:

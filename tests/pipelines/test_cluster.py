@@ -9,12 +9,13 @@ import psutil
 import pytest
 import ray
 
+from molmo_core.config import ConfigError
 from pipelines import cluster
 
 
 def test_an_address_where_nothing_answers_is_said_at_once(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=r"RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there"), cluster.connect():
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there"), cluster.connect():
         pass
     assert not ray.is_initialized()
 
@@ -47,7 +48,7 @@ def test_cores_are_those_that_a_container_may_use(files, expected, monkeypatch, 
 def test_ray_itself_finds_the_cores_unless_told(monkeypatch):
     given = {}
     monkeypatch.setattr(ray, "init", lambda **arguments: given.update(arguments))
-    cluster._start(None, None, None, {})
+    cluster._start(None, None, {})
     assert given["num_cpus"] is None, "Ray knows of a container's limits"
 
 

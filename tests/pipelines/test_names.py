@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.names import MAX_FILE_NAME, file_name
+from pipelines.names import MAX_FILE_NAME, file_name, masked
 
 ODD = [
     "",
@@ -58,3 +58,9 @@ def test_any_name_is_one_folder_of_its_own(names):
 def test_a_changed_name_and_its_result_as_a_name_differ(name):
     once = file_name(name)
     assert once == name or file_name(once) != once
+
+
+def test_passwords_are_not_shown():
+    assert masked("http://me:secret@host:5000/x@y") == "http://***@host:5000/x@y"
+    assert masked("postgresql://me@host/db") == "postgresql://***@host/db"
+    assert masked("sqlite:////a/b@c.db") == "sqlite:////a/b@c.db"
