@@ -57,7 +57,7 @@ def generate(
     sampling = SamplingConfig(do_sample, temperature, top_p, top_k)
     if num_beams < 1 or (num_beams > 1 and not sampling.greedy):
         raise ValueError(f"num_beams={num_beams}: beam search needs at least 1 beam and do_sample=False")
-    batch = prepare_inputs(model, {"input_ids": input_ids, "images": images, **inputs})
+    batch = prompt_batch(model, {"input_ids": input_ids, "images": images, **inputs})
     if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
         raise ValueError(f"min_new_tokens={min_new_tokens}, max_new_tokens={max_new_tokens}: need 0 <= min <= max and max >= 1")
     pad = PAD_TOKEN_ID if pad_token_id is None else pad_token_id
@@ -71,7 +71,7 @@ def generate(
     return OLMoGenerateOutput(tokens, _texts(model, tokens, ends), scores, internal=decoder.internal)
 
 
-def prepare_inputs(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def prompt_batch(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch on the model's device: arrays become tensors, one example [S] a batch of one, training keys are left out.
 
     Raises:

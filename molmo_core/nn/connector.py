@@ -97,9 +97,9 @@ class MolmoVisionBackbone(nn.Module):
         Returns:
             For each index tensor: features [B, n, d] and valid bool [B, n] (a token with no patch at all is not valid).
         """
-        return self.pool(self.encode(images, image_masks), *pooled_idx)
+        return self.pool(self.patch_features(images, image_masks), *pooled_idx)
 
-    def encode(self, images: torch.Tensor, image_masks: torch.Tensor | None = None) -> torch.Tensor:
+    def patch_features(self, images: torch.Tensor, image_masks: torch.Tensor | None = None) -> torch.Tensor:
         """Patch features [B, crops·patches, P] of the selected layers, with the padding embedding."""
         vit, grid = self.config.vit, None
         if images.dim() == 5:

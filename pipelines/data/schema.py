@@ -58,7 +58,7 @@ SCHEMA = pa.schema(
 )
 
 
-def encode(examples: Sequence[dict[str, Any]], sources: Sequence[str], rows: Sequence[int]) -> pa.Table:
+def to_table(examples: Sequence[dict[str, Any]], sources: Sequence[str], rows: Sequence[int]) -> pa.Table:
     """Preprocessed examples as a table.
 
     Args:
@@ -90,7 +90,7 @@ def encode(examples: Sequence[dict[str, Any]], sources: Sequence[str], rows: Seq
     return pa.table(columns, schema=SCHEMA)
 
 
-def decode(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+def from_table(table: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
     """The examples of a table (arrays are read-only views on its memory); `metadata` also holds source and row."""
     batches = [table] if isinstance(table, pa.RecordBatch) else table.combine_chunks().to_batches()
     return [columns.row(i) for columns in map(Columns, batches) for i in range(columns.num_rows)]

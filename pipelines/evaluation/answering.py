@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from molmo_core.generation.generate import PAD_TOKEN_ID, Decoder, prepare_inputs
+from molmo_core.generation.generate import PAD_TOKEN_ID, Decoder, prompt_batch
 
 Example = dict[str, Any]
 Collate = Callable[[list[Example]], dict[str, Any]]
@@ -41,7 +41,7 @@ def answer(model: Any, groups: Sequence[Sequence[Example]], collate: Collate, ma
     rows = [(i, example) for i, group in enumerate(groups) for example in group]
     ids, positions = _rests([(example, lengths[i]) for i, example in rows], model.device)
     decoder = Decoder(model, ids.shape[1] + max_new_tokens)
-    decoder.prefill(prepare_inputs(model, collate(prefixes)))
+    decoder.prefill(prompt_batch(model, collate(prefixes)))
     decoder.reorder(torch.tensor([i for i, _ in rows], device=model.device))
     tokens = _greedy(decoder, decoder.extend(ids, positions), model.tokenizer.eos_token_id, max_new_tokens)
     texts = iter([model.tokenizer.decode(row) for row in tokens])

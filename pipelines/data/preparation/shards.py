@@ -91,10 +91,10 @@ def write_shard(
             where.append((source, row))
             pending_bytes += sum(v.nbytes for v in example.values() if isinstance(v, np.ndarray))
             if pending_bytes > _BATCH_BYTES:
-                yield schema.encode(pending, *zip(*where))
+                yield schema.to_table(pending, *zip(*where))
                 pending, where, pending_bytes = [], [], 0
         if pending:
-            yield schema.encode(pending, *zip(*where))
+            yield schema.to_table(pending, *zip(*where))
 
     path = shard_path(folder, shard, ".arrow")
     schema.write(path, tables())

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny_molmo import collate, example, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from molmo_core.generation.generate import Decoder, prepare_inputs
+from molmo_core.generation.generate import Decoder, prompt_batch
 from molmo_core.inputs import Inputs
 from molmo_core.models.base import BaseModelConfig
 from molmo_core.models.molmo import Embedded, Molmo
@@ -54,7 +54,7 @@ def prompts(name: str, model: Molmo, golden: Path) -> list[dict[str, torch.Tenso
 def greedy(model: Molmo, row: dict[str, torch.Tensor], steps: int) -> list[int]:
     """The tokens that `generate` would choose (it also needs a tokenizer)."""
     decoder, tokens = Decoder(model, steps), []
-    logits = decoder.prefill(prepare_inputs(model, row))
+    logits = decoder.prefill(prompt_batch(model, row))
     for _ in range(steps):
         tokens.append(int(logits.argmax()))
         logits = decoder.step(logits.argmax(-1))

@@ -48,15 +48,15 @@ def test_pixel_forms_agree():
     """uint8 or normalised floats, crops of pixels or of patches: the same features."""
     backbone = make()
     pixels = torch.randint(0, 256, (2, 3, 3, 28, 28), dtype=torch.uint8)
-    expected = backbone.encode(pixels)
+    expected = backbone.patch_features(pixels)
     patches = patchify(pixels, 7)
-    torch.testing.assert_close(backbone.encode(patches), expected, atol=0, rtol=0)
+    torch.testing.assert_close(backbone.patch_features(patches), expected, atol=0, rtol=0)
     floats = pixels.float() / 127.5 - 1  # the SigLIP normalisation
-    torch.testing.assert_close(backbone.encode(floats), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(backbone.patch_features(floats), expected, atol=1e-4, rtol=1e-4)
     assert expected.shape == (2, 3 * 16, 32)
-    assert backbone.encode(torch.rand(1, 1, 3, 14, 42)).shape == (1, 12, 32)  # another grid
+    assert backbone.patch_features(torch.rand(1, 1, 3, 14, 42)).shape == (1, 12, 32)  # another grid
     with pytest.raises(ValueError, match=r"\[B, crops, 16, 147\]"):
-        backbone.encode(torch.rand(1, 1, 15, 147))
+        backbone.patch_features(torch.rand(1, 1, 15, 147))
 
 
 def test_selected_layers_are_concatenated_in_order():
@@ -64,7 +64,7 @@ def test_selected_layers_are_concatenated_in_order():
     patches = torch.randn(1, 2, 16, 147)
     outputs = backbone.image_vit(patches[0])
     expected = torch.cat((outputs[2], outputs[0]), dim=-1).flatten(0, 1)[None]
-    torch.testing.assert_close(backbone.encode(patches), expected)
+    torch.testing.assert_close(backbone.patch_features(patches), expected)
 
 
 @pytest.mark.parametrize("kind", ["pad_and_partial_pad", "pad_embed", "regress"])
@@ -73,7 +73,7 @@ def test_padding_embedding(kind):
     plain.load_state_dict({k: v for k, v in backbone.state_dict().items() if k != "pad_embed"})
     patches, masks = torch.randn(1, 1, 16, 147), torch.rand(1, 1, 16)
     masks[0, 0, :4] = torch.tensor([0.0, 1.0, -1.0, 0.5])
-    added = (backbone.encode(patches, masks) - plain.encode(patches))[0]
+    added = (backbone.patch_features(patches, masks) - plain.patch_features(patches))[0]
     embedding = backbone.pad_embed
     for i, m in enumerate(masks[0, 0].tolist()):
         if kind == "regress":
@@ -84,7 +84,7 @@ def test_padding_embedding(kind):
             expected = embedding[0] if m == 0 else embedding[1] * (m < 1)
         torch.testing.assert_close(added[i], expected.expand(32), atol=1e-5, rtol=1e-5)
     with pytest.warns(UserWarning, match="image_masks"):
-        torch.testing.assert_close(backbone.encode(patches), plain.encode(patches))
+        torch.testing.assert_close(backbone.patch_features(patches), plain.patch_features(patches))
 
 
 def attention_by_hand(backbone: MolmoVisionBackbone, query: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ def test_several_indices_in_one_call():
     images = torch.randn(1, 2, 16, 147)
     low, high = torch.randint(0, 32, (1, 3, 4)), torch.randint(0, 32, (1, 5, 1))
     (a, _), (b, _) = backbone(images, None, low, high)
-    features = backbone.encode(images)
+    features = backbone.patch_features(images)
     torch.testing.assert_close(a, backbone.pool(features, low)[0][0])
     torch.testing.assert_close(b, backbone.pool(features, high)[0][0])
 

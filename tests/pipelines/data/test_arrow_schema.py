@@ -49,18 +49,18 @@ def same(a, b):
 def test_kinds_share_one_file(tmp_path):
     examples = [TEXT, IMAGE, HE]
     path = tmp_path / "x.arrow"
-    schema.write(path, [schema.encode(examples, ["a", "b", "c"], [0, 7, 2]), schema.encode([IMAGE], ["d"], [1])])
+    schema.write(path, [schema.to_table(examples, ["a", "b", "c"], [0, 7, 2]), schema.to_table([IMAGE], ["d"], [1])])
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     assert table.schema.equals(schema.SCHEMA, check_metadata=True)
-    for found, expected in zip(schema.decode(table), [*examples, IMAGE], strict=True):
+    for found, expected in zip(schema.from_table(table), [*examples, IMAGE], strict=True):
         same(found, expected)
-    assert schema.decode(table)[0]["metadata"] == {"source": "a", "row": 0, "id": "é", "sizes": [[1, 2]]}
+    assert schema.from_table(table)[0]["metadata"] == {"source": "a", "row": 0, "id": "é", "sizes": [[1, 2]]}
     assert [p.name for p in tmp_path.iterdir()] == ["x.arrow"], "temporary files stay behind"
 
 
 def test_empty_media_survive():
     example = {**IMAGE, "images": np.zeros((0, 4, 12), np.uint8), "pooled_patches_idx": np.zeros((0, 4), np.int64)}
-    (found,) = schema.decode(schema.encode([example], ["a"], [0]))
+    (found,) = schema.from_table(schema.to_table([example], ["a"], [0]))
     assert found["images"].shape == (0, 4, 12)
     assert found["pooled_patches_idx"].shape == (0, 4)
 
@@ -68,7 +68,7 @@ def test_empty_media_survive():
 @given(st.lists(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=4)) | st.none(), min_size=1, max_size=6))
 def test_ragged_pixels(images):
     examples = [{"input_ids": np.arange(i + 1)} | ({} if image is None else {"images": image}) for i, image in enumerate(images)]
-    found = schema.decode(schema.encode(examples, ["s"] * len(images), range(len(images))))
+    found = schema.from_table(schema.to_table(examples, ["s"] * len(images), range(len(images))))
     for a, b in zip(found, examples, strict=True):
         same({k: v for k, v in a.items() if k != "metadata"}, b)
 
@@ -76,7 +76,7 @@ def test_ragged_pixels(images):
 def test_encoded_pixels_are_not_kept_alive():
     """A copy goes into the table; whoever made the arrays for days on end must get their memory back."""
     pixels = [np.zeros((2, 4, 12), np.uint8) for _ in range(3)]
-    table = schema.encode([{"input_ids": np.arange(2), "images": array} for array in pixels], [""] * 3, [0] * 3)
+    table = schema.to_table([{"input_ids": np.arange(2), "images": array} for array in pixels], [""] * 3, [0] * 3)
     alive = [weakref.ref(array) for array in pixels]
     del pixels, table
     gc.collect()
@@ -85,12 +85,12 @@ def test_encoded_pixels_are_not_kept_alive():
 
 def test_unknown_columns_and_dtypes_are_named():
     with pytest.raises(ValueError, match=r"a.jsonl, row 3.*no column for \['depth'\]"):
-        schema.encode([{"input_ids": np.arange(2), "depth": np.zeros(2)}], ["a.jsonl"], [3])
+        schema.to_table([{"input_ids": np.arange(2), "depth": np.zeros(2)}], ["a.jsonl"], [3])
     with pytest.raises(ValueError, match="images are float64"):
-        schema.encode([{"input_ids": np.arange(2), "images": np.zeros((1, 2, 3))}], ["a"], [0])
+        schema.to_table([{"input_ids": np.arange(2), "images": np.zeros((1, 2, 3))}], ["a"], [0])
 
 
 def test_other_version_is_refused():
-    table = schema.encode([TEXT], ["a"], [0]).replace_schema_metadata({"molmo.examples.version": "0"})
+    table = schema.to_table([TEXT], ["a"], [0]).replace_schema_metadata({"molmo.examples.version": "0"})
     with pytest.raises(ValueError, match=r"version 0 .*run `python -m jobs.prepare` again"):
-        schema.decode(table)
+        schema.from_table(table)

@@ -85,5 +85,5 @@ def test_image_tokens_that_see_the_question_are_read_with_it(golden, mode, monke
     if not alone:
         for k, example in enumerate(group):
             with torch.inference_mode():
-                expected = model(**answering.prepare_inputs(model, collate([example]))).logits[0, -1]
+                expected = model(**answering.prompt_batch(model, collate([example]))).logits[0, -1]
             assert (read[0][k] - expected).abs().max() < 1e-4

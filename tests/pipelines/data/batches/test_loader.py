@@ -84,7 +84,7 @@ def folders(tmp_path_factory):
         folder = tmp_path_factory.mktemp(n)
         shards = range(-(-size // 8))
         done = {k: write_shard(folder, k, range(k * 8, min(size, k * 8 + 8)), Numbers(size), Maker(), 0) for k in shards}
-        report = close(folder, done, size, None, {}, size, 1.0)
+        report = close(folder, done, size, None, {}, size, 1.0, held_out=0)
         assert report["rows_rejected"] == size // 7
         made.append(folder)
     return made
