@@ -184,6 +184,8 @@ def take_inventory(records: Records, path: str) -> dict[str, int]:
 
 def write_inventory(table: pa.Table, records: Records, path: str) -> dict[str, int]:
     """Writes an inventory; returns rows, usable, and the number of rows with each reason."""
+    if not np.array_equal(table.column("row").to_numpy(), np.arange(len(records))):  # it is looked up by position
+        raise RuntimeError(f"{table.num_rows:,} rows were measured of {len(records):,} records: not one for each")
     stamped = table.replace_schema_metadata({"records": json.dumps(records.stamp)})
     try:
         if "://" in path:  # whole at its end, on every filesystem for which this form is used

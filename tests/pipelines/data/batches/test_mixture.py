@@ -39,7 +39,8 @@ def test_caps_shares_and_factors():
         ({"a": {"datasets": {}}}, "at least one dataset"),
         ({"a": {"weight": 0, "datasets": {"x": {}}}}, "positive weight"),
         ({"a": {"datasets": {"x": {}}}, "b": {"datasets": {"x": {}}}}, "another group"),
-        ({"a": {"datasets": {"x": {"sampling_rate": -1}}}}, "not positive"),
+        ({"a": {"datasets": {"x": {"sampling_rate": 0}}}}, "not positive"),
+        ({"a": {"datasets": {"x": {"sampling_rate": -1}}}}, "must be at least 0"),
     ],
 )
 def test_mistakes_are_named(config, message):
