@@ -60,6 +60,7 @@ def worker(rank: int, golden: str, port: int, out: str) -> None:
         whole = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
         if rank == 0:
             torch.save(whole, f"{out}/{name}.pt")
+    dist.barrier()  # a rank that leaves early can abort the other
     dist.destroy_process_group()
 
 
