@@ -1,6 +1,7 @@
 """The linear layers of the language model: a single row without a gradient on a GPU is multiplied by a kernel of our own.
 
-For one row cuBLAS reads the weights at 56 to 86 % of an H100's bandwidth; this kernel at 79 to 96 % (Molmo2-4B's shapes, bfloat16).
+For one row cuBLAS reads the weights at 61 to 89 % of an H100's bandwidth (3.0 TB/s), this kernel at 79 to 96 % (Molmo2-4B's shapes,
+bfloat16, one run; docs/experiments.md).
 """
 
 from __future__ import annotations

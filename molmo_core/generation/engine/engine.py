@@ -176,6 +176,7 @@ class Engine:
         try:
             logits = self.decoder.step(sequences)
         except Exception as error:  # of the device: nobody in this step can be helped
+            logger.exception("A step of %d answers failed", len(sequences))
             for sequence in sequences:
                 self._end(sequence, Failed(error), events)
             return
