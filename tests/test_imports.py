@@ -96,6 +96,7 @@ CONFIGURATIONS = sorted(module_name(path) for path in MODULES if re.search(r"(co
         ("molmo_core.preprocessing.preprocessor", ("torch", "ray", "mlflow")),
         ("molmo_core.preprocessing.collator", ("torch", "ray", "mlflow")),
         ("molmo_core.metrics", ("torch", "ray", "mlflow")),
+        ("pipelines.serving.chat", ("torch", "ray", "mlflow")),
         ("molmo_core.models.molmo", ("ray", "mlflow", "decord")),
         ("jobs.cli", ("torch", "ray", "mlflow")),
     ],

@@ -1,5 +1,1 @@
-"""Text generation: sampling and beam search over a key/value cache."""
-
-from molmo_core.generation.generate import generate
-
-__all__ = ["generate"]
+"""Text generation: sampling and beam search over a key/value cache; `engine` for many answers at once."""

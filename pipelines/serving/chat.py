@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+from molmo_core.generation.engine.requests import SamplingParams
 from pipelines.serving import schema
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, as_api_error, bad_request, clipped, shown
@@ -53,7 +54,8 @@ class ChatService:
         inputs = await asyncio.to_thread(self._prepare, chat)
         metadata = inputs.pop("metadata")
         prompt_tokens = len(inputs["input_ids"])
-        pieces = self._generate(inputs, self._new_tokens(chat, prompt_tokens), chat.temperature, chat.top_p, chat.seed)
+        params = SamplingParams(self._new_tokens(chat, prompt_tokens), temperature=chat.temperature, top_p=chat.top_p, seed=chat.seed)
+        pieces = self._generate(inputs, params)
         return Answer(chat, prompt_tokens, metadata, pieces, TextStream(self._tokenizer.decode, chat.stops))
 
     def _check_text(self, chat: ChatRequest) -> None:

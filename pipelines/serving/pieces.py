@@ -23,4 +23,4 @@ class Pieces(Protocol):
 
 
 Generate = Callable[..., Pieces]
-"""Begins an answer: (example, max_new_tokens, temperature, top_p, seed), as `Replica.generate`."""
+"""Begins an answer: (example, SamplingParams), as `Replica.generate`."""

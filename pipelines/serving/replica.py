@@ -28,15 +28,12 @@ class Replica:
         engine.warm_up()
         self._host = Host(engine, config.max_batch_size + config.max_queued_requests, config.batch_wait_ms / 1000)
 
-    async def generate(
-        self, example: dict[str, Any], max_new_tokens: int, temperature: float, top_p: float, seed: int | None
-    ) -> AsyncIterator[Piece]:
+    async def generate(self, example: dict[str, Any], params: SamplingParams) -> AsyncIterator[Piece]:
         """The answer to one preprocessed prompt, as it is generated. Closing the generator stops the work on it.
 
         Raises:
             ApiError: the queue is full.
         """
-        params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
         pieces = self._host.answer(Request(example, params))
         try:
             async for piece in pieces:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from molmo_core.generation import generate
+from molmo_core.generation.generate import generate
 
 MOLMO = ["molmo-qwen2-clip", "molmo-olmo-clip", "molmo-qwen2-siglip-bidir", "molmo-qwen2-dino"]
 OTHERS = ["video-olmo/per-frame", "video-olmo/mixed-res", "he-molmo"]

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from molmo_core.generation.engine.requests import SamplingParams
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError
@@ -70,7 +71,7 @@ def test_whole_answer(scripted):
     assert body["choices"][0]["finish_reason"] == "stop"
     prompt = asked[0][0][0]["input_ids"]
     assert body["usage"] == {"prompt_tokens": len(prompt), "completion_tokens": len(words), "total_tokens": len(prompt) + len(words)}
-    assert asked[0][0][1:] == (7, 0.5, 0.25, 3)
+    assert asked[0][0][1] == SamplingParams(7, temperature=0.5, top_p=0.25, seed=3)
     assert "metadata" not in asked[0][0][0], "the replica gets arrays alone"
 
 
