@@ -4,11 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help demo serve mlflow check test lint clean
+.PHONY: help demo playground serve mlflow check test lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python >= 3.11 is needed: make PYTHON=python3.12 ..." && exit 1)
@@ -23,6 +23,9 @@ $(VENV)/.dev: $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## prepare, train, evaluate, register, serve and ask, end to end on a laptop
 	$(BIN)/python -m jobs.demo
+
+playground: $(VENV)/.demo  ## open a page to try the demo's model on (make demo trains it)
+	$(BIN)/python -m jobs.serve configs/serve/demo.yaml --open
 
 serve: $(VENV)/.demo  ## keep the demo's registered model up on http://127.0.0.1:8000
 	$(BIN)/python -m jobs.serve configs/serve/demo.yaml

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import webbrowser
 from collections.abc import Iterator
+from typing import Annotated
+
+import typer
 
 from jobs.command import ConfigPath, Overrides, job
 from pipelines.serving.config import FRONTEND_CPUS, ServeConfig
@@ -28,8 +32,8 @@ def stop_requested() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def serve(config: ServeConfig) -> None:
-    """Serves until Ctrl-C or SIGTERM; answers in work are finished first."""
+def serve(config: ServeConfig, show: bool = False) -> None:
+    """Serves until Ctrl-C or SIGTERM; answers in work are finished first. `show`: opens the page in the default browser."""
     from pipelines.model_folder import fixed_model
     from pipelines.serving.port import check_port
 
@@ -43,17 +47,23 @@ def serve(config: ServeConfig) -> None:
     needed = config.replicas * config.cpus_per_replica + config.frontends * FRONTEND_CPUS
     with cluster.connect(num_cpus=cluster.cpus_for(needed)), serving(config) as url:
         with stop_requested() as stop:
-            print(f"Ready: {config.served_name} at {url}/v1 (Ctrl-C stops it). For example:\n")
+            print(f"Ready: {config.served_name} at {url}/v1 (Ctrl-C stops it), and a page to try it on at {url}/. For example:\n")
             print(EXAMPLE.format(url=url, name=config.served_name) + "\n", flush=True)
+            if show and not webbrowser.open(f"{url}/"):
+                print(f"There is no browser to open here; the page is {url}/", flush=True)
             while not stop.wait(1.0):
                 pass
         print("Stopping ...", flush=True)
     print("Stopped.", flush=True)
 
 
-def main(config: ConfigPath, overrides: Overrides = None) -> None:
+def main(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page to try the model on in the default browser.")] = False,
+) -> None:
     """Serves a registered model or a checkpoint folder behind an OpenAI-style API, until Ctrl-C."""
-    serve(ServeConfig.load(config, overrides))
+    serve(ServeConfig.load(config, overrides), show)
 
 
 app = job(main, ServeConfig)

@@ -386,7 +386,8 @@ def _version(opened: mlflow.MlflowClient, uri: str) -> tuple[str, str]:
     _check("model", name, validation._validate_model_name, MAX_NAME)
     if not _exists(opened, name):
         names = [model.name for model in opened.search_registered_models(max_results=20)]
-        raise TrackingError(f"{uri}: no registered model {name!r} in {masked(tracking_uri())}. There are: {', '.join(names) or 'none'}")
+        there = ", ".join(names) or "none yet (`make demo` trains and registers a small one, `molmo register` one of yours)"
+        raise TrackingError(f"{uri}: no registered model {name!r} in {masked(tracking_uri())}. There are: {there}")
     model = opened.get_registered_model(name)
     if version:
         try:

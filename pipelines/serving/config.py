@@ -16,6 +16,18 @@ FRONTEND_CPUS = 0.1
 
 
 @dataclasses.dataclass
+class Example(BaseConfig):
+    """What the page offers to click."""
+
+    question: str
+    """Of an example to click on the page at `/` (a list of them; none = a few about a drawing)."""
+    file: str | None = None
+    """Its picture (.png, .jpg, .webp, .svg) or video (.mp4, .webm)."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("file",)
+
+
+@dataclasses.dataclass
 class ServeConfig(BaseConfig):
     """`python -m jobs.serve`: one model behind an OpenAI-style API."""
 
@@ -52,6 +64,11 @@ class ServeConfig(BaseConfig):
     """Images in one request."""
     timeout_s: Annotated[float, Field(ge=0.1, le=7 * 24 * 3600)] = 600.0
     """Longest time from a request to the end of its answer, streamed or not."""
+
+    examples: list[Example] = dataclasses.field(default_factory=list)
+    """Examples to click on the page at `/`; none = a few about a drawing."""
+    multi_turn: bool = True
+    """Whether the page sends earlier turns along (its users can change that); false for a model that was trained on single questions."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("model",)
 

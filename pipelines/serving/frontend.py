@@ -18,6 +18,7 @@ from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, as_api_error, clipped, queue_full, unavailable
 from pipelines.serving.json_body import parse_json
 from pipelines.serving.pieces import Pieces
+from pipelines.serving.playground import HEADERS, PageFile
 from pipelines.serving.remote import RemotePieces
 
 PREPARING = 256
@@ -48,14 +49,31 @@ async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
 class Frontend:
     """The API of one served model."""
 
-    def __init__(self, config: ServeConfig, model: str, replicas: DeploymentHandle) -> None:
+    def __init__(self, config: ServeConfig, model: str, replicas: DeploymentHandle, page: dict[str, PageFile]) -> None:
         self._limit = config.max_body_bytes
         self._replicas = replicas
         self._begin = replicas.options(stream=True).generate
         self._created = int(time.time())
         self._preparing = 0
+        self._page = page
         model_config = BaseModelConfig.load(model_folder(model))
         self._service = ChatService(config, model_config, self._generate)
+
+    @api.get("/", include_in_schema=False)
+    async def index(self) -> Response:
+        """The page to try the model on."""
+        return self._page_file("index.html")
+
+    @api.get("/page/{name}", include_in_schema=False)
+    async def page(self, name: str) -> Response:
+        """A part of that page."""
+        return self._page_file(name)
+
+    def _page_file(self, name: str) -> Response:
+        if name not in self._page:
+            raise HTTPException(404)
+        file = self._page[name]
+        return Response(file.content, media_type=file.media_type, headers=HEADERS)
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
