@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from molmo_core.generation.engine.decoding import Decoder, GraphDecoder, PlainDecoder
+from molmo_core.generation.engine.grammars import Grammars, GrammarState
 from molmo_core.generation.engine.paged import PagedCache
 from molmo_core.generation.engine.pages import PagePool, page_keys
-from molmo_core.generation.engine.requests import End, Event, Failed, Request, SamplingParams, Token, TokenLogprobs
+from molmo_core.generation.engine.requests import End, EngineStats, Event, Failed, Request, SamplingParams, Token, TokenLogprobs
 from molmo_core.generation.engine.runner import Runner
 from molmo_core.generation.engine.sampler import Row, choose, logprobs_of
 from molmo_core.generation.engine.scheduler import Chunk, Plan, Scheduler, Sequence
@@ -55,6 +56,15 @@ class _Launched(NamedTuple):
     ready: torch.cuda.Event | None
 
 
+@dataclasses.dataclass
+class _Answer:
+    """What the engine knows of a request."""
+
+    sequence: Sequence
+    seed: int
+    grammar: GrammarState | None
+
+
 class Engine:
     """A model and the answers in work. Not thread-safe: one thread calls `add`, `abort` and `step`."""
 
@@ -71,8 +81,8 @@ class Engine:
         self.scheduler = Scheduler(PagePool(pages, limits.page_size), limits.max_running, limits.prefill_tokens)
         self.decoder = self._decoder(pages)
         self._launched: _Launched | None = None
-        self._sequences: dict[Request, Sequence] = {}
-        self._seeds: dict[Request, int] = {}
+        self.grammars = Grammars(model.tokenizer)
+        self._answers: dict[Request, _Answer] = {}
         self.tokens = 0
         """Tokens generated so far."""
 
@@ -86,31 +96,48 @@ class Engine:
         """Requests in work."""
         return len(self.scheduler.running)
 
+    def stats(self) -> EngineStats:
+        """Numbers for whoever watches; any thread may ask."""
+        scheduler, features = self.scheduler, self.runner.features
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_used=scheduler.pool.used,
+            pages_total=scheduler.pool.total,
+            feature_bytes=features.bytes,
+            tokens=self.tokens,
+            prompt_tokens=scheduler.prompt_tokens,
+            prefix_tokens=scheduler.prefix_tokens,
+            preemptions=scheduler.preemptions,
+            feature_hits=features.hits,
+            feature_misses=features.misses,
+        )
+
     def add(self, request: Request) -> None:
         """Puts a request into the queue.
 
         Raises:
-            ValueError: it cannot be answered: inputs that do not fit, or more tokens than the cache or the model has room for.
+            ValueError: it cannot be answered: inputs that do not fit, more tokens than the cache or the model has room for, or a
+                grammar that is not valid.
         """
+        params = request.params
+        grammar = None if params.grammar is None else self.grammars.start(params.grammar)
         prompt = self.runner.prompt(request.example)
         ids, config = prompt.example["input_ids"], self.model.config
-        longest = len(ids) + request.params.max_tokens
+        longest = len(ids) + params.max_tokens
         if longest > config.llm.max_sequence_length:
             raise ValueError(f"prompt and answer may be {longest:,} tokens, but the model takes {config.llm.max_sequence_length:,}")
         whole, horizon, size = self.model.FILLS_CACHE, self.runner.horizon(prompt), self.limits.page_size
         keys = [] if whole else page_keys(ids, prompt.positions, horizon, prompt.digest, self.runner.first_medium(prompt), size)
         sequence = Sequence(request, ids.tolist(), len(ids), horizon, keys, whole, prompt)
         self.scheduler.add(sequence)
-        self._sequences[request] = sequence
-        seed = request.params.seed
-        self._seeds[request] = secrets.randbits(63) if seed is None else seed
+        self._answers[request] = _Answer(sequence, secrets.randbits(63) if params.seed is None else params.seed, grammar)
 
     def abort(self, request: Request) -> None:
         """Nobody waits for the answer any more: its pages are free at once. Nothing happens if it has ended."""
-        sequence = self._sequences.pop(request, None)
-        if sequence is not None:
-            self.scheduler.remove(sequence)
-            del self._seeds[request]
+        answer = self._answers.pop(request, None)
+        if answer is not None:
+            self.scheduler.remove(answer.sequence)
 
     @torch.inference_mode()
     def warm_up(self, batches: Items[int] = ()) -> None:
@@ -123,7 +150,7 @@ class Engine:
         self.add(Request({"input_ids": np.zeros(2, np.int64)}, SamplingParams(max_tokens=1, ignore_eos=True)))
         while self.active:
             self.step()
-        self.tokens = 0
+        self.tokens = self.scheduler.prompt_tokens = 0
         if isinstance(self.decoder, GraphDecoder):
             graphs = self.decoder.graphs
             for size in sorted({graphs.size_of(batch) for batch in batches or graphs.sizes}, reverse=True):
@@ -224,7 +251,7 @@ class Engine:
             launched.ready.synchronize()
         tokens, finite = launched.tokens.tolist()
         for i, sequence in enumerate(launched.sequences):
-            if sequence.request in self._sequences:  # else it has ended, or was aborted
+            if sequence.request in self._answers:  # else it has ended, or was aborted
                 sequence.tokens[sequence.prompt_length + launched.counts[i] - 1] = tokens[i]
                 self._give(sequence, launched.counts[i], tokens[i], bool(finite[i]), None, events)
 
@@ -235,22 +262,31 @@ class Engine:
         if not finite:
             self._end(sequence, Failed(ValueError("the model's logits are not numbers (its weights, or the numbers' range)")), events)
             return
+        params, grammar = sequence.request.params, self._answers[sequence.request].grammar
+        if grammar is not None:
+            try:
+                grammar.push(token)
+            except ValueError as error:
+                self._end(sequence, Failed(error), events)
+                return
         self.tokens += 1
-        params = sequence.request.params
         if token in self._ends(params):
             self._end(sequence, End("stop"), events)
             return
         events.append((sequence.request, Token(token, logprobs)))
-        if count == params.max_tokens:
+        if grammar is not None and grammar.complete:
+            self._end(sequence, End("stop"), events)
+        elif count == params.max_tokens:
             self._end(sequence, End("length"), events)
 
     def _row(self, sequence: Sequence) -> Row:
-        params = sequence.request.params
-        return Row(params, sequence.tokens, sequence.prompt_length, self._seeds[sequence.request], self._ends(params))
+        params, answer = sequence.request.params, self._answers[sequence.request]
+        return Row(params, sequence.tokens, sequence.prompt_length, answer.seed, self._ends(params), answer.grammar)
 
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
         """Tokens that end an answer."""
-        return params.stop_token_ids if params.ignore_eos else (self.model.tokenizer.eos_token_id, *params.stop_token_ids)
+        endless = params.ignore_eos and params.grammar is None
+        return params.stop_token_ids if endless else (self.model.tokenizer.eos_token_id, *params.stop_token_ids)
 
     def _end(self, sequence: Sequence, event: Event, events: list[tuple[Request, Event]]) -> None:
         events.append((sequence.request, event))
@@ -274,4 +310,5 @@ def _free(device: torch.device) -> int:
 
 def _needs_host(request: Request) -> bool:
     """Whether choosing its next token needs the tokens before it, or gives more than a token."""
-    return request.params.edits_logits or request.params.logprobs is not None
+    params = request.params
+    return params.edits_logits or params.logprobs is not None or params.grammar is not None

@@ -30,6 +30,11 @@ class PagePool:
         """Pages that `take` could give."""
         return len(self._free) + len(self._unused)
 
+    @property
+    def used(self) -> int:
+        """Pages that somebody refers to."""
+        return self.total - self.available
+
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_size)

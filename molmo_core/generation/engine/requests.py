@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Grammar:
+    """What an answer has to be, as text. One blank before it is allowed: models begin with the one that follows the role."""
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
+    """A JSON schema (`{"type": "object"}` is any JSON object), a regular expression, or a JSON list of strings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +53,8 @@ class SamplingParams:
     """Give the log-probability of each token, and of so many most probable ones."""
     seed: int | None = None
     """Makes the draw reproducible, whoever else is served; None = a fresh one."""
+    grammar: Grammar | None = None
+    """What the answer has to be, unless max_tokens or a stop token ends it before; the engine says if it is not valid."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -117,3 +128,27 @@ class Failed(NamedTuple):
 
 
 Event = Token | End | Failed
+
+
+class EngineStats(NamedTuple):
+    """Numbers of an engine: the first five as they are now, the others since its start."""
+
+    running: int
+    """Answers in work."""
+    waiting: int
+    """Requests before them."""
+    pages_used: int
+    """Pages of the cache that answers in work hold; what is kept for later prompts counts as free."""
+    pages_total: int
+    feature_bytes: int
+    """Of the features of media that are kept."""
+    tokens: int
+    """Generated."""
+    prompt_tokens: int
+    """Of prompts that were taken into work; who was preempted counts again, with the answer so far."""
+    prefix_tokens: int
+    """Those of them that were in the cache already."""
+    preemptions: int
+    feature_hits: int
+    """Prompts whose media had been seen."""
+    feature_misses: int

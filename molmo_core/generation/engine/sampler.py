@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from molmo_core.generation.engine.grammars import GrammarState
 from molmo_core.generation.engine.requests import SamplingParams, TokenLogprobs
 
 MASK_32 = 0xFFFFFFFF
@@ -23,6 +25,8 @@ class Row(NamedTuple):
     """The request's, or one that was drawn for it."""
     ends: Sequence[int]
     """Tokens that end the answer."""
+    grammar: GrammarState | None = None
+    """What may come next; None: anything."""
 
 
 class Choice(NamedTuple):
@@ -44,9 +48,12 @@ def choose(logits: torch.Tensor, rows: Sequence[Row]) -> Choice:
     best = logits.argmax(-1)
     finite = logits.gather(1, best[:, None])[:, 0].isfinite()  # NaN is larger than any number
     edited = [i for i, row in enumerate(rows) if row.params.edits_logits]
+    restricted = [i for i, row in enumerate(rows) if row.grammar is not None]
+    if restricted:
+        _restrict(logits, rows, restricted)
     for i in edited:
         _edit(logits[i], rows[i])
-    best = logits.argmax(-1) if edited else best
+    best = logits.argmax(-1) if edited or restricted else best
     if all(row.params.greedy for row in rows):
         return Choice(best, finite)
     greedy = torch.tensor([row.params.greedy for row in rows], device=logits.device)
@@ -69,6 +76,20 @@ def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, wanted: Sequence[int
     return result
 
 
+def _restrict(logits: torch.Tensor, rows: Sequence[Row], restricted: Sequence[int]) -> None:
+    """-inf for the tokens that grammars do not allow, in place."""
+    size = logits.shape[-1]
+    bits = np.zeros((len(restricted), -(-size // 32)), np.int32)
+    for i, mask in zip(restricted, bits):
+        state = rows[i].grammar
+        assert state is not None
+        state.allow(mask)
+    tokens = torch.arange(size, device=logits.device)
+    words = torch.from_numpy(bits).to(logits.device)[:, tokens >> 5]
+    index = torch.tensor(restricted, device=logits.device)
+    logits[index] = logits[index].masked_fill((words >> (tokens & 31).int() & 1) == 0, -torch.inf)
+
+
 def _edit(logits: torch.Tensor, row: Row) -> None:
     """Penalties, bias and minimum length, in place, on logits [E]."""
     params, size, answer = row.params, logits.shape[0], row.tokens[row.prompt_length :]
@@ -83,7 +104,9 @@ def _edit(logits: torch.Tensor, row: Row) -> None:
         if 0 <= token < size:
             logits[token] += bias
     if len(answer) < params.min_tokens:
-        logits[torch.tensor(list(row.ends), device=logits.device)] = -torch.inf
+        ends = torch.tensor(list(row.ends), device=logits.device)
+        longer = logits.index_fill(0, ends, -torch.inf)
+        logits.copy_(torch.where(longer.amax() > -torch.inf, longer, logits))  # a grammar may leave nothing but the end
 
 
 def _filtered(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

@@ -67,8 +67,10 @@ class Scheduler:
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.prompt_tokens = 0
+        """Tokens of prompts that were taken into work, and of answers that are computed again."""
         self.prefix_tokens = 0
-        """Tokens of prompts that were in the cache already."""
+        """Those of them that were in the cache already."""
 
     @property
     def active(self) -> int:
@@ -185,6 +187,7 @@ class Scheduler:
                 self._release(sequence)
                 self.waiting.appendleft(sequence)
                 break
+            self.prompt_tokens += len(sequence.tokens)
             self.prefix_tokens += sequence.computed
             filling.update(sequence.keys[len(shared) :])
             self.running.append(sequence)

@@ -175,3 +175,23 @@ def test_logprobs_are_the_models(model, prompts):
     first = events[0]
     assert first.logprobs.token == pytest.approx(expected[first.id].item(), abs=1e-4)
     assert [i for i, _ in first.logprobs.top] == expected.topk(2).indices.tolist()
+
+
+def test_stats(model, prompts):
+    engine = Engine(model, limits(page_size=4))
+    assert set(engine.stats()) == {0, engine.scheduler.pool.total}
+    first, second = (Request(prompt, SamplingParams(max_tokens=6, ignore_eos=True)) for prompt in prompts[:2])
+    engine.add(first)
+    engine.step()
+    engine.add(second)
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.tokens, stats.preemptions) == (1, 1, 1, 0)
+    assert stats.pages_used == len(engine.scheduler.running[0].pages) > 0
+    assert stats.feature_bytes > 0
+    while engine.active:
+        engine.step()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.pages_used, stats.tokens) == (0, 0, 0, 12)
+    assert stats.prompt_tokens == sum(len(prompt["input_ids"]) for prompt in prompts[:2])
+    assert 0 < stats.prefix_tokens < stats.prompt_tokens
+    assert (stats.feature_hits, stats.feature_misses) == (1, 1)
