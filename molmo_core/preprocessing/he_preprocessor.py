@@ -9,9 +9,9 @@ import numpy as np
 
 from molmo_core.preprocessing.configs import HePreprocessorConfig
 from molmo_core.preprocessing.he_layout import HeLayout, he_layout
-from molmo_core.preprocessing.images import preprocess_image
+from molmo_core.preprocessing.images import ImageFeatures
 from molmo_core.preprocessing.messages import MediaTokens
-from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
+from molmo_core.preprocessing.preprocessor import MolmoPreprocessor, image_features
 from molmo_core.preprocessing.tiling import ImageSettings, Tiling, image_tiling
 
 
@@ -31,13 +31,13 @@ class HeMolmoPreprocessor(MolmoPreprocessor):
     col_tokens: bool = True
 
     def image_inputs(
-        self, images: Sequence[np.ndarray], rng: np.random.RandomState
+        self, images: Sequence[np.ndarray | ImageFeatures], rng: np.random.RandomState
     ) -> tuple[list[MediaTokens], dict[str, np.ndarray | None]]:
         """Tokens and arrays of the image: `images`, `image_masks` (encoders that pad) and those of `HeLayout`."""
         if not images:
             return [], {}
         settings = self._settings_of(len(images), rng)
-        features = preprocess_image(images[0], settings)
+        features = image_features(images[0], settings)
         layout = self._layout(features.tiling, settings)
         return [MediaTokens(layout.ids, layout.positions)], {
             "images": features.images, "image_masks": features.image_masks, **layout.arrays,

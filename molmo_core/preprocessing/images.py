@@ -39,6 +39,8 @@ class ImageFeatures:
     """Rows and columns of pooled tokens: the global crop and, unless `crop_mode="resize"`, the high-resolution grid."""
     tiling: Tiling | None
     """Rows and columns of high-resolution crops."""
+    size: tuple[int, int]
+    """Width and height of the image, pixels."""
 
 
 def preprocess_image(image: np.ndarray, settings: ImageSettings) -> ImageFeatures:
@@ -68,13 +70,14 @@ def preprocess_image(image: np.ndarray, settings: ImageSettings) -> ImageFeature
         pooled_patches_idx=pooled_patches(tiling, settings),
         grids=token_grids(tiling, settings),
         tiling=tiling,
+        size=(width, height),
     )
 
 
 def join_images(features: Sequence[ImageFeatures]) -> ImageFeatures:
     """Several images as one: crops after another, indices moved on accordingly (absent ones stay -1).
 
-    `grids` of the result are those of all images after one another; `tiling` is that of the first.
+    `grids` of the result are those of all images after one another; `tiling` and `size` are those of the first.
     """
     first = features[0]
     if len(features) == 1:
@@ -90,6 +93,7 @@ def join_images(features: Sequence[ImageFeatures]) -> ImageFeatures:
         pooled_patches_idx=np.concatenate(indices),
         grids=tuple(grid for f in features for grid in f.grids),
         tiling=first.tiling,
+        size=first.size,
     )
 
 

@@ -94,7 +94,8 @@ class MolmoPreprocessor(TextPreprocessor):
         """Preprocesses one example.
 
         Args:
-            example: `image` or `images` (path, bytes, Pillow image or array), if any, and a record (see `data_formatter`).
+            example: `image` or `images` (path, bytes, Pillow image, array, or the `ImageFeatures` that `preprocess_image` made of it with
+                `image_settings`), if any, and a record (see `data_formatter`).
             rng: randomness of prompts, trees and resolution; None = always the same draws.
 
         Returns:
@@ -109,8 +110,8 @@ class MolmoPreprocessor(TextPreprocessor):
         rng = np.random.RandomState(0) if rng is None else rng
         if example.get("video") is not None:
             raise ValueError(NO_VIDEO)
-        images = [load_image(source) for source in example_images(example)]
-        sizes = [(image.shape[1], image.shape[0]) for image in images]
+        images = [source if isinstance(source, ImageFeatures) else load_image(source) for source in example_images(example)]
+        sizes = [image.size if isinstance(image, ImageFeatures) else (image.shape[1], image.shape[0]) for image in images]
         annotations = self.annotations(example, rng, sizes)
         media, arrays = self.image_inputs(images, rng)
         result = self.assemble(example, annotations, media, arrays)
@@ -121,13 +122,13 @@ class MolmoPreprocessor(TextPreprocessor):
         return result
 
     def image_inputs(
-        self, images: Sequence[np.ndarray], rng: np.random.RandomState
+        self, images: Sequence[np.ndarray | ImageFeatures], rng: np.random.RandomState
     ) -> tuple[list[MediaTokens], dict[str, np.ndarray | None]]:
         """Tokens of each image ("Image k" before each of several) and the arrays of all of them."""
         if not images:
             return [], {}
         settings = self._settings_of(len(images), rng)
-        features = [preprocess_image(image, settings) for image in images]
+        features = [image_features(image, settings) for image in images]
         media = []
         for number, feature in enumerate(features, 1):
             ids = image_tokens(feature.grids, self.tokenizer, settings)
@@ -167,6 +168,14 @@ class MolmoPreprocessor(TextPreprocessor):
             return counts
         return [(len(self.tokenizer.encode(f"Image {k}")) + tokens, crops) for k, (tokens, crops) in enumerate(counts, 1)]
 
+    def image_settings(self, images: int) -> ImageSettings:
+        """How each of so many images of an example is cut at inference.
+
+        Raises:
+            ValueError: the model does not take so many.
+        """
+        return self._settings_of(images, np.random.RandomState(0))
+
     def _settings_of(self, images: int, rng: np.random.RandomState) -> ImageSettings:
         """How each of so many images is cut."""
         if self.settings is None:
@@ -197,6 +206,11 @@ def example_images(example: dict[str, Any]) -> list[Any]:
         return []
     value = example[given[0]]
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def image_features(image: np.ndarray | ImageFeatures, settings: ImageSettings) -> ImageFeatures:
+    """The features of an image that may have been preprocessed already."""
+    return image if isinstance(image, ImageFeatures) else preprocess_image(image, settings)
 
 
 def image_arrays(features: ImageFeatures) -> dict[str, np.ndarray | None]:

@@ -11,6 +11,9 @@ from typing import BinaryIO, NamedTuple
 from molmo_core.preprocessing.media import MediaError
 
 MP4, MATROSKA, AVI, FLV, REAL = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv", "rm"
+FORMATS = {"format_whitelist": ",".join([MP4, MATROSKA, AVI, FLV, REAL, "mpeg,mpegts,mpegvideo,asf,ogg,gif,swf,dv,mxf,h264,hevc,m4v,ivf"])}
+"""Options with which libavformat opens containers only. Playlists (HLS, concat, DASH, SDP) name other files and addresses, which it would
+read for whoever sent them."""
 _DECORD_PREFIX = re.compile(r"^\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 
 
@@ -23,6 +26,10 @@ class VideoHeader(NamedTuple):
     width: int
     turned: bool
     """The frames are shown rotated by a quarter turn (phone videos)."""
+    seconds: float
+    """Its length; 0 = the header does not say."""
+    frames: int
+    """How many there are, or would be at the average rate; 0 = the header does not say."""
 
 
 def read_header(stream: BinaryIO, name: str) -> VideoHeader:
@@ -38,17 +45,22 @@ def read_header(stream: BinaryIO, name: str) -> VideoHeader:
     import av
 
     try:
-        with av.open(stream) as container:
+        with av.open(stream, "r", options=FORMATS) as container:
             if not container.streams.video:
                 raise MediaError(f"{name}: no video in it (container {container.format.name})")
             video = container.streams.video[0]
             kind, codec, height, width = container.format.name, video.codec_context.name, video.height, video.width
+            length = video.duration * video.time_base if video.duration and video.time_base else 0
+            seconds = max(float(length), (container.duration or 0) / av.time_base)
+            frames = video.frames or int(seconds * float(video.average_rate or 0))
+    except av.ArgumentError:  # what libavformat says of a format that is not on the list
+        raise MediaError(f"{name}: not a video in a container that is read here (MP4, Matroska, WebM, AVI, MPEG, ...)") from None
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
         raise MediaError(f"{name}: not a video: {first_line(error)}") from error
     _check_complete(stream, kind, name)
-    return VideoHeader(kind, codec, height, width, kind == MP4 and _turned(stream))
+    return VideoHeader(kind, codec, height, width, kind == MP4 and _turned(stream), seconds, frames)
 
 
 def first_line(error: Exception) -> str:

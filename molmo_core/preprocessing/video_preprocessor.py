@@ -25,7 +25,8 @@ class VideoPreprocessor(MolmoPreprocessor):
     """What the preprocessors of video models share. Subclasses say which tokens stand for a video (`video_inputs`)."""
 
     def video_example(self, example: dict[str, Any], rng: np.random.RandomState) -> dict[str, Any]:
-        """Preprocesses an example with `video` (path or bytes; `clip_start`, `clip_end` in seconds, if only a part is meant).
+        """Preprocesses an example with `video` (path, bytes, or the `VideoFeatures` that `preprocess_video` made of it with `settings` and
+        `frame_settings`; `clip_start`, `clip_end` in seconds, if only a part is meant).
 
         Raises:
             ValueError: images beside the video, a record or length that does not fit (`MediaError` for the video itself).
@@ -34,20 +35,27 @@ class VideoPreprocessor(MolmoPreprocessor):
             raise ValueError("the example has a video, but the model has no vision_backbone")
         if example_images(example):
             raise ValueError("an example has either a video or images, not both")
-        sampling = FrameSettings.from_config(self.config)
+        sampling = self.frame_settings
         clip = example.get("clip_start"), example.get("clip_end")
         # Two draws from one seed: the frames for pictures must be those of the patches.
         seed = rng.randint(2**31) if self.is_training and sampling.mode == "random" else None
         draw = None if seed is None else np.random.RandomState(seed)
-        features = preprocess_video(example["video"], self.settings, sampling, *clip, rng=draw)
+        features = example["video"]
+        if not isinstance(features, VideoFeatures):
+            features = preprocess_video(features, self.settings, sampling, *clip, rng=draw)
         annotations = self.annotations(example, rng)
         media, arrays = self.video_inputs(features, example)
         result = self.assemble(example, annotations, [media], arrays)
-        result["metadata"]["frame_times"] = features.times.tolist()
+        result["metadata"] |= {"frame_times": features.times.tolist(), "video_size": features.size}
         if self.include_image:
             draw = None if seed is None else np.random.RandomState(seed)
             result["metadata"]["image_arrays"] = list(load_frames(example["video"], sampling, *clip, rng=draw).pixels)
         return result
+
+    @property
+    def frame_settings(self) -> FrameSettings:
+        """Which frames of a video are taken."""
+        return FrameSettings.from_config(self.config)
 
     def measure_video(
         self, example: dict[str, Any], timestamps: np.ndarray, fps: float, rng: np.random.RandomState | None = None
@@ -62,11 +70,11 @@ class VideoPreprocessor(MolmoPreprocessor):
             ValueError: as preprocessing; `adaptive` sampling.
         """
         rng = np.random.RandomState(0) if rng is None else rng
-        sampling = FrameSettings.from_config(self.config)
+        sampling = self.frame_settings
         random = self.is_training and sampling.mode == "random"
         draw = np.random.RandomState(rng.randint(2**31)) if random else None
         sample = sample_times(timestamps, fps, sampling, example.get("clip_start"), example.get("clip_end"), draw)
-        features = VideoFeatures(np.empty((len(sample.times), 0, 0), np.uint8), None, sample.times, sample.sampling_fps)
+        features = VideoFeatures(np.empty((len(sample.times), 0, 0), np.uint8), None, sample.times, sample.sampling_fps, (0, 0))
         annotations = self.annotations(example, rng)
         media, _ = self.video_inputs(features, example)
         return len(self.assemble(example, annotations, [media], {})["input_ids"]), len(sample.times)

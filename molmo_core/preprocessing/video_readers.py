@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 import numpy as np
 
 from molmo_core.preprocessing.media import MAX_PIXELS, MediaError, TooManyPixels
-from molmo_core.preprocessing.video_containers import AVI, FLV, MATROSKA, MP4, REAL, first_line, read_header
+from molmo_core.preprocessing.video_containers import AVI, FLV, FORMATS, MATROSKA, MP4, REAL, first_line, read_header
 
 VideoBackend = Literal["auto", "decord", "pyav"]
 VideoSource = str | os.PathLike[str] | bytes
@@ -214,7 +214,7 @@ class PyAVReader:
     def _restart(self) -> None:
         import av
 
-        self._container: Any = av.open(io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source))
+        self._container: Any = av.open(io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source), options=FORMATS)
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
         self._decode()

@@ -88,6 +88,8 @@ class VideoFeatures:
     """float64 [T], seconds since the start of the clip."""
     sampling_fps: float | None
     """See `FrameSample`."""
+    size: tuple[int, int]
+    """Width and height of the frames, pixels."""
 
 
 def sample_video(
@@ -150,10 +152,11 @@ def preprocess_video(
         sample = _sample(reader, sampling, clip_start, clip_end, rng)
         for frame in _decoded(reader, sample.indices):
             features = preprocess_image(frame, single)
+            size = features.size
             images.append(features.images[0])
             if features.image_masks is not None:
                 masks.append(features.image_masks[0])
-    return VideoFeatures(np.stack(images), np.stack(masks) if masks else None, sample.times, sample.sampling_fps)
+    return VideoFeatures(np.stack(images), np.stack(masks) if masks else None, sample.times, sample.sampling_fps, size)
 
 
 def load_frames(

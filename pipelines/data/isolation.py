@@ -1,24 +1,14 @@
 """Videos are decoded in a process of their own: a file that crashes or hangs a decoder costs one record, and leaks end with the process.
 
 Ray restarts an actor that dies and gives it the same work again, so one file that always kills the decoder would be tried for
-ever. Here the decode actor hands each video to a helper process and survives it. Pixels come back through memory that both map: a
-Ray actor as the helper would send them through the object store, which took a tenth of a clip's CPU time (16 frames of 640 x 360).
+ever. Here the decode actor hands each video to a helper process (`pipelines.worker_process`) and survives it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import multiprocessing
-import multiprocessing.connection
-import os
-import pickle
-import signal
-import tempfile
-import threading
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 import numpy as np
@@ -26,11 +16,10 @@ import numpy as np
 from pipelines.data.builder import ExampleBuilder
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import Record
+from pipelines.worker_process import WorkerProcess
 
 TIMEOUT_S = 600.0
 VIDEOS_PER_PROCESS = 500
-START_TIMEOUT_S = 120.0
-_ALIGNED, _GROWTH = 64, 16 << 20  # bytes
 _ATTEMPTS = 2  # a process may also be killed because the machine is out of memory
 
 
@@ -100,7 +89,7 @@ class VideoDecoder:
         lend: bool = False,
     ):
         self.builders, self.timeout_s, self.videos_per_process, self.lend = list(builders), timeout_s, videos_per_process, lend
-        self._helper: _Helper | None = None
+        self._helper: WorkerProcess | None = None
         self._count = 0
 
     def build(self, number: int, example: dict[str, Any], rng: np.random.RandomState | None) -> dict[str, Any]:
@@ -108,7 +97,7 @@ class VideoDecoder:
         for _ in range(_ATTEMPTS):
             helper = self._process()
             try:
-                result = helper.build(number, example, rng, self.timeout_s, self.lend)
+                result = helper.call(number, example, rng, timeout_s=self.timeout_s, lend=self.lend)
             except TimeoutError:
                 self.close()
                 raise Rejected("video: takes too long to decode", f"{_name(example)}: more than {self.timeout_s:g} s") from None
@@ -137,112 +126,26 @@ class VideoDecoder:
             self._helper.end()
         self._helper = None
 
-    def _process(self) -> _Helper:
+    def _process(self) -> WorkerProcess:
         if self._count >= self.videos_per_process:
             self.close()
         if self._helper is None:
-            self._helper, self._count = _Helper(self.builders), 0
+            self._helper, self._count = WorkerProcess(_Work(self.builders), "video decoder"), 0
         self._count += 1
         return self._helper
 
 
-class _Helper:
-    """A process that builds examples, one at a time, and the memory in which it leaves their arrays."""
+@dataclasses.dataclass
+class _Work:
+    """What the helper process does."""
 
-    def __init__(self, builders: list[ExampleBuilder]):
-        context = multiprocessing.get_context("spawn")  # decoders and Ray do not survive a fork
-        self._connection, theirs = context.Pipe()
-        self._file = _anonymous_file()
-        self._memory: mmap.mmap | None = None
-        self.lent = 0
-        """Bytes at the beginning of the memory that are in use."""
-        self._process = context.Process(target=_serve, args=(theirs, DupFd(self._file), builders), name="video decoder", daemon=True)
-        self._process.start()
-        theirs.close()
+    builders: list[ExampleBuilder]
+
+    def __call__(self, number: int, example: dict[str, Any], rng: np.random.RandomState | None) -> dict[str, Any] | Rejected:
         try:
-            ready = self._connection.poll(START_TIMEOUT_S) and self._connection.recv()
-        except EOFError:
-            ready = False
-        if not ready:  # no video's fault
-            raise RuntimeError(f"the process that decodes videos does not start ({self.end()}); its messages are in this process's log")
-
-    def build(
-        self, number: int, example: dict[str, Any], rng: np.random.RandomState | None, timeout_s: float, lend: bool
-    ) -> dict[str, Any] | Rejected:
-        """What a builder makes of an example; its arrays are copies, or lent.
-
-        Raises:
-            TimeoutError: it takes longer.
-            EOFError, OSError: the process has died.
-        """
-        self._connection.send((number, example, rng, self.lent))
-        if not self._connection.poll(timeout_s):
-            raise TimeoutError
-        pickled, places = self._connection.recv()
-        end = max((stop for _, stop in places), default=0)
-        if end > (len(self._memory) if self._memory else 0):
-            self._memory = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)  # what was lent keeps the old one
-        views = [memoryview(self._memory)[start:stop] if self._memory else b"" for start, stop in places]
-        if lend:
-            self.lent = max(self.lent, end)
-        return pickle.loads(pickled, buffers=views if lend else map(bytearray, views))
-
-    def end(self) -> str:
-        """Ends the process if it has not ended; says how it did."""
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
-        os.close(self._file)
-        code = self._process.exitcode or 0
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-
-
-def _serve(connection: multiprocessing.connection.Connection, file: Any, builders: list[ExampleBuilder]) -> None:
-    """The helper process: as long as its parent lives."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    descriptor = file.detach()
-    memory: mmap.mmap | None = None
-    connection.send(True)
-    with contextlib.suppress(EOFError, OSError):  # the parent has ended
-        while True:
-            number, example, rng, start = connection.recv()
-            result: dict[str, Any] | Rejected
-            try:
-                result = builders[number].build(example, rng)
-            except Rejected as reason:
-                result = reason
-            buffers: list[pickle.PickleBuffer] = []
-            pickled = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
-            views = [buffer.raw() for buffer in buffers]
-            places = []
-            for view in views:
-                places.append((start, start + view.nbytes))
-                start = -(-(start + view.nbytes) // _ALIGNED) * _ALIGNED
-            if views and (memory is None or len(memory) < start):
-                size = -(-start // _GROWTH) * _GROWTH
-                os.ftruncate(descriptor, size)
-                memory = mmap.mmap(descriptor, size)
-            for view, (begin, stop) in zip(views, places):
-                if memory is not None:
-                    memory[begin:stop] = view
-            connection.send((pickled, places))
-
-
-def _end_with_parent() -> None:
-    """Also when the parent was killed while a decoder hangs here."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _anonymous_file() -> int:
-    """A descriptor of memory without a name, which goes when nobody has it open."""
-    if hasattr(os, "memfd_create"):  # unlike /dev/shm, not limited by a container's settings
-        return os.memfd_create("video decoder")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+            return self.builders[number].build(example, rng)
+        except Rejected as reason:
+            return reason
 
 
 def _name(example: dict[str, Any]) -> str:

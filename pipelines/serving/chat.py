@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import time
@@ -13,8 +12,10 @@ from typing import Any
 from molmo_core.generation.engine.requests import SamplingParams
 from pipelines.serving import schema
 from pipelines.serving.config import ServeConfig
-from pipelines.serving.errors import ApiError, as_api_error, bad_request, clipped, shown
-from pipelines.serving.media import decode_image
+from pipelines.serving.errors import ApiError, as_api_error, bad_request, shown
+from pipelines.serving.media.parts import Medium
+from pipelines.serving.media.pool import Run, in_thread
+from pipelines.serving.media.prompts import Prompts
 from pipelines.serving.pieces import Generate, Pieces
 from pipelines.serving.schema import ChatRequest
 from pipelines.serving.text_stream import TextStream
@@ -25,14 +26,14 @@ logger = logging.getLogger(__name__)
 class ChatService:
     """Answers chat requests to one model."""
 
-    def __init__(self, config: ServeConfig, model: Any, generate: Generate) -> None:
-        """`model`: its configuration; `generate` begins an answer."""
+    def __init__(self, config: ServeConfig, model: Any, generate: Generate, prepare: Run = in_thread) -> None:
+        """`model`: its configuration; `generate` begins an answer; `prepare` makes features of a medium."""
         self.name = config.served_name
         self.context: int = model.llm.max_sequence_length
         self._config = config
         self._generate = generate
         self._tokenizer = model.build_tokenizer()
-        self._preprocess = model.build_preprocessor(for_inference=True, is_training=False)
+        self._prompts = Prompts(config, model, prepare)
         # More text than this is more tokens than the context, whatever it says: known without tokenising it.
         self._max_text = min(config.max_text_bytes, self.context * self._tokenizer.max_bytes_per_token)
 
@@ -50,8 +51,7 @@ class ChatService:
             message = f"The model {shown(chat.model)} does not exist; this server has '{self.name}'."
             raise ApiError(404, message, "model", "model_not_found")
         self._check_text(chat)
-        # In a thread: decoding an image must not hold up other requests.
-        inputs = await asyncio.to_thread(self._prepare, chat)
+        inputs = await self._prompts.inputs([{"role": m.role, "content": m.text} for m in chat.messages], _media(chat))
         metadata = inputs.pop("metadata")
         prompt_tokens = len(inputs["input_ids"])
         params = SamplingParams(self._new_tokens(chat, prompt_tokens), temperature=chat.temperature, top_p=chat.top_p, seed=chat.seed)
@@ -63,25 +63,6 @@ class ChatService:
         if size > self._max_text:
             message = f"The text has {size:,} bytes; this server takes {self._max_text:,} (the model's context is {self.context} tokens)."
             raise bad_request(message, "messages", "context_length_exceeded")
-
-    def _prepare(self, chat: ChatRequest) -> dict[str, Any]:
-        """Model inputs of a request, and their `metadata`."""
-        urls = [
-            (part.image_url.url, f"messages[{i}].content[{j}].image_url.url")
-            for i, message in enumerate(chat.messages)
-            for j, part in enumerate(message.content)
-            if isinstance(part, schema.ImagePart)
-        ]
-        if len(urls) > self._config.max_images:
-            raise bad_request(f"{len(urls)} images; this server takes at most {self._config.max_images} in a request.", "messages")
-        images = [decode_image(url, self._config.max_image_pixels, where) for url, where in urls]
-        example: dict[str, Any] = {"messages": [{"role": m.role, "content": m.text} for m in chat.messages], "placeholders": False}
-        if images:
-            example |= {"image": images[0]} if len(images) == 1 else {"images": images}
-        try:
-            return dict(self._preprocess(example))
-        except ValueError as error:
-            raise bad_request(f"The model cannot read this conversation: {clipped(str(error), 300)}.", "messages") from error
 
     def _new_tokens(self, chat: ChatRequest, prompt_tokens: int) -> int:
         """How long the answer may get."""
@@ -158,6 +139,16 @@ class Answer:
 
     def _usage(self) -> dict[str, int]:
         return schema.usage(self._prompt_tokens, self._tokens)
+
+
+def _media(chat: ChatRequest) -> list[Medium]:
+    """The pictures of a conversation, in order."""
+    return [
+        Medium("image", part.image_url.url, f"messages[{i}].content[{j}].image_url.url")
+        for i, message in enumerate(chat.messages)
+        for j, part in enumerate(message.content)
+        if isinstance(part, schema.ImagePart)
+    ]
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -59,9 +59,25 @@ class ServeConfig(BaseConfig):
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 << 20
     max_text_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 256 << 10
     """Text of all messages of a request. What cannot fit the model's context is refused in any case, before it is tokenised."""
+
+    media_workers: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Processes of a frontend that decode and preprocess media; not counted in Ray's CPUs, since they give way to everything else."""
+    max_queued_media: Annotated[int, Field(ge=1, le=100_000)] = 128
+    """Media that wait in a frontend or are in work; the next one is refused with 429."""
+    media_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 30.0
+    """Longest time for decoding one medium."""
+    media_cache_bytes: Annotated[int, Field(ge=0, le=1 << 40)] = 256 << 20
+    """Of prepared media that a frontend keeps for the next request with the same ones; 0 = none."""
+    max_media_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 << 20
+    """Of one image or video, as a file."""
     max_image_pixels: Annotated[int, Field(ge=1, le=1 << 31)] = 50_000_000
+    """Of an image, or of a frame of a video."""
     max_images: Annotated[int, Field(ge=1, le=1000)] = 8
     """Images in one request."""
+    max_video_seconds: Annotated[float, Field(ge=0.1, le=7 * 24 * 3600)] = 3600.0
+    max_video_frames: Annotated[int, Field(ge=1, le=1 << 31)] = 250_000
+    """In the file; the model's own sampling decides how many of them are decoded."""
+
     timeout_s: Annotated[float, Field(ge=0.1, le=7 * 24 * 3600)] = 600.0
     """Longest time from a request to the end of its answer, streamed or not."""
 

@@ -17,6 +17,7 @@ from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, as_api_error, clipped, queue_full, unavailable
 from pipelines.serving.json_body import parse_json
+from pipelines.serving.media.pool import MediaPool
 from pipelines.serving.pieces import Pieces
 from pipelines.serving.playground import HEADERS, PageFile
 from pipelines.serving.remote import RemotePieces
@@ -57,7 +58,8 @@ class Frontend:
         self._preparing = 0
         self._page = page
         model_config = BaseModelConfig.load(model_folder(model))
-        self._service = ChatService(config, model_config, self._generate)
+        self._media = MediaPool(config.media_workers, config.max_queued_media, config.media_timeout_s)
+        self._service = ChatService(config, model_config, self._generate, self._media)
 
     @api.get("/", include_in_schema=False)
     async def index(self) -> Response:
@@ -118,6 +120,9 @@ class Frontend:
                 message = f"The request is larger than the {self._limit:,} bytes that this server takes."
                 raise ApiError(413, message, None, "request_too_large")
         return body
+
+    def __del__(self) -> None:
+        self._media.close()
 
     def _generate(self, *request: Any) -> Pieces:
         return RemotePieces(self._begin.remote(*request))  # type: ignore[arg-type]

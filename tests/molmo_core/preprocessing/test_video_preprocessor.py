@@ -49,7 +49,7 @@ def test_published_inputs(golden: Path, case: str, kind: str) -> None:
     ],
 )
 def test_time_prefixes(mode: str, text: str) -> None:
-    frames = VideoFeatures(np.empty(0), None, np.array([0.0, 0.5, 1.0]), 2.0)
+    frames = VideoFeatures(np.empty(0), None, np.array([0.0, 0.5, 1.0]), 2.0, (8, 8))
     assert time_prefix(mode, frames) == text
     frames.sampling_fps = None  # evenly spread frames: from their times
     assert time_prefix(mode, frames) == text

@@ -399,3 +399,12 @@ def test_one_clip_in_twenty_containers() -> None:
             reader.close()
     assert {(s, b) for s in (".mp4", ".mkv", ".webm", ".avi", ".mov", ".flv", ".3gp") for b in ("decord", "pyav", "auto")} <= opened
     assert {(s, b) for s in (".mpg", ".vob", ".wmv", ".asf", ".gif", ".m1v", ".swf") for b in ("pyav", "auto")} <= opened
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile 'video.mp4'\n", "#EXTM3U\n#EXTINF:10,\nvideo.mp4\n#EXT-X-ENDLIST\n"])
+@pytest.mark.parametrize("backend", ["auto", "decord", "pyav"])
+def test_playlists_read_no_other_file(golden, monkeypatch, text, backend):
+    """libavformat would follow them to any file and address."""
+    monkeypatch.chdir(golden / "video-olmo")
+    with pytest.raises(MediaError, match="not a video"):
+        open_video(text.encode(), backend)
