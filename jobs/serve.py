@@ -35,9 +35,11 @@ def stop_requested() -> Iterator[threading.Event]:
 def serve(config: ServeConfig, show: bool = False) -> None:
     """Serves until Ctrl-C or SIGTERM; answers in work are finished first. `show`: opens the page in the default browser."""
     from pipelines.model_folder import fixed_model
+    from pipelines.serving.keys import key_digests
     from pipelines.serving.port import check_port
 
     check_port(config.host, config.port)  # before a cluster starts for nothing
+    key_digests(config)
     fixed_model(config.model)
     # Only now what takes seconds to import: mistakes are shown at once.
     from pipelines import cluster

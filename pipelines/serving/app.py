@@ -12,6 +12,7 @@ from ray.serve.config import HTTPOptions
 from pipelines.model_folder import fixed_model
 from pipelines.serving.config import FRONTEND_CPUS, ServeConfig
 from pipelines.serving.frontend import PREPARING, Frontend
+from pipelines.serving.keys import key_digests
 from pipelines.serving.playground import page_files
 from pipelines.serving.port import check_port
 from pipelines.serving.replica import Replica
@@ -25,6 +26,7 @@ def build(config: ServeConfig) -> serve.Application:
     """The Serve application of a configuration: frontends that share the replicas of the model."""
     model = fixed_model(config.model)
     page = page_files(config)
+    keys = key_digests(config)
     held = config.replicas * (config.max_batch_size + config.max_queued_requests)  # requests that the replicas hold together
     at_frontend = held + PREPARING + OTHER_REQUESTS
     replica = serve.deployment(
@@ -44,7 +46,7 @@ def build(config: ServeConfig) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,
     )(Frontend)
-    return frontend.bind(config, model, replica.bind(config, model), page)
+    return frontend.bind(config, model, replica.bind(config, model), page, keys)
 
 
 @contextlib.contextmanager

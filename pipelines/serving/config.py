@@ -36,8 +36,11 @@ class ServeConfig(BaseConfig):
     name: str | None = None
     """What clients call the model; None = its name in the registry, or the folder's name."""
     host: str = "127.0.0.1"
-    """Address to listen on. The API has no log-in: on other addresses than this machine's own, put a gateway before it."""
+    """Address to listen on. On others than this machine's own there must be API keys."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    api_keys_file: str | None = None
+    """File with the keys that clients must send, one a line, readable by its owner only; None = those of the environment variable
+    MOLMO_API_KEYS, if it is set."""
 
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     """Copies of the model."""
@@ -86,7 +89,7 @@ class ServeConfig(BaseConfig):
     multi_turn: bool = True
     """Whether the page sends earlier turns along (its users can change that); false for a model that was trained on single questions."""
 
-    PATHS: ClassVar[tuple[str, ...]] = ("model",)
+    PATHS: ClassVar[tuple[str, ...]] = ("model", "api_keys_file")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,8 +33,8 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str] | None:
-        """When to try again, if that helps."""
-        return {"Retry-After": "1"} if self.status in (429, 503) else None
+        """When to try again, if that helps; what is missing, if it is a key."""
+        return {"Retry-After": "1"} if self.status in (429, 503) else {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
 
     def body(self) -> dict[str, Any]:
         """What the client's library turns into its exception."""

@@ -17,6 +17,7 @@ from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, as_api_error, clipped, queue_full, unavailable
 from pipelines.serving.json_body import parse_json
+from pipelines.serving.keys import KeyGuard
 from pipelines.serving.media.pool import MediaPool
 from pipelines.serving.pieces import Pieces
 from pipelines.serving.playground import HEADERS, PageFile
@@ -28,6 +29,7 @@ READY_S = 1.0
 """How long a replica may take to say that it is there."""
 
 api = FastAPI(title="Molmo", docs_url=None, redoc_url=None)
+api.add_middleware(KeyGuard, digests=lambda: serve.get_replica_context().servable_object.keys)  # type: ignore[attr-defined]
 
 
 @api.exception_handler(ApiError)
@@ -50,13 +52,15 @@ async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
 class Frontend:
     """The API of one served model."""
 
-    def __init__(self, config: ServeConfig, model: str, replicas: DeploymentHandle, page: dict[str, PageFile]) -> None:
+    def __init__(self, config: ServeConfig, model: str, replicas: DeploymentHandle, page: dict[str, PageFile], keys: list[bytes]) -> None:
         self._limit = config.max_body_bytes
         self._replicas = replicas
         self._begin = replicas.options(stream=True).generate
         self._created = int(time.time())
         self._preparing = 0
         self._page = page
+        self.keys = keys
+        """Digests of the API keys."""
         model_config = BaseModelConfig.load(model_folder(model))
         self._media = MediaPool(config.media_workers, config.max_queued_media, config.media_timeout_s)
         self._service = ChatService(config, model_config, self._generate, self._media)

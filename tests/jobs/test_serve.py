@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
+import openai
 import pytest
 import ray
 from PIL import Image
@@ -28,8 +30,11 @@ def test_serves_until_it_is_stopped(tiny_checkpoint, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    key = "a-key-of-a-test-0123456789"
+    (tmp_path / "keys").write_text(key)
+    (tmp_path / "keys").chmod(0o600)
     config = tmp_path / "serve.yaml"
-    config.write_text(f"model: {tiny_checkpoint}\nname: tiny\nport: {port}\n")
+    config.write_text(f"model: {tiny_checkpoint}\nname: tiny\nport: {port}\napi_keys_file: keys\n")
     command = [sys.executable, "-m", "jobs.serve", str(config), "max_new_tokens=4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as server:
@@ -40,12 +45,20 @@ def test_serves_until_it_is_stopped(tiny_checkpoint, tmp_path):
         buffer = io.BytesIO()
         Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(buffer, "png")
         body = client.request("tiny", "what is this?", buffer.getvalue())
-        whole = client.post(url[0], body)["choices"][0]["message"]["content"]
-        assert "".join(client.stream(url[0], body)) == whole
+        api = openai.OpenAI(base_url=f"{url[0]}/v1", api_key=key, max_retries=0, timeout=120)
+        whole = api.chat.completions.create(**body).choices[0].message.content
+        streamed = api.chat.completions.create(**body, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == whole
+        for path, status in (("/health", 200), ("/", 200), ("/ready", 401), ("/v1/models", 401), ("/metrics", 401), ("/nothing", 401)):
+            assert httpx.get(url[0] + path).status_code == status, path
+        with pytest.raises(openai.AuthenticationError, match="not one of this server's") as caught:
+            openai.OpenAI(base_url=f"{url[0]}/v1", api_key=f"{key}x").models.list()
+        assert caught.value.response.headers["www-authenticate"] == "Bearer"
         server.send_signal(signal.SIGINT)
         rest = server.stdout.read()
         assert server.wait(timeout=120) == 0
     assert rest.endswith("Stopping ...\nStopped.\n")
+    assert key not in rest
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
@@ -67,3 +80,13 @@ def test_port_in_use(tiny_checkpoint):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"{port} is in use"), serving(ServeConfig(model=str(tiny_checkpoint), port=port)):
             pytest.fail("a server on a port that is taken")
+
+
+def test_keys_are_asked_for_before_a_cluster_starts(tmp_path, monkeypatch):
+    monkeypatch.delenv("MOLMO_API_KEYS", raising=False)
+    with socket.socket() as probe:
+        probe.bind(("0.0.0.0", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(ConfigError, match="there are no API keys"):
+        serve(ServeConfig(model=str(tmp_path), host="0.0.0.0", port=port))
+    assert not ray.is_initialized()
