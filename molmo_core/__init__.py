@@ -12,23 +12,25 @@ if TYPE_CHECKING:
     from molmo_core.model_configs.he_molmo import HeMolmoConfig
     from molmo_core.model_configs.molmo import MolmoConfig
     from molmo_core.model_configs.molmo2 import Molmo2Config
+    from molmo_core.model_configs.molmo_point import MolmoPointConfig
     from molmo_core.model_configs.video_olmo import VideoOlmoConfig
     from molmo_core.models.he_molmo import HeMolmo
     from molmo_core.models.molmo import Molmo
     from molmo_core.models.molmo2 import Molmo2
+    from molmo_core.models.molmo_point import MolmoPoint
     from molmo_core.models.video_olmo import VideoOlmo
     from molmo_core.registry import BaseModelConfig
 
 __all__ = [
-    "BaseModelConfig", "ConfigError", "HeMolmo", "HeMolmoConfig", "Molmo", "Molmo2", "Molmo2Config", "MolmoConfig", "VideoOlmo",
-    "VideoOlmoConfig", "from_pretrained",
+    "BaseModelConfig", "ConfigError", "HeMolmo", "HeMolmoConfig", "Molmo", "Molmo2", "Molmo2Config", "MolmoConfig", "MolmoPoint",
+    "MolmoPointConfig", "VideoOlmo", "VideoOlmoConfig", "from_pretrained",
 ]  # fmt: skip
 
 _HOME = {
     "from_pretrained": "checkpoint.loading", "ConfigError": "config", "BaseModelConfig": "registry",
     "Molmo": "models.molmo", "VideoOlmo": "models.video_olmo", "HeMolmo": "models.he_molmo", "Molmo2": "models.molmo2",
     "MolmoConfig": "model_configs.molmo", "VideoOlmoConfig": "model_configs.video_olmo", "HeMolmoConfig": "model_configs.he_molmo",
-    "Molmo2Config": "model_configs.molmo2",
+    "Molmo2Config": "model_configs.molmo2", "MolmoPoint": "models.molmo_point", "MolmoPointConfig": "model_configs.molmo_point",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ MODELS: dict[str, Entry] = {
     "molmo": Entry("molmo_core.model_configs.molmo:MolmoConfig", "molmo_core.models.molmo:Molmo"),
     "video_olmo": Entry("molmo_core.model_configs.video_olmo:VideoOlmoConfig", "molmo_core.models.video_olmo:VideoOlmo"),
     "he_molmo": Entry("molmo_core.model_configs.he_molmo:HeMolmoConfig", "molmo_core.models.he_molmo:HeMolmo"),
+    "molmo_point": Entry("molmo_core.model_configs.molmo_point:MolmoPointConfig", "molmo_core.models.molmo_point:MolmoPoint"),
     "molmo2": Entry("molmo_core.model_configs.molmo2:Molmo2Config", "molmo_core.models.molmo2:Molmo2"),
 }
 """`model_name` of a configuration -> its classes. They are named, not imported: a configuration is read without torch."""

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Literal
 
 TokenLayout = Literal["molmo", "molmo2"]
-"""Which special tokens there are: those of Molmo, VideoOlmo and HeMolmo, or those of Molmo2."""
+"""Which special tokens there are: those of Molmo, VideoOlmo and HeMolmo, or those of Molmo2 and MolmoPoint."""
 
 IMAGE_PROMPT = "<|image|>"
 VIDEO_PROMPT = "<|video|>"
@@ -23,6 +23,11 @@ SPECIAL_TOKENS: dict[str, tuple[str, ...]] = {
         VIDEO_PROMPT, "<|points|>", "<|token_index|>", "<|vit_index|>", "<|vit_loc|>",
     ),
 }  # fmt: skip
+
+POINT_TOKENS = ("<|token_index|>", "<|vit_index|>", "<|vit_loc|>")
+"""A point of MolmoPoint: an image token, one of its patches, a cell of the patch. Which ones they are stands beside the tokens."""
+NO_MORE_POINTS = 1_000_000
+"""Stands for an image token where a list of points ends."""
 
 SHARED_SEGMENT = 10_000
 """`subsegment_ids` of the tokens that all annotations of a message tree see; annotation k has k."""
@@ -68,3 +73,18 @@ class ImageTokenIds:
         if self.low_res_start is None:
             return (self.start,)
         return tuple(i for i in (self.low_res_start, self.frame_start) if i is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class PointTokenIds:
+    """Ids of the tokens that form a point."""
+
+    token: int
+    patch: int
+    cell: int
+
+    @classmethod
+    def of(cls, layout: TokenLayout, first: int) -> PointTokenIds:
+        """The ids of a layout that has them; `first` is the id of the first special token (E)."""
+        ids = special_ids(layout, first)
+        return cls(*(ids[name] for name in POINT_TOKENS))

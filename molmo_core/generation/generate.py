@@ -93,7 +93,13 @@ class Decoder:
     def __init__(self, model: Any, max_new_tokens: int) -> None:
         self._model = model
         self._new = max_new_tokens
-        self.internal: dict[str, torch.Tensor] | None = None
+        self._found: dict[str, torch.Tensor] | None = None
+
+    @property
+    def internal(self) -> dict[str, torch.Tensor] | None:
+        """What the model found out besides tokens."""
+        state = self._cache.state
+        return self._found if state is None else {**(self._found or {}), **state.internal()}
 
     def prefill(self, batch: dict[str, Any]) -> torch.Tensor:
         """Logits [B, E] float32 after the last valid token of every prompt."""
@@ -108,7 +114,7 @@ class Decoder:
         self._cache = KVCache(length + self._new)
         inputs = {**batch, "attention_mask": mask, "position_ids": positions}
         output = self._model(**inputs, past_key_values=self._cache, use_cache=True, last_logits_only=True)
-        self.internal = output.internal
+        self._found = output.internal
         return output.logits[:, -1].float()
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PARAMETER_GROUPS", "BaseModelConfig", "ModelBase"]
 
-PARAMETER_GROUPS = ("connector", "vit", "llm")
+PARAMETER_GROUPS = ("connector", "vit", "llm", "pointing")
 
 
 class ModelBase(nn.Module):
@@ -45,9 +45,13 @@ class ModelBase(nn.Module):
         "vision_backbone.image_pooling_2d.",
         "vision_backbone.image_projector.",
         "vision_backbone.pad_embed",
+        "vision_backbone.positional_embeddings",
         "transformer.wte.new_embedding",
+        "transformer.ff_out.new_weight",
     )
     """Prefixes of the parameters between vision encoder and language model."""
+    POINTING: ClassVar[tuple[str, ...]] = ("point_predictor.", "point_embedding.")
+    """Prefixes of the parameters that choose points."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -88,7 +92,7 @@ class ModelBase(nn.Module):
             module.reset_parameters()  # type: ignore[operator]
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Named parameters by group: `connector`, `vit`, `llm`.
+        """Named parameters by group: `connector`, `vit`, `llm`, `pointing` (of MolmoPoint; of other models empty).
 
         Raises:
             ValueError: a parameter belongs to no group or to several.
@@ -103,6 +107,7 @@ class ModelBase(nn.Module):
                     ("connector", connector),
                     ("vit", clean.startswith("vision_backbone.image_vit.")),
                     ("llm", clean.startswith("transformer.") and not connector),
+                    ("pointing", clean.startswith(self.POINTING)),
                 )
                 if match
             ]

@@ -35,6 +35,8 @@ class Embedded(NamedTuple):
     """Scalar added to the loss."""
     metrics: dict[str, torch.Tensor] = {}  # noqa: RUF012 - never changed in place
     internal: dict[str, torch.Tensor] | None = None
+    kept: Any = None
+    """What the `head` of a model has to know besides."""
 
     def joined(self, blocks: TransformerOutput) -> TransformerOutput:
         """The outputs of all tokens of the call, from those of `tokens`."""
@@ -162,7 +164,7 @@ class Molmo(ModelBase):
         Args:
             inputs: see `inputs`. Without images nothing here waits for the device.
             cache: where a model that has to run tokens first (`FILLS_CACHE`) may leave their keys and values; empty, if there are images.
-            look: gives what `vision_backbone` would give for the same arguments (default: the backbone itself).
+            look: gives what `self.look` would give for the same arguments (default).
         """
         x = self.add_images(self.embed_tokens(inputs.token_ids), inputs, look)
         return Embedded(Pass(x, inputs.positions, inputs.real, inputs.response))
@@ -210,7 +212,7 @@ class Molmo(ModelBase):
         hidden = blocks.hidden
         if select is not None:
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), select][:, None]
-        logits = self.transformer.logits(hidden) if return_logits else hidden.new_empty(len(hidden), 0, self.config.llm.embedding_rows)
+        logits = self.transformer.logits(hidden) if return_logits else hidden.new_empty(len(hidden), 0, self.config.llm.logit_rows)
         loss, metrics = None, self._router_metrics(blocks) | embedded.metrics
         if targets is not None:
             labels = targets.labels
@@ -254,12 +256,17 @@ class Molmo(ModelBase):
             return x
         if inputs.images is not None:
             targets = self.feature_targets(inputs, inputs.images.shape[1])
-            results = (look or self.vision_backbone)(inputs.images, inputs.image_masks, *(t.pooled_idx for t in targets))
+            results = (look or self.look)(inputs.images, inputs.image_masks, *(t.pooled_idx for t in targets))
             for target, (features, present) in zip(targets, results):
                 x = add_features(x, inputs.input_ids, features, present, target)
         elif self.stands_in(inputs):
             x = x + self.vision_backbone.blank_features(x.shape[0]).to(x.dtype) * 0
         return x
+
+    def look(self, *arguments: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What `vision_backbone` gives for the same arguments."""
+        assert self.vision_backbone is not None
+        return self.vision_backbone(*arguments)
 
     def stands_in(self, inputs: Inputs) -> bool:
         """Whether a call without images has to do what other ranks do with theirs."""

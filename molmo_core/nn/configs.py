@@ -95,6 +95,8 @@ class LlmConfig(BaseConfig):
     additional_vocab_size: Count = 128
     """Rows of `new_embedding`: room for the special tokens."""
     weight_tying: bool = False
+    can_predict_extra_tokens: bool = False
+    """The special tokens have logits, too (MolmoPoint)."""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     init_path: str | None = None
     """Checkpoint that initialises the language model of a new model."""
@@ -124,6 +126,9 @@ class LlmConfig(BaseConfig):
         "use_position_ids": (True,),
         "fix_pad_tokenizer": (True,),  # the special tokens begin after the rows of the embedding
         "init_incremental": (None,),
+        **dict.fromkeys(("rope_mscale", "rope_mscale_all_dim", "rope_truncate"), (None,)),
+        "full_attention_layers": (None,),
+        "sliding_attention_rope_scaling": (False,),
         "init_std": (0.02,),
         "init_fn": ("normal",),
         "init_cutoff_factor": (None, 3.0),
@@ -162,8 +167,13 @@ class LlmConfig(BaseConfig):
 
     @property
     def embedding_rows(self) -> int:
-        """E: rows of `wte.embedding`, width of the logits, id of the first special token."""
+        """E: rows of `wte.embedding`, id of the first special token."""
         return self.embedding_size or self.vocab_size
+
+    @property
+    def logit_rows(self) -> int:
+        """Width of the logits."""
+        return self.embedding_rows + (self.additional_vocab_size if self.can_predict_extra_tokens else 0)
 
 
 @dataclasses.dataclass
@@ -201,6 +211,7 @@ class VitConfig(BaseConfig):
         "attention_type": ("sdpa", "direct", "flash"),
         "float32_attention": (True, False),  # scaled_dot_product_attention keeps the scores in float32 in any case
         "activation_checkpointing": (True, False),
+        "sdpa_backend": ("all",),
         "fsdp_wrap": (False, True),
     }
 
@@ -286,6 +297,10 @@ class MolmoVisionBackboneConfig(BaseConfig):
     skip_unused_layers: bool = True
     """Build no encoder block above the last used one."""
     image_feature_dropout: Dropout = 0.0
+    pooling_out_layer: bool = True
+    """Pooling by attention ends with a projection."""
+    positional_embeddings: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    """A learned vector for each of so many places in a pooled token, added to the patch there; None: no such vectors."""
 
     FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "connector_activation_checkpointing": (True, False),

@@ -51,13 +51,16 @@ class MolmoVisionBackbone(nn.Module):
         if config.image_padding_embed is not None:
             pair = config.image_padding_embed == "pad_and_partial_pad"
             self.pad_embed = nn.Parameter(torch.zeros(2, width) if pair else torch.zeros(width))
+        if config.positional_embeddings is not None:
+            self.positional_embeddings = nn.Parameter(torch.zeros(config.positional_embeddings, width))
         pooled = width
         if "attention" in config.image_pooling_2d:
             scale = _WIDER.get(config.image_pooling_2d, 1)
             pooled = vit.image_emb_dim * scale
             self.image_pooling_2d = MultiHeadAttention(
-                width, pooled, vit.image_num_heads, vit.image_head_dim * scale, vit.image_num_key_value_heads
+                width, pooled, vit.image_num_heads, vit.image_head_dim * scale, vit.image_num_key_value_heads, config.pooling_out_layer
             )
+            pooled = pooled if config.pooling_out_layer else vit.image_num_heads * vit.image_head_dim * scale
         elif config.image_pooling_2d == "stack":
             pooled = 4 * width
         if config.image_projector == "mlp":
@@ -75,7 +78,7 @@ class MolmoVisionBackbone(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith("image_vit."):
                 continue
-            if name == "pad_embed" or name.endswith("bias"):
+            if name in ("pad_embed", "positional_embeddings") or name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif name == "image_projector.weight":
                 nn.init.xavier_uniform_(parameter)
@@ -151,6 +154,8 @@ class MolmoVisionBackbone(nn.Module):
         for idx in pooled_idx:
             present = idx >= 0
             windows = features[rows, idx.clamp(min=0)] * present[..., None].to(features.dtype)
+            if self.config.positional_embeddings is not None:  # absent patches have a place, too
+                windows = windows + self.positional_embeddings[: windows.shape[2]].to(windows.dtype)
             pooled.append(self._pool_windows(windows.flatten(0, 1), present.flatten(0, 1)))
         return self.image_projector(torch.cat(pooled))
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each [B, H_kv, K, head_dim]."""
+
+
+class RowState(Protocol):
+    """What a model keeps of the rows of a cache besides keys and values."""
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Makes row i continue what row `rows[i]` was."""
+
+    def internal(self) -> dict[str, torch.Tensor]:
+        """What it has found out about the generated tokens, for the output."""
 
 
 class KVCache:
@@ -23,6 +34,8 @@ class KVCache:
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
         self._lengths: list[int] = []
+        self.state: Any = None
+        """What a model keeps of the rows besides, a `RowState`."""
 
     @classmethod
     def of(cls, past: KVCache | Sequence[KeysAndValues] | None, max_length: int = 0) -> KVCache:
@@ -82,6 +95,8 @@ class KVCache:
         """Makes row i continue what row `rows[i]` holds (beam search); `rows` [B'] may repeat, drop or add rows."""
         for store in (self._keys, self._values):
             store[:] = [buffer.index_select(0, rows) for buffer in store]
+        if self.state is not None:
+            self.state.reorder(rows)
 
     def _grown(self, old: torch.Tensor, used: int, needed: int) -> torch.Tensor:
         capacity = max(self._max_length, needed + needed // 2 if used else needed)

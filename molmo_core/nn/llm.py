@@ -35,6 +35,18 @@ class TokenEmbedding(nn.Module):
         return torch.where((ids < rows)[..., None], text, special)
 
 
+class OutputHead(Linear):
+    """Logits of the text vocabulary and of the additional tokens, whose rows `new_weight` [additional, d] stand apart."""
+
+    def __init__(self, config: LlmConfig):
+        super().__init__(config.d_model, config.embedding_rows, bias=False)
+        self.new_weight = nn.Parameter(torch.zeros(config.additional_vocab_size, config.d_model))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d] -> [..., E + additional]."""
+        return torch.cat((super().forward(x), F.linear(x, self.new_weight)), -1)
+
+
 class Pass(NamedTuple):
     """What the blocks run over: one entry a token."""
 
@@ -221,7 +233,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.block_type](config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.layer_norm_eps)
         if not config.weight_tying:
-            self.ff_out = Linear(config.d_model, config.embedding_rows, bias=False)
+            extra = config.can_predict_extra_tokens
+            self.ff_out = OutputHead(config) if extra else Linear(config.d_model, config.embedding_rows, bias=False)
 
     def reset_parameters(self) -> None:
         std = self.config.initializer_range
@@ -232,6 +245,8 @@ class Transformer(nn.Module):
             block.reset_parameters()  # type: ignore[operator]
         if not self.config.weight_tying:
             nn.init.normal_(self.ff_out.weight, std=std)
+            if isinstance(self.ff_out, OutputHead):
+                nn.init.zeros_(self.ff_out.new_weight)
 
     def first_hidden(self, x: torch.Tensor) -> torch.Tensor:
         """The hidden state before the first block, from the embeddings (with image features)."""
@@ -261,7 +276,13 @@ class Transformer(nn.Module):
         return out._replace(hidden=x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final norm and head: [..., d] -> [..., E]. The additional tokens have no logits: they are never generated."""
+        """Final norm and head: [..., d] -> [..., E]. The additional tokens have no logits (they are never generated) unless
+        `can_predict_extra_tokens` gives them some: [..., E + additional]."""
         hidden = self.ln_f(hidden)
-        logits = F.linear(hidden, self.wte.embedding) if self.config.weight_tying else self.ff_out(hidden)
+        if not self.config.weight_tying:
+            logits = self.ff_out(hidden)
+        else:
+            logits = F.linear(hidden, self.wte.embedding)
+            if self.config.can_predict_extra_tokens:
+                logits = torch.cat((logits, F.linear(hidden, self.wte.new_embedding)), -1)
         return logits / self.config.d_model**0.5 if self.config.scale_logits else logits

@@ -14,14 +14,15 @@ from molmo_core.nn.mlp import VitMlp
 class MultiHeadAttention(nn.Module):
     """Attention with biased projections; also the pooling attention of the connector (other query, other widths)."""
 
-    def __init__(self, size_in: int, size_out: int, heads: int, head_dim: int, kv_heads: int):
+    def __init__(self, size_in: int, size_out: int, heads: int, head_dim: int, kv_heads: int, out_layer: bool = True):
+        """`out_layer`: end with a projection to `size_out`; without it the output is as wide as all heads."""
         super().__init__()
         self.head_dim = head_dim
         self.share = heads // kv_heads
         self.wq = nn.Linear(size_in, heads * head_dim)
         self.wk = nn.Linear(size_in, kv_heads * head_dim)
         self.wv = nn.Linear(size_in, kv_heads * head_dim)
-        self.wo = nn.Linear(heads * head_dim, size_out)
+        self.wo = nn.Linear(heads * head_dim, size_out) if out_layer else nn.Identity()
 
     def forward(self, queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None = None, dropout: float = 0.0) -> torch.Tensor:
         """queries [N, Q, in], keys [N, K, in], mask bool [N, 1, 1, K] -> [N, Q, out]."""

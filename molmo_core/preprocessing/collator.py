@@ -23,6 +23,7 @@ MEDIA_PADDING: dict[str, float] = {
     "high_res_tokens_idx": -1,
     "high_res_pos_ids": -1,
     "high_res_features_weights": 0.0,
+    "point_target_ids": -1,
     "low_to_high": 0.0,
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from molmo_core.config import BaseConfig, Positive, Share, Size
+from molmo_core.config import BaseConfig, ConfigError, Positive, Share, Size
 
 LossTokenWeighting = Literal["root_subsegments", "root_subsegments_root_tokens"]
 Patches = Annotated[int, Field(ge=1, le=1024)]
@@ -40,12 +40,27 @@ class DataFormatter(BaseConfig):
     select_answer: Literal["best", "first"] = "best"
     image_last: bool = False
     """Put the image after the question (HeMolmo)."""
-    pointing_format: Literal["v1", "html-v1", "html-v2"] = "v1"
-    """`v1`: percent with one decimal; `html-v1`/`html-v2`: Molmo2's 0-1000 integers."""
+    pointing_format: Literal["v1", "html-v1", "html-v2", "tokens"] = "v1"
+    """`v1`: percent with one decimal; `html-v1`/`html-v2`: Molmo2's 0-1000 integers; `tokens`: MolmoPoint's, which are no coordinates."""
+    include_point_number: Literal["no_space_id_last", "space_id_last", "no_space"] = "no_space_id_last"
+    """Where the number of a point is written (`tokens` only): `12`, ` 12` behind it or `12` before it."""
     p_multi_point_all_image: Share = 0.0
     p_choice_content_in_mc: Share = 1.0
 
-    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {"debug": (False,), "format_message_list": (None,), "p_one_message": (0,)}
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "debug": (False,),
+        "format_message_list": (None,),
+        "p_one_message": (0,),
+        "eval_system_prompt_mapping": (None,),
+        "points_decimal_places": (1,),
+        "seconds_decimal_places": (1,),
+        "timestamp_mode": ("50-percent-seconds",),
+        "output_timestamp_mode": ("seconds",),
+        "use_seperate_non_pointing_qa_style": (False,),
+        "use_seperate_count_without_pointing_style": (False,),
+        "sample_random_initial_point": (True, False),  # of single-point tracking, which asks with a point
+        "_point_start_token": (False,),
+    }
 
 
 @dataclasses.dataclass
@@ -141,3 +156,45 @@ class Molmo2PreprocessorConfig(MolmoPreprocessorConfig):
     max_fps: Positive = 2.0
     per_frame_special_token: bool = True
     max_subtitle_tokens: Size | None = None
+
+
+# Settings of the published `mm_preprocessor.video` -> their names here (None: checked only).
+_VIDEO_NAMES = {
+    "max_frames": "max_frames", "frame_sample_mode": "frame_sample_mode", "max_fps": "max_fps", "pooling_w": "video_pooling_w",
+    "pooling_h": "video_pooling_h", "per_frame_special_token": "per_frame_special_token", "max_subtitle_tokens": "max_subtitle_tokens",
+}  # fmt: skip
+_VIDEO_FIXED: dict[str, tuple[Any, ...]] = {
+    "time_sampling": (True,), "time_mode": ("per-frame-compact",), "subtitle_mode": ("frame_1",), "use_frame_special_tokens": (True,),
+}  # fmt: skip
+_VIDEO_IGNORED = ("candidate_sampling_fps", "cache_videos", "loading_method")
+
+
+@dataclasses.dataclass
+class MolmoPointPreprocessorConfig(Molmo2PreprocessorConfig):
+    """Molmo2's, with tokens of their own for the global crop. The published nested form (`image`, `video`) is read, too."""
+
+    remove_repeats: Literal["all", "subpatch"] | None = None
+    """Points of a record that are chosen alike are one (`all`), or those on one patch are (`subpatch`); None: all stay."""
+
+    low_tokens_global_crop: ClassVar[bool] = True
+    FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "normalize_on_gpu": (True, False),
+        "max_answer_len": (None,),
+        "last_message_loss_only": (False,),
+    }
+
+    @classmethod
+    def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:
+        video, image = data.pop("video", None), data.pop("image", None)
+        if isinstance(image, dict):
+            for axis in "wh":
+                if image.get(f"multi_image_pooling_{axis}", image.get(f"pooling_{axis}")) != image.get(f"pooling_{axis}"):
+                    raise ConfigError(f"mm_preprocessor.image.multi_image_pooling_{axis}: several images are pooled like one here")
+            data = {k: v for k, v in image.items() if not k.startswith("multi_image_pooling_")} | data
+        for name, value in (video or {}).items():
+            if name in _VIDEO_NAMES:
+                value = value[0] if name == "max_fps" and isinstance(value, list) else value
+                data.setdefault(_VIDEO_NAMES[name], value)
+            elif value not in _VIDEO_FIXED.get(name, (value,)) or name not in {*_VIDEO_FIXED, *_VIDEO_IGNORED}:
+                raise ConfigError(f"mm_preprocessor.video.{name}={value!r} is not implemented")
+        return data

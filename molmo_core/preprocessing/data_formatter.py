@@ -14,6 +14,7 @@ import numpy as np
 
 from molmo_core.preprocessing.configs import DataFormatter
 from molmo_core.preprocessing.messages import Annotation, MessageWeight
+from molmo_core.preprocessing.point_tokens import MARKS, PointWriter
 from molmo_core.preprocessing.task_fields import POINT_STYLES
 from molmo_core.preprocessing.tasks import TaskReader
 from molmo_core.tokens import IMAGE_PROMPT
@@ -54,6 +55,7 @@ class Formatter:
         for_inference: bool = False,
         is_training: bool = False,
         image_sizes: Sequence[tuple[int, int]] = (),
+        points: PointWriter | None = None,
     ) -> list[Annotation]:
         """The conversations of a record, ready to be tokenised.
 
@@ -63,6 +65,7 @@ class Formatter:
             for_inference: leave the answer out. `messages` stay as they are: a final assistant message is continued.
             is_training: vary the prompts; otherwise the first template of each kind is used.
             image_sizes: (width, height) of the images, for points in pixels.
+            points: writes points as tokens (MolmoPoint); None: as the configuration's `pointing_format`.
 
         Returns:
             One annotation, or the several of a message tree in random order.
@@ -73,7 +76,7 @@ class Formatter:
         records = example.get("message_list")
         if records is not None and len(records) == 0:
             raise ValueError("message_list is empty: a message tree needs at least one annotation")
-        reader = TaskReader(self.config, rng, for_inference, is_training and not for_inference, image_sizes)
+        reader = TaskReader(self.config, rng, for_inference, is_training and not for_inference, image_sizes, points)
         annotations = [self._annotation(r, example, reader) for r in ([example] if records is None else records)]
         if records is not None:
             rng.shuffle(annotations)  # type: ignore[arg-type]
@@ -95,7 +98,12 @@ class Formatter:
             messages = [self.literal(message, not example.get("placeholders", True)) for message in messages]
         if self.config.image_last and reader.image_sizes:
             messages[0] += IMAGE_PROMPT
-        return Annotation(self._with_roles(messages), _weight(record, example if own else {}), _turn_weights(record))
+        points = None if reader.points is None else reader.points.taken()
+        if points is not None and (len(messages) < 2 or messages[1].count(MARKS[0]) != len(points)):
+            if len(messages) > 1:
+                raise ValueError("the text of a record with points holds characters that Unicode reserves for use inside a program")
+            points = None
+        return Annotation(self._with_roles(messages), _weight(record, example if own else {}), _turn_weights(record), points)
 
     def _with_roles(self, messages: list[str]) -> list[str]:
         """Adds the roles of the message format; every message but the first is set off by a space or a turn token."""

@@ -31,23 +31,21 @@ class HeMolmoPreprocessor(MolmoPreprocessor):
     col_tokens: bool = True
 
     def image_inputs(
-        self, images: Sequence[np.ndarray | ImageFeatures], rng: np.random.RandomState
+        self, images: Sequence[np.ndarray | ImageFeatures], settings: ImageSettings | None
     ) -> tuple[list[MediaTokens], dict[str, np.ndarray | None]]:
         """Tokens and arrays of the image: `images`, `image_masks` (encoders that pad) and those of `HeLayout`."""
-        if not images:
+        if settings is None:
             return [], {}
-        settings = self._settings_of(len(images), rng)
         features = image_features(images[0], settings)
         layout = self._layout(features.tiling, settings)
         return [MediaTokens(layout.ids, layout.positions)], {
             "images": features.images, "image_masks": features.image_masks, **layout.arrays,
         }  # fmt: skip
 
-    def image_counts(self, sizes: Sequence[tuple[int, int]], rng: np.random.RandomState) -> list[tuple[int, int]]:
+    def image_counts(self, sizes: Sequence[tuple[int, int]], settings: ImageSettings | None) -> list[tuple[int, int]]:
         """Tokens and crops of the image, from its height and width."""
-        if not sizes:
+        if settings is None:
             return []
-        settings = self._settings_of(len(sizes), rng)
         tiling = image_tiling(*sizes[0], settings)
         return [(len(self._layout(tiling, settings).ids), 1 + (tiling.rows * tiling.cols if tiling else 0))]
 
@@ -55,7 +53,9 @@ class HeMolmoPreprocessor(MolmoPreprocessor):
         ratio, factor = self.selection_ratio, self.interpolation_factor
         return he_layout(tiling, settings, self.config, self.tokenizer, ratio, factor, self.col_tokens)
 
-    def _settings_of(self, images: int, rng: np.random.RandomState) -> ImageSettings:
+    def _settings_of(self, images: int, rng: np.random.RandomState) -> ImageSettings | None:
+        if not images:
+            return None
         if self.settings is None:
             raise ValueError("the example has an image, but the model has no vision_backbone")
         if images > 1:

@@ -17,6 +17,7 @@ class ImageTokenizer(Protocol):
     image_end_token_id: int
     image_patch_token_id: int
     image_col_token_id: int
+    image_low_token_id: int
     low_res_image_start_token_id: int | None
 
 
@@ -45,7 +46,7 @@ def image_tokens(grids: Sequence[Grid], ids: ImageTokenizer, settings: ImageSett
         settings: decides the layout (column tokens, start token of the global crop).
 
     Returns:
-        int64 [tokens]; as many `image_patch_token_id` as the image has pooled tokens.
+        int64 [tokens]; as many `image_patch_token_id` (and `image_low_token_id`) as the image has pooled tokens.
     """
     col = ids.image_col_token_id
     parts = []
@@ -57,7 +58,8 @@ def image_tokens(grids: Sequence[Grid], ids: ImageTokenizer, settings: ImageSett
                 raise ValueError("this tokenizer has no start token for the global crop; set use_single_crop_start_token=false")
             start = ids.low_res_image_start_token_id
         with_cols = settings.use_col_tokens and (settings.use_single_crop_col_tokens or not is_global)
-        parts.append(grid_tokens(grid, ids.image_patch_token_id, start, ids.image_end_token_id, col if with_cols else None))
+        patch = ids.image_low_token_id if is_global and settings.low_tokens_global_crop else ids.image_patch_token_id
+        parts.append(grid_tokens(grid, patch, start, ids.image_end_token_id, col if with_cols else None))
     return np.concatenate(parts)
 
 

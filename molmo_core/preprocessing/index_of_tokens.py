@@ -109,7 +109,8 @@ def _token_grids(ids: list[int], tokens: ImageTokenIds, row: int) -> list[tuple[
             begin = i
         elif token in ends and begin is not None:
             inside = ids[begin + 1 : i]
-            patches, height = inside.count(tokens.patch), inside.count(tokens.col) or round(inside.count(tokens.patch) ** 0.5)
+            patches = inside.count(tokens.patch) + inside.count(tokens.low)
+            height = inside.count(tokens.col) or round(patches**0.5)
             if not height or patches % height:
                 raise ValueError(f"row {row}: the image tokens at {begin}..{i} are not a grid ({patches} tokens in {height} rows)")
             grids.append((height, patches // height))

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from molmo_core.preprocessing.configs import LossTokenWeighting
+from molmo_core.preprocessing.point_tokens import MARKS
 from molmo_core.preprocessing.tokenizer import Tokenizer
 from molmo_core.tokens import IMAGE_PROMPT, SHARED_SEGMENT, VIDEO_PROMPT
 
+_MARK = re.compile(f"([{MARKS}])")
 _PLACEHOLDER = re.compile(f"({re.escape(IMAGE_PROMPT)}|{re.escape(VIDEO_PROMPT)})")
 
 
@@ -37,6 +39,8 @@ class Annotation:
     weight: MessageWeight = MessageWeight()
     turn_weights: Sequence[float] | None = None
     """For each message a factor of its loss; only the answers' are used. None = 1 each."""
+    points: np.ndarray | None = None
+    """int64 [n, 3]: what the points in the answers stand for, which are `point_tokens.MARKS` in the texts (MolmoPoint)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ class _Tokens:
     ids: list[int]
     weights: list[float]
     slots: list[int]
+    points: np.ndarray | None = None
 
     @property
     def first_loss(self) -> int:
@@ -97,7 +102,8 @@ def assemble_sequence(
 
     Returns:
         `input_ids`, `position_ids` int64 [S]; in training also `labels` int64 [S] and `loss_masks` float32 [S]; for a tree
-        `subsegment_ids` int64 [S]; `truncation` {"dropped_annotations", "dropped_tokens"} if anything was left out.
+        `subsegment_ids` int64 [S]; with points `point_target_ids` int64 [n, 3] (see `point_places`), a row for each first token of a
+        point in the inputs; `truncation` {"dropped_annotations", "dropped_tokens"} if anything was left out.
 
     Raises:
         ValueError: no answer to learn, placeholders that do not fit the media, or a first answer beyond the limits.
@@ -107,7 +113,7 @@ def assemble_sequence(
     tree = len(annotations) > 1
     if tree and for_inference:
         raise ValueError(f"an example for inference holds one conversation, got a message tree of {len(annotations)}: ask them one by one")
-    texts = [_tokenize(tokenizer, a.messages, for_inference, a.turn_weights) for a in annotations]
+    texts = [_tokenize(tokenizer, a, for_inference) for a in annotations]
     if not texts[0].slots:
         texts[0].slots = [0] * len(media)
     elif tree:
@@ -135,12 +141,16 @@ def assemble_sequence(
         sequence = {k: v[:limit] for k, v in sequence.items()}
     if limit < length or kept < len(texts):
         sequence["truncation"] = {"dropped_annotations": len(texts) - kept, "dropped_tokens": length - limit}
+    points = [text.points for text in texts[:kept] if text.points is not None]
+    if points:
+        sequence["point_target_ids"] = _points_within(np.concatenate(points), sequence["input_ids"], tokenizer)
     return sequence
 
 
-def _tokenize(tokenizer: Tokenizer, messages: Sequence[str], for_inference: bool, turn_weights: Sequence[float] | None = None) -> _Tokens:
+def _tokenize(tokenizer: Tokenizer, annotation: Annotation, for_inference: bool) -> _Tokens:
     """Tokens of one conversation; every assistant message but one to be continued ends with the end-of-text token."""
-    result = _Tokens([], [], [])
+    messages, turn_weights = annotation.messages, annotation.turn_weights
+    result = _Tokens([], [], [], annotation.points)
     last = len(messages) - 1
     if not for_inference and len(messages) % 2:
         raise ValueError(f"a training conversation ends with an answer, got {len(messages)} message(s); the last is {messages[-1]!r}")
@@ -154,13 +164,31 @@ def _tokenize(tokenizer: Tokenizer, messages: Sequence[str], for_inference: bool
             if j % 2:
                 result.slots.append(len(result.ids))
                 continue
-            ids = tokenizer.encode(part)
+            ids = tokenizer.encode(part) if annotation.points is None else _with_point_tokens(tokenizer, part)
             result.ids += ids
             result.weights += [weight] * len(ids)
         if answer and not (for_inference and i == last):
             result.ids.append(tokenizer.eos_token_id)
             result.weights.append(weight)
     return result
+
+
+def _with_point_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text in which `MARKS` are tokens of points."""
+    ids: list[int] = []
+    for part in _MARK.split(text):
+        ids += [tokenizer.point_token_ids[MARKS.index(part)]] if part and part in MARKS else tokenizer.encode(part) if part else []
+    return ids
+
+
+def _points_within(points: np.ndarray, input_ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """The rows of points whose tokens are in a sequence that may have been cut; a point that was cut has -1 where tokens are missing."""
+    counts = [int((input_ids == token).sum()) for token in tokenizer.point_token_ids]
+    points = points[: counts[0]].copy()
+    for column in (1, 2):
+        given = np.flatnonzero(points[:, column] >= 0)
+        points[given[counts[column] :], column] = -1
+    return points
 
 
 def _fitting(texts: Sequence[_Tokens], media_length: int, max_seq_len: int | None, max_text_tokens: int | None) -> int:
@@ -187,14 +215,14 @@ def _fitting(texts: Sequence[_Tokens], media_length: int, max_seq_len: int | Non
 def _factors(weights: Sequence[MessageWeight], texts: Sequence[_Tokens], weighting: LossTokenWeighting | None) -> list[float]:
     """Loss weight of the answer tokens of each annotation."""
     result = []
-    for k, (weight, text) in enumerate(zip(weights, texts)):
+    for weight, text in zip(weights, texts):
         factor = weight.weight
         by_segments = weighting is not None if weight.root_subsegments is None else weight.root_subsegments
         by_length = weighting == "root_subsegments_root_tokens" if weight.root_length is None else weight.root_length
         if by_segments:
             factor *= len(texts) ** -0.5
-        if by_length:  # the end token counts only where it is an input token too
-            answer_tokens = sum(w > 0 for w in text.weights) - (k < len(texts) - 1)
+        if by_length:  # as published, a tree's annotations are counted without their end tokens
+            answer_tokens = sum(w > 0 for w in text.weights) - (len(texts) > 1)
             factor *= 2.0 * max(answer_tokens, 1.0) ** -0.5
         result.append(factor)
     return result

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class Molmo2Preprocessor(VideoPreprocessor):
     """Text with no, one or several images, or with a video."""
 
     config: Molmo2PreprocessorConfig = dataclasses.field(default_factory=Molmo2PreprocessorConfig)
+    frame_tokens: ClassVar[bool] = False
+    """All frames together are between the tokens of a frame, and not those of an image (without `per_frame_special_token`)."""
 
     def __call__(self, example: dict[str, Any], rng: np.random.RandomState | None = None) -> dict[str, Any]:
         """Preprocesses one example.
@@ -57,13 +59,14 @@ class Molmo2Preprocessor(VideoPreprocessor):
         pooling = (config.video_pooling_h, config.video_pooling_w)
         each = config.per_frame_special_token
         start, end = tokenizer.frame_start_token_id, tokenizer.frame_end_token_id
+        whole = (start, end) if self.frame_tokens else (tokenizer.image_start_token_id, tokenizer.image_end_token_id)
         grid = pooled_grid(settings.crop_grid, pooling)
         frame = grid_tokens(grid, tokenizer.image_patch_token_id, start if each else None, end if each else None)
-        parts: list[Any] = [] if each else [[tokenizer.image_start_token_id]]
+        parts: list[Any] = [] if each else [[whole[0]]]
         for number, time in enumerate(features.times):
             parts += [tokenizer.encode(f"{' ' if number else ''}{time:.1f} "), frame]
         if not each:
-            parts.append([tokenizer.image_end_token_id])
+            parts.append([whole[1]])
         parts.append(self.subtitle_tokens(example.get("subtitle") or (), features.times))
         return MediaTokens(np.concatenate(parts).astype(np.int64)), {
             "images": features.images,

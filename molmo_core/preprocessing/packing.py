@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from molmo_core.tokens import PACK_STRIDE
+from molmo_core.tokens import NO_MORE_POINTS, PACK_STRIDE
 
 Item = TypeVar("Item")
 
@@ -163,7 +163,7 @@ def pack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Positions start again in every example; `subsegment_ids` of the n-th are moved up by n·PACK_STRIDE, which is what keeps the
     attention of the examples apart; pooling indices are moved on to the example's own crops, -1 stays -1, and narrower ones are
-    padded with -1 to the widest.
+    padded with -1 to the widest; the image tokens that points stand for are counted over the whole sequence.
 
     Returns:
         An example of the same form. Its `metadata` is `{"packed": [...]}`: for every example its own metadata and what `unpack` needs.
@@ -173,7 +173,7 @@ def pack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if not examples:
         raise ValueError("a pack needs at least one example")
-    allowed = {*_SEQUENCES, *_MEDIA, *_POOLED, "subsegment_ids", "metadata"}
+    allowed = {*_SEQUENCES, *_MEDIA, *_POOLED, "subsegment_ids", "point_target_ids", "metadata"}
     unknown = {k for e in examples for k in e} - allowed
     if unknown:
         raise ValueError(f"examples with {', '.join(sorted(unknown))} cannot be packed")
@@ -196,14 +196,24 @@ def pack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
             width = max(index.shape[1] for index, _ in present)
             moved = [np.where(index >= 0, index + start, -1) for index, start in present]
             result[key] = np.concatenate([np.pad(m, ((0, 0), (0, width - m.shape[1])), constant_values=-1) for m in moved])
+    tokens = np.cumsum([0, *(len(e.get("pooled_patches_idx", ())) for e in examples)])
+    points = [_moved_points(e["point_target_ids"], start) for e, start in zip(examples, tokens) if "point_target_ids" in e]
+    if points:
+        result["point_target_ids"] = np.concatenate(points)
     result["metadata"] = {"packed": [_description(e) for e in examples]}
     return result
+
+
+def _moved_points(points: np.ndarray, tokens: int) -> np.ndarray:
+    """Points int64 [n, 3] in a sequence that has so many more image tokens in front."""
+    chosen = (points[:, :1] >= 0) & (points[:, :1] < NO_MORE_POINTS)
+    return points + np.array([tokens, 0, 0]) * chosen
 
 
 def unpack(packed: dict[str, Any]) -> list[dict[str, Any]]:
     """The examples of which `pack` made a sequence."""
     examples = []
-    token = crop = 0
+    token = crop = point = 0
     rows = dict.fromkeys(_POOLED, 0)
     for n, description in enumerate(packed["metadata"]["packed"]):
         tokens, crops = slice(token, token + description["tokens"]), slice(crop, crop + description["crops"])
@@ -212,6 +222,10 @@ def unpack(packed: dict[str, Any]) -> list[dict[str, Any]]:
             example["subsegment_ids"] = packed["subsegment_ids"][tokens] - n * PACK_STRIDE
         if description["crops"]:
             example |= {key: packed[key][crops] for key in _MEDIA if key in packed}
+        if description["points"]:
+            points = packed["point_target_ids"][point : point + description["points"]]
+            example["point_target_ids"] = _moved_points(points, -rows["pooled_patches_idx"])
+            point += description["points"]
         for key, (count, width) in description["pooled"].items():
             index = packed[key][rows[key] : rows[key] + count, :width]
             example[key] = np.where(index >= 0, index - crop * packed["images"].shape[1], -1)
@@ -240,4 +254,5 @@ def _description(example: dict[str, Any]) -> dict[str, Any]:
         "crops": len(example["images"]) if "images" in example else 0,
         "pooled": {key: example[key].shape for key in _POOLED if key in example},
         "subsegments": "subsegment_ids" in example,
+        "points": len(example.get("point_target_ids", ())),
     }

@@ -77,6 +77,14 @@ def percent(points: Iterable[Sequence[float]], scale: float | None, image_size: 
     return array.clip(0, 100)
 
 
+def shares(points: Iterable[Sequence[float]], scale: float | None, image_size: tuple[int, int] | None) -> np.ndarray:
+    """Points on the 0-1 scale, as exact as they were given; the arguments and errors of `percent`."""
+    points = list(points)
+    if len(percent(points, scale, image_size)) == 0:
+        return np.zeros((0, 2))
+    return (np.asarray(points, np.float64) / np.asarray(image_size if scale is None else scale, np.float64)).clip(0, 1)
+
+
 def format_v1(points: np.ndarray, label: str, alt: str | None = None) -> str:
     """The v1 tag of points on the 0-100 scale, [n, 2]; sorted by x, then y. No points give `NONE_TEXT`."""
     if len(points) == 0:

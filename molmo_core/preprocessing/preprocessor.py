@@ -20,6 +20,8 @@ from molmo_core.preprocessing.images import (
 )
 from molmo_core.preprocessing.media import load_image
 from molmo_core.preprocessing.messages import Annotation, MediaTokens, assemble_sequence
+from molmo_core.preprocessing.point_places import PointPlaces
+from molmo_core.preprocessing.point_tokens import PointStyle, PointWriter
 from molmo_core.preprocessing.tiling import VisionEncoder
 from molmo_core.preprocessing.tokenizer import Tokenizer
 
@@ -39,6 +41,7 @@ class TextPreprocessor:
         is_training: vary prompts and resolution (never at inference).
         include_image: put the decoded media in the metadata, for pictures of predictions.
         max_seq_len: longest sequence; None = no limit.
+        point_style: how points are written as tokens (MolmoPoint).
     """
 
     tokenizer: Tokenizer
@@ -48,15 +51,23 @@ class TextPreprocessor:
     is_training: bool = True
     include_image: bool = False
     max_seq_len: int | None = None
+    point_style: PointStyle = dataclasses.field(default_factory=PointStyle)
 
     def __post_init__(self) -> None:
         self.is_training = self.is_training and not self.for_inference
 
     def annotations(
-        self, example: dict[str, Any], rng: np.random.RandomState, image_sizes: Sequence[tuple[int, int]] = ()
+        self,
+        example: dict[str, Any],
+        rng: np.random.RandomState,
+        image_sizes: Sequence[tuple[int, int]] = (),
+        places: PointPlaces | None = None,
     ) -> list[Annotation]:
-        """The conversations of an example; `image_sizes` are (width, height)."""
-        return self.formatter(example, rng, for_inference=self.for_inference, is_training=self.is_training, image_sizes=image_sizes)
+        """The conversations of an example; `image_sizes` are (width, height), `places` what can be pointed at (MolmoPoint)."""
+        points = None if places is None else PointWriter(self.point_style, places, rng)
+        return self.formatter(
+            example, rng, for_inference=self.for_inference, is_training=self.is_training, image_sizes=image_sizes, points=points
+        )
 
     def assemble(
         self, example: dict[str, Any], annotations: Sequence[Annotation], media: Sequence[MediaTokens], arrays: dict[str, np.ndarray | None]
@@ -112,8 +123,9 @@ class MolmoPreprocessor(TextPreprocessor):
             raise ValueError(NO_VIDEO)
         images = [source if isinstance(source, ImageFeatures) else load_image(source) for source in example_images(example)]
         sizes = [image.size if isinstance(image, ImageFeatures) else (image.shape[1], image.shape[0]) for image in images]
-        annotations = self.annotations(example, rng, sizes)
-        media, arrays = self.image_inputs(images, rng)
+        settings = self._settings_of(len(images), rng)
+        annotations = self.annotations(example, rng, sizes, self.image_places(sizes, settings))
+        media, arrays = self.image_inputs(images, settings)
         result = self.assemble(example, annotations, media, arrays)
         if images:
             result["metadata"]["image_sizes"] = sizes
@@ -121,13 +133,16 @@ class MolmoPreprocessor(TextPreprocessor):
             result["metadata"]["image_arrays"] = images
         return result
 
+    def image_places(self, sizes: Sequence[tuple[int, int]], settings: ImageSettings | None) -> PointPlaces | None:
+        """What can be pointed at in images of (width, height), for models whose points are no text."""
+        return None
+
     def image_inputs(
-        self, images: Sequence[np.ndarray | ImageFeatures], rng: np.random.RandomState
+        self, images: Sequence[np.ndarray | ImageFeatures], settings: ImageSettings | None
     ) -> tuple[list[MediaTokens], dict[str, np.ndarray | None]]:
-        """Tokens of each image ("Image k" before each of several) and the arrays of all of them."""
-        if not images:
+        """Tokens of each image ("Image k" before each of several) and the arrays of all of them; `settings` as for so many images."""
+        if settings is None:
             return [], {}
-        settings = self._settings_of(len(images), rng)
         features = [image_features(image, settings) for image in images]
         media = []
         for number, feature in enumerate(features, 1):
@@ -146,8 +161,10 @@ class MolmoPreprocessor(TextPreprocessor):
             ValueError: as the call.
         """
         rng = np.random.RandomState(0) if rng is None else rng
-        annotations = self.annotations(example, rng, [(width, height) for height, width in image_sizes])
-        counts = self.image_counts(image_sizes, rng)
+        sizes = [(width, height) for height, width in image_sizes]
+        settings = self._settings_of(len(sizes), rng)
+        annotations = self.annotations(example, rng, sizes, self.image_places(sizes, settings))
+        counts = self.image_counts(image_sizes, settings)
         media = [MediaTokens(np.full(tokens, self.tokenizer.image_patch_token_id)) for tokens, _ in counts]
         sequence = self.assemble(example, annotations, media, {})
         return len(sequence["input_ids"]), sum(crops for _, crops in counts)
@@ -158,26 +175,29 @@ class MolmoPreprocessor(TextPreprocessor):
         """`measure` for an example with a video; raises ValueError: see `VideoPreprocessor` for the models that take one."""
         raise ValueError(NO_VIDEO)
 
-    def image_counts(self, sizes: Sequence[tuple[int, int]], rng: np.random.RandomState) -> list[tuple[int, int]]:
+    def image_counts(self, sizes: Sequence[tuple[int, int]], settings: ImageSettings | None) -> list[tuple[int, int]]:
         """Tokens (label included) and crops of each image, from its height and width."""
-        if not sizes:
+        if settings is None:
             return []
-        settings = self._settings_of(len(sizes), rng)
         counts = [image_token_counts(height, width, settings) for height, width in sizes]
         if len(sizes) == 1:
             return counts
         return [(len(self.tokenizer.encode(f"Image {k}")) + tokens, crops) for k, (tokens, crops) in enumerate(counts, 1)]
 
     def image_settings(self, images: int) -> ImageSettings:
-        """How each of so many images of an example is cut at inference.
+        """How each of so many images of an example (at least one) is cut at inference.
 
         Raises:
             ValueError: the model does not take so many.
         """
-        return self._settings_of(images, np.random.RandomState(0))
+        settings = self._settings_of(images, np.random.RandomState(0))
+        assert settings is not None
+        return settings
 
-    def _settings_of(self, images: int, rng: np.random.RandomState) -> ImageSettings:
-        """How each of so many images is cut."""
+    def _settings_of(self, images: int, rng: np.random.RandomState) -> ImageSettings | None:
+        """How each of so many images is cut; None: there are none."""
+        if not images:
+            return None
         if self.settings is None:
             raise ValueError("the example has an image, but the model has no vision_backbone")
         if self.config.max_images is not None and images > self.config.max_images:

@@ -28,6 +28,7 @@ import numpy as np
 from molmo_core.preprocessing import points as point_text
 from molmo_core.preprocessing import prompts
 from molmo_core.preprocessing.configs import DataFormatter
+from molmo_core.preprocessing.point_tokens import PointWriter
 from molmo_core.preprocessing.task_fields import check_task, conversation, is_list, task_kind
 
 POINT_SLOT = "<|POINT|>"
@@ -59,13 +60,20 @@ class TaskReader:
         for_inference: records may lack the answer.
         vary: draw prompts; otherwise the first template of each kind is used.
         image_sizes: (width, height) of the images, for points in pixels.
+        points: writes points as tokens; None: as `config.pointing_format`.
     """
 
     def __init__(
-        self, config: DataFormatter, rng: np.random.RandomState, for_inference: bool, vary: bool, image_sizes: Sequence[tuple[int, int]]
+        self,
+        config: DataFormatter,
+        rng: np.random.RandomState,
+        for_inference: bool,
+        vary: bool,
+        image_sizes: Sequence[tuple[int, int]],
+        points: PointWriter | None = None,
     ):
         self.config, self.rng, self.for_inference, self.vary = config, rng, for_inference, vary
-        self.image_sizes = image_sizes
+        self.image_sizes, self.points = image_sizes, points
         self.templates = config.prompt_templates != "none"
 
     def messages(self, record: dict[str, Any], style: str) -> list[str]:
@@ -179,14 +187,18 @@ class TaskReader:
 
     def _blocks(self, blocks: Sequence[tuple[float, np.ndarray]], label: str, mode: point_text.PointMode) -> str:
         """Points of several images or times."""
+        if self.points is not None:
+            return point_text.answer_text(self.points.points(blocks, label), sum(len(points) for _, points in blocks), mode)
         tag = point_text.format_html(blocks, label, self._html_version())
         return point_text.answer_text(tag, sum(len(points) for _, points in blocks), mode)
 
     def _tag(self, points: np.ndarray, label: str, alt: str | None = None) -> str:
         """Points of one image."""
+        if self.points is not None:
+            return self.points.points([(1, points)], label)
         if self.config.pointing_format == "v1":
             return point_text.format_v1(points, label, alt)
-        return point_text.format_html([(1, points)], label, self.config.pointing_format, alt)
+        return point_text.format_html([(1, points)], label, self._html_version(), alt)
 
     def _tracks(self, record: dict[str, Any], label: str) -> str:
         """`tracks`: for each of `timestamps` a dict {object: (x, y) or None}."""
@@ -194,9 +206,13 @@ class TaskReader:
             (float(t), {name: None if xy is None else self._percent(record, [xy])[0] for name, xy in objects.items()})
             for t, objects in zip(record["timestamps"], record["tracks"], strict=True)
         ]
+        if self.points is not None:
+            return self.points.tracks(frames, label)
         return point_text.format_tracks(frames, label, self._html_version())
 
     def _html_version(self) -> Literal["html-v1", "html-v2"]:
+        if self.config.pointing_format == "tokens":
+            raise ValueError("points need an image or a video to point at; this record has neither")
         if self.config.pointing_format == "v1":
             raise ValueError("points of several images or times need data_formatter.pointing_format html-v1 or html-v2")
         return self.config.pointing_format
@@ -211,9 +227,11 @@ class TaskReader:
         return first + "".join(tag + part for tag, part in zip(tags, parts))
 
     def _percent(self, record: dict[str, Any], points: Iterable[Sequence[float]], image: int = 0) -> np.ndarray:
-        """A record's points in percent: `point_scale` is the largest coordinate; without it they are pixels of the image."""
+        """A record's points in percent (as shares for `points`): `point_scale` is the largest coordinate; without it they are pixels of
+        the image."""
         size = self.image_sizes[image] if image < len(self.image_sizes) else None
-        return point_text.percent(points, record.get("point_scale"), size)
+        convert = point_text.percent if self.points is None else point_text.shares
+        return convert(points, record.get("point_scale"), size)
 
 
 def _text(record: dict[str, Any], key: str) -> str:

@@ -53,6 +53,8 @@ class ImageSettings:
     """A column token ends every row of the high-resolution grid."""
     use_single_crop_col_tokens: bool = True
     """And every row of the global crop."""
+    low_tokens_global_crop: bool = False
+    """The tokens of the global crop are `image_low_token_id` (MolmoPoint)."""
     use_single_crop_start_token: bool = False
     """The global crop begins with `low_res_image_start_token_id` (Molmo2)."""
 

@@ -20,7 +20,7 @@ from typing import Any
 from tokenizers import Tokenizer as TextTokenizer
 
 from molmo_core.config import ConfigError
-from molmo_core.tokens import IMAGE_PROMPT, SPECIAL_TOKENS, VIDEO_PROMPT, ImageTokenIds, TokenLayout, special_ids
+from molmo_core.tokens import IMAGE_PROMPT, POINT_TOKENS, SPECIAL_TOKENS, VIDEO_PROMPT, ImageTokenIds, TokenLayout, special_ids
 
 _PADDING_PREFIX = "|<EXTRA_TOKENS_"
 _USUAL_EOS = ("<|endoftext|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -83,6 +83,7 @@ class Tokenizer:
         self.frame_start_token_id, self.frame_end_token_id = ids.frame_start, ids.frame_end
         self.image_prompt_token_id = self.special_tokens[IMAGE_PROMPT]
         self.video_prompt_token_id = self.special_tokens.get(VIDEO_PROMPT)
+        self.point_token_ids = tuple(self.special_tokens[name] for name in POINT_TOKENS if name in self.special_tokens)
         self._text_names = _names_in_text([t.content for t in backend.get_added_tokens_decoder().values() if t.special])
         self._all_names = _names_in_text([*self._text_names, IMAGE_PROMPT, VIDEO_PROMPT])
         self._encode = lru_cache(_CACHED_TEXTS)(self._encode_uncached)

@@ -15,6 +15,7 @@ from molmo_core.preprocessing.configs import VideoPreprocessorConfig
 from molmo_core.preprocessing.image_tokens import grid_tokens
 from molmo_core.preprocessing.images import ImageSettings
 from molmo_core.preprocessing.messages import MediaTokens
+from molmo_core.preprocessing.point_places import PointPlaces
 from molmo_core.preprocessing.preprocessor import MolmoPreprocessor, example_images
 from molmo_core.preprocessing.tiling import Grid, pooled_grid
 from molmo_core.preprocessing.videos import FrameSettings, VideoFeatures, frame_pooling, load_frames, preprocess_video, sample_times
@@ -43,7 +44,7 @@ class VideoPreprocessor(MolmoPreprocessor):
         features = example["video"]
         if not isinstance(features, VideoFeatures):
             features = preprocess_video(features, self.settings, sampling, *clip, rng=draw)
-        annotations = self.annotations(example, rng)
+        annotations = self.annotations(example, rng, places=self.frame_places(features.times))
         media, arrays = self.video_inputs(features, example)
         result = self.assemble(example, annotations, [media], arrays)
         result["metadata"] |= {"frame_times": features.times.tolist(), "video_size": features.size}
@@ -75,9 +76,13 @@ class VideoPreprocessor(MolmoPreprocessor):
         draw = np.random.RandomState(rng.randint(2**31)) if random else None
         sample = sample_times(timestamps, fps, sampling, example.get("clip_start"), example.get("clip_end"), draw)
         features = VideoFeatures(np.empty((len(sample.times), 0, 0), np.uint8), None, sample.times, sample.sampling_fps, (0, 0))
-        annotations = self.annotations(example, rng)
+        annotations = self.annotations(example, rng, places=self.frame_places(features.times))
         media, _ = self.video_inputs(features, example)
         return len(self.assemble(example, annotations, [media], {})["input_ids"]), len(sample.times)
+
+    def frame_places(self, times: np.ndarray) -> PointPlaces | None:
+        """What can be pointed at in frames of these times, for models whose points are no text."""
+        return None
 
     def video_inputs(self, features: VideoFeatures, example: dict[str, Any]) -> tuple[MediaTokens, dict[str, np.ndarray | None]]:
         """Tokens of the video and its arrays."""

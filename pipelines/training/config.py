@@ -51,13 +51,15 @@ class OptimConfig(BaseConfig):
     connector: GroupConfig = dataclasses.field(default_factory=lambda: GroupConfig(lr=2e-4, warmup=200))
     vit: GroupConfig = dataclasses.field(default_factory=lambda: GroupConfig(lr=6e-6, warmup=2000))
     llm: GroupConfig = dataclasses.field(default_factory=lambda: GroupConfig(lr=2e-5, warmup=2000))
+    pointing: GroupConfig = dataclasses.field(default_factory=lambda: GroupConfig(lr=1e-4, warmup=200))
+    """What chooses points (MolmoPoint)."""
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     max_grad_norm: Positive | None = 1.0
     """Gradients of each part are scaled down to this norm; None = never."""
     muon_momentum: Dropout = 0.95
 
     def of(self, group: str) -> GroupConfig:
-        """Settings of `connector`, `vit` or `llm`."""
+        """Settings of `connector`, `vit`, `llm` or `pointing`."""
         return getattr(self, group)
 
 
@@ -131,6 +133,7 @@ class TrainConfig(BaseConfig):
     """Train pooling, projector, padding and special-token embeddings."""
     ft_vit: bool = True
     ft_llm: bool = True
+    ft_pointing: bool = True
     ft_embedding: Literal["lm_head", "ln_f", "wte", "all"] = "lm_head"
     """What of the language model's ends is trained: `lm_head` the last norm and the output head, `ln_f` only the last norm, `wte` only the
     token embeddings, `all` everything. (With tied weights the head is the embedding and follows `wte`.)"""
@@ -171,8 +174,8 @@ class TrainConfig(BaseConfig):
             )
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable() or len(self.name.encode()) > MAX_NAME_BYTES:
             raise ConfigError(f"name={self.name[:300]!r} must be the name of a folder: printable, no slash, at most {MAX_NAME_BYTES} bytes")
-        if not (self.ft_connector or self.ft_vit or self.ft_llm):
-            raise ConfigError("nothing to train: ft_connector, ft_vit and ft_llm are all false")
+        if not (self.ft_connector or self.ft_vit or self.ft_llm or self.ft_pointing):
+            raise ConfigError("nothing to train: ft_connector, ft_vit, ft_llm and ft_pointing are all false")
 
     def all_data(self) -> list[DataConfig]:
         """What is trained on, and what validates."""
@@ -231,6 +234,7 @@ class TrainConfig(BaseConfig):
             "ft_connector",
             "ft_vit",
             "ft_llm",
+            "ft_pointing",
             "ft_embedding",
         )
         content = self.as_dict()

@@ -17,7 +17,7 @@ from pipelines.training.config import GroupConfig, OptimConfig, ScheduleConfig, 
 from pipelines.training.muon import Muon
 
 # Two-dimensional parameters that are tables of vectors or the output layer; Muon is for matrices between hidden layers.
-NO_MATRIX = ("embedding", "pad_embed", "transformer.ff_out.weight")
+NO_MATRIX = ("embedding", "pad_embed", "pos_embed", "transformer.ff_out.weight", "transformer.ff_out.new_weight", "point_predictor.")
 
 
 def freeze(model: ModelBase, config: TrainConfig) -> None:
@@ -26,12 +26,14 @@ def freeze(model: ModelBase, config: TrainConfig) -> None:
     Raises:
         ConfigError: nothing would be left to train.
     """
-    enabled = {"connector": config.ft_connector, "vit": config.ft_vit, "llm": config.ft_llm}
+    enabled = {"connector": config.ft_connector, "vit": config.ft_vit, "llm": config.ft_llm, "pointing": config.ft_pointing}
     for group, parameters in model.parameter_groups().items():
         for name, parameter in parameters:
             parameter.requires_grad_(enabled[group] and (group != "llm" or _end_trains(name, config.ft_embedding)))
     if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("nothing to train: the parts that ft_connector, ft_vit and ft_llm choose have no parameters in this model")
+        raise ConfigError(
+            "nothing to train: the parts that ft_connector, ft_vit, ft_llm and ft_pointing choose have no parameters in this model"
+        )
 
 
 def _end_trains(name: str, ft_embedding: str) -> bool:

@@ -127,7 +127,7 @@ class Runner:
         def look(*arguments: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
             found = self.features.get(prompt.digest)
             if found is None:
-                found = self.model.vision_backbone(*arguments)
+                found = self.model.look(*arguments)
                 self.features.put(prompt.digest, found)
             return found
 

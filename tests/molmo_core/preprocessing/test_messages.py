@@ -74,8 +74,8 @@ def test_weights(tokenizer):
     assert weights(None) == [1.0, 1.0, 1.0]
     third = 3**-0.5
     np.testing.assert_allclose(weights("root_subsegments"), [third] * 3, atol=1e-5)
-    # The end token is an input of the last annotation only, and counts there only.
-    expected = [third * 2 * n**-0.5 for n in (lengths[0], lengths[1], lengths[2] + 1)]
+    # End tokens do not count in a tree (golden molmo-point/a).
+    expected = [third * 2 * n**-0.5 for n in lengths]
     np.testing.assert_allclose(weights("root_subsegments_root_tokens"), expected, atol=1e-5)
     own = (MessageWeight(0.2, root_subsegments=False, root_length=False), MessageWeight(0.5), MessageWeight(root_length=False))
     np.testing.assert_allclose(weights("root_subsegments_root_tokens", *own), [0.2, expected[1] / 2, third], atol=1e-5)

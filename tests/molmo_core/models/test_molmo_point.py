@@ -1,0 +1,201 @@
+"""MolmoPoint against the published numbers, and what these do not show: batches, beams, half precision, options."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden_point import cases, inputs_here, load_config, load_point_model, name_here
+from safetensors.torch import load_file
+
+from molmo_core.config import ConfigError
+from molmo_core.generation.generate import Decoder, prompt_batch
+from molmo_core.model_configs.molmo_point import MolmoPointConfig
+from molmo_core.models.molmo_point import MolmoPoint
+from molmo_core.preprocessing.point_tokens import chosen_points
+
+SETS = ("a", "c")
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=SETS)
+def folder(golden: Path, request: pytest.FixtureRequest) -> Path:
+    return golden / "molmo-point" / request.param
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> MolmoPoint:
+    return load_point_model(folder)
+
+
+def close(ours: torch.Tensor, published: torch.Tensor) -> None:
+    """Within 1e-5 of the largest value."""
+    torch.testing.assert_close(ours, published, rtol=1e-5, atol=1e-5 * float(published.abs().max()))
+
+
+def test_published_logits_losses_and_gradients(folder: Path, model: MolmoPoint) -> None:
+    batches, expected = (cases(load_file(folder / f"{name}.safetensors")) for name in ("batch", "expected"))
+    names = json.loads((folder / "info.json").read_text())["grad_norm_names"]
+    parameters = dict(model.named_parameters())
+    assert {name_here(name) for name in names} == parameters.keys()
+    for case, published in expected.items():
+        batch = inputs_here(batches[case])
+        model.zero_grad(set_to_none=True)
+        output = model(**batch, loss_divisor=float(published["divisor"]), z_loss_weight=1e-4)
+        close(output.logits[batch["loss_masks"] > 0], published["logits_response"])
+        real = batch["input_ids"][:, ::32] >= 0
+        close(output.logits[:, ::32][real], published["logits_every32"][real])
+        close(output.loss, published["total"])
+        for name in ("patch", "subpatch", "location"):
+            for kind in ("loss", "acc"):
+                close(output.metrics[f"{name}_{kind}"], published[f"{name}_{kind}_sum"] / published[f"{name}_{kind}_n"])
+        output.loss.backward()
+        ours = torch.stack([parameters[name_here(name)].grad.norm() for name in names])
+        torch.testing.assert_close(ours, published["grad_norm"], rtol=1e-5, atol=1e-6)  # of keys' biases nothing but rounding is left
+
+
+def test_published_point_logits(folder: Path, model: MolmoPoint) -> None:
+    batches, expected = (cases(load_file(folder / f"{name}.safetensors")) for name in ("batch", "expected"))
+    for case, published in expected.items():
+        batch = {k: v for k, v in inputs_here(batches[case]).items() if k not in ("labels", "loss_masks")}
+        sources = model.point_sources(model.inputs(batch))
+        assert torch.equal(sources.numbers, batches[case]["image_pos_ids"][..., 0].clamp(min=0))
+        with torch.no_grad():
+            internal = model(**batch).internal
+        for name in ("patch_logits", "subpatch_logits", "location_logits"):
+            masked = published[name] <= -1e5
+            assert torch.equal(internal[name] <= -1e5, masked), (case, name)
+            close(internal[name][~masked], published[name][~masked])
+
+
+def test_weighted_point_losses(folder: Path) -> None:
+    """The published trainer never passes the weights; with them its losses are ours with `weigh_point_losses`."""
+    model = load_point_model(folder)
+    batches, expected = (cases(load_file(folder / f"{name}.safetensors")) for name in ("batch", "expected"))
+    for case, published in expected.items():
+        batch, losses = inputs_here(batches[case]), []
+        for weigh in (False, True):
+            model.config.weigh_point_losses = weigh
+            with torch.no_grad():
+                losses.append(model(**batch, loss_divisor=1.0).loss)
+        text = published["text_ce_sum"]
+        close(losses[0] - text, published["token_losses"])
+        torch.testing.assert_close(losses[1] - text, published["weighted_token_losses"], rtol=1e-4, atol=1e-4)
+
+
+def test_published_generation(folder: Path, model: MolmoPoint) -> None:
+    prompts, published = (cases(load_file(folder / f"{name}.safetensors")) for name in ("prompt", "generated"))
+    for case, prompt in prompts.items():
+        want = published[case]
+        output = model.generate(**inputs_here(prompt), max_new_tokens=48)
+        assert output.token_ids.tolist() == want["free_tokens"].tolist(), case
+        points = chosen_points(output.token_ids[0], output.internal["point_places"][0], model.tokenizer)
+        assert points.tolist() == want["free_points"].tolist(), case
+        torch.testing.assert_close(output.scores, want["free_scores"][:, 0], rtol=1e-5, atol=1e-4)
+
+
+def test_published_points_when_the_text_is_given(folder: Path, model: MolmoPoint) -> None:
+    prompts, published = (cases(load_file(folder / f"{name}.safetensors")) for name in ("prompt", "generated"))
+    for case, prompt in prompts.items():
+        want = published[case]
+        tokens = want["forced_tokens"][0]
+        decoder = Decoder(model, len(tokens))
+        with torch.no_grad():
+            logits = decoder.prefill(prompt_batch(model, inputs_here(prompt)))
+            forbidden = torch.tensor(list(vars(model.config.point_tokens).values()))
+            kept = torch.ones(logits.shape[1], dtype=torch.bool).index_fill(0, forbidden, False)
+            close(logits[0, kept], want["prefill_logits"][0, 0, kept])
+            for token in tokens[:-1]:
+                decoder.step(token[None])
+        points = chosen_points(tokens[:-1], decoder.internal["point_places"][0], model.tokenizer)
+        assert points.tolist() == want["forced_points"].tolist(), case
+
+
+def together(model: MolmoPoint, folder: Path) -> tuple[list[dict[str, object]], Tensors]:
+    """Prompts with one image, a video, several images and none, alone and as a batch."""
+    rows = [{k: v[0].numpy() for k, v in inputs_here(p).items()} for p in cases(load_file(folder / "prompt.safetensors")).values()]
+    rows.append({"input_ids": rows[0]["input_ids"][-20:]})
+    return rows, model.config.build_collator(None, None, include_metadata=False)(rows)
+
+
+def test_batches_give_what_each_row_gives_alone(folder: Path, model: MolmoPoint) -> None:
+    """The published code raises for more than one row. Pool widths, lengths and numbers of tokens differ; one row cannot point."""
+    rows, batch = together(model, folder)
+    output = model.generate(**batch, max_new_tokens=24, min_new_tokens=24)
+    for i, row in enumerate(rows):
+        alone = model.generate(**row, max_new_tokens=24, min_new_tokens=24)
+        assert output.token_ids[i].tolist() == alone.token_ids[0].tolist()
+        assert output.internal["point_places"][i].tolist() == alone.internal["point_places"][0].tolist()
+    assert not set(output.token_ids[-1].tolist()) & set(vars(model.config.point_tokens).values())
+
+
+def test_beams_carry_their_points(folder: Path, model: MolmoPoint) -> None:
+    prompt = inputs_here(cases(load_file(folder / "prompt.safetensors"))["image_prompt"])
+    output = model.generate(**prompt, max_new_tokens=12, num_beams=3)
+    places = output.internal["point_places"]
+    for beam, tokens in enumerate(output.beams[0]):
+        decoder, score = Decoder(model, 12), 0.0
+        with torch.no_grad():
+            logits = decoder.prefill(prompt_batch(model, prompt))
+            for token in tokens:
+                score += float(logits.log_softmax(-1)[0, token])
+                logits = decoder.step(token[None])
+        assert score == pytest.approx(float(output.beam_scores[0, beam]), rel=1e-4)
+        assert decoder.internal["point_places"][0, :11].tolist() == places[beam].tolist()
+    assert (places >= 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(golden: Path, dtype: torch.dtype) -> None:
+    folder = golden / "molmo-point" / "a"
+    model, published = load_point_model(folder, dtype), cases(load_file(folder / "expected.safetensors"))["packed"]
+    batch = inputs_here(cases(load_file(folder / "batch.safetensors"))["packed"])
+    output = model(**batch, loss_divisor=float(published["divisor"]), z_loss_weight=1e-4)
+    assert output.logits.dtype == dtype
+    torch.testing.assert_close(output.loss.detach(), published["total"], rtol=0.02, atol=0)
+    prompt = inputs_here(cases(load_file(folder / "prompt.safetensors"))["image_prompt"])
+    assert model.generate(**prompt, max_new_tokens=8).scores.isfinite().all()
+
+
+def test_text_and_unpointed_rows_train_every_parameter(golden: Path) -> None:
+    model = load_point_model(golden / "molmo-point" / "a").train()
+    ids = torch.randint(1, 400, (2, 12))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_tied_models_have_logits_for_the_special_tokens(golden: Path) -> None:
+    """The published code cannot run them (its forward call fails)."""
+    config = MolmoPointConfig.load(golden / "molmo-point" / "a" / "config.yaml", ["data_formatter.debug=false", "llm.weight_tying=true"])
+    model = config.build_model().eval()
+    assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 448 + 128)
+
+
+def test_labels_must_fit_the_tokens(golden: Path) -> None:
+    folder = golden / "molmo-point" / "a"
+    batch = inputs_here(cases(load_file(folder / "batch.safetensors"))["image"])
+    batch["point_target_ids"] = batch["point_target_ids"][:, :-1]
+    with pytest.raises(ValueError, match=r"row 0: 6 tokens 459 of points in input_ids, but 5 labels"):
+        load_point_model(folder)(**batch)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("llm.can_predict_extra_tokens=false", "can_predict_extra_tokens"),
+        ("sort_points=false", "mask_patches"),
+        ("data_formatter.pointing_format=html-v2", "pointing_format"),
+        ("connector.pooling_attention_mask=false", "pooling_attention_mask"),
+        ("token_prediction_rotary=twh", "token_prediction_rotary"),
+        ("data_formatter._location_token=false", "_location_token"),
+    ],
+)
+def test_settings_that_are_not_possible(golden: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MolmoPointConfig.load(golden / "molmo-point" / "a" / "config.yaml", ["data_formatter.debug=false", override])
+
+
+def test_a_configuration_is_what_it_was(folder: Path, tmp_path: Path) -> None:
+    config = load_config(folder)
+    config.save(tmp_path / "config.yaml")
+    assert MolmoPointConfig.load(tmp_path / "config.yaml") == config
