@@ -66,7 +66,7 @@ def examples(folder: Path, config: MolmoPointConfig) -> dict[str, list[dict[str,
         "image": images["image1"],
         "message_list": [record("dogs", dogs, "How many dogs are there?", style="point_count"), record("cats", cats), record("bus", [])],
     }
-    video, frames = targets["video"], preprocessor.frame_places(TIMES)
+    video, places = targets["video"], preprocessor.frame_places(TIMES)
     assert places is not None
     birds = shares(video[0].numpy(), places)
     rows = [r for r in video[1].tolist() if 0 <= r[0] < NO_MORE_POINTS]
