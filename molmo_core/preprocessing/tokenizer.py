@@ -204,6 +204,15 @@ class Tokenizer:
             return self._special_names[token_id]
         return self.backend.id_to_token(token_id) or f"{_PADDING_PREFIX}{token_id - self.text_vocab_size}>|"
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 of the text of one id: part of a character where the vocabulary cuts it; nothing for special tokens and padding."""
+        added = self.backend.get_added_tokens_decoder().get(token_id)
+        if added is not None:
+            return b"" if added.special else added.content.encode()
+        name = self.backend.id_to_token(token_id) if token_id < self.text_vocab_size else None
+        table = _bytes_of_characters()
+        return bytes(table[c] for c in name) if name and all(c in table for c in name) else (name or "").encode()
+
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json (padded to E, then the special tokens) and tokenizer_config.json; `load` and transformers read them."""
         folder = Path(folder)
@@ -241,6 +250,14 @@ class Tokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._encode = lru_cache(_CACHED_TEXTS)(self._encode_uncached)
+
+
+@functools.cache
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for: itself if it is visible, else the next ones from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = sorted(set(range(256)) - set(visible))
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def _names_in_text(names: Iterable[str]) -> dict[str, int]:

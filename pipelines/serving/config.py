@@ -49,6 +49,8 @@ class ServeConfig(BaseConfig):
     cpus_per_replica: Annotated[float, Field(ge=0, le=1024)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0, le=64)] = 0.0
     """1: the model runs on a GPU; 0: on the CPU."""
+    system_messages: bool = False
+    """The model was trained on records with system messages: their words join the first question, as there. Else they are refused."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 16

@@ -113,8 +113,8 @@ class Frontend:
             self._preparing -= 1
         if not answer.streamed:
             return JSONResponse(await answer.whole())
-        first = await answer.next()  # what fails before the first token still gets an HTTP status
-        return StreamingResponse(answer.events(first), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        await answer.begin()
+        return StreamingResponse(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def _read(self, request: Request) -> bytearray:
         body = bytearray()

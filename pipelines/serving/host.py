@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Protocol
 
-from molmo_core.generation.engine.requests import End, Event, Failed, Token
+from molmo_core.generation.engine.requests import End, Event, Failed, Token, TokenLogprobs
 from pipelines.serving.errors import queue_full, unavailable
 from pipelines.serving.pieces import Piece
 
@@ -162,15 +162,18 @@ class Host:
 
 def _piece(events: Sequence[Event]) -> Piece:
     tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    reason: str | None = None
     for event in events:
         match event:
-            case Token(token, _):
+            case Token(token, of_token):
                 tokens.append(token)
-            case End(reason):
-                return Piece(tokens, reason)
+                logprobs += [] if of_token is None else [of_token]
+            case End():
+                reason = event.reason
             case Failed(error):
                 raise error
-    return Piece(tokens, None)
+    return Piece(tokens, reason, logprobs or None)
 
 
 def _stopped() -> Exception:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from molmo_core.generation.engine.requests import TokenLogprobs
+
 
 class Piece(NamedTuple):
     """A part of an answer."""
@@ -12,6 +14,8 @@ class Piece(NamedTuple):
     tokens: list[int]
     finish_reason: str | None
     """`stop` or `length` with the last part."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One for each token, if the request asks for them."""
 
 
 class Pieces(Protocol):

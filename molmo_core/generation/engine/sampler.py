@@ -104,7 +104,7 @@ def _edit(logits: torch.Tensor, row: Row) -> None:
         if 0 <= token < size:
             logits[token] += bias
     if len(answer) < params.min_tokens:
-        ends = torch.tensor(list(row.ends), device=logits.device)
+        ends = torch.tensor(list(row.ends), dtype=torch.int64, device=logits.device)
         longer = logits.index_fill(0, ends, -torch.inf)
         logits.copy_(torch.where(longer.amax() > -torch.inf, longer, logits))  # a grammar may leave nothing but the end
 

@@ -95,6 +95,13 @@ def test_text_survives_the_real_vocabulary(molmo_7b_d, text):
     assert molmo_7b_d.decode(molmo_7b_d.encode(text), truncate_at_eos=False) == unicodedata.normalize("NFC", text)
 
 
+def test_the_bytes_of_tokens_are_those_of_the_text(molmo_7b_d):
+    text = " Ein Löffel 🥄 für\n\t日本 \u00a0 ­"
+    ids = molmo_7b_d.encode(text)
+    assert b"".join(map(molmo_7b_d.token_bytes, ids)) == text.encode()
+    assert all(molmo_7b_d.token_bytes(i) == b"" for i in (molmo_7b_d.eos_token_id, molmo_7b_d.image_patch_token_id, 151_900))
+
+
 def test_image_tokens_never_come_from_text(small):
     ids = small.encode("look: <im_patch><im_start><|image|><im_col> |<EXTRA_TOKENS_0>|")
     assert max(ids) < small.text_vocab_size

@@ -1,10 +1,15 @@
 """A chat service without Serve: the model's own preprocessing in front, a script behind."""
 
+import asyncio
+
 import pytest
 
+from molmo_core.generation.engine.engine import Engine, EngineLimits
+from molmo_core.generation.engine.requests import Request
 from molmo_core.registry import BaseModelConfig
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.host import Host
 from pipelines.serving.pieces import Piece
 
 
@@ -46,3 +51,27 @@ def scripted(golden_config):
         return ChatService(ServeConfig(**{"model": "m", "name": "m", **settings}), golden_config, generate), asked
 
     return build
+
+
+class Local:
+    """An answer of a host in this process."""
+
+    def __init__(self, pieces):
+        self._pieces = pieces
+        self._closing = None
+
+    async def __anext__(self):
+        return await anext(self._pieces)
+
+    def cancel(self):
+        self._closing = asyncio.ensure_future(self._pieces.aclose())
+
+
+@pytest.fixture(scope="module")
+def engined(tiny_model):
+    """A service with a real engine: the tiny model's."""
+    host = Host(Engine(tiny_model, EngineLimits(max_running=4, cache_bytes=32 << 20)), places=64, batch_wait_s=0.0)
+    config = ServeConfig(model="m", name="m", max_new_tokens=12)
+    yield ChatService(config, tiny_model.config, lambda example, params: Local(host.answer(Request(example, params))))
+    host.check()
+    host.close()

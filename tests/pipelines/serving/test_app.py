@@ -120,6 +120,17 @@ def test_seeded_sampling(api):
     assert len({sample(seed) for seed in range(4)}) > 1
 
 
+def test_several_answers(api):
+    several = ask(api, temperature=1.5, seed=3, n=3, logprobs=True, top_logprobs=2)
+    assert [choice.index for choice in several.choices] == [0, 1, 2]
+    assert several.choices[1].message.content == ask(api, temperature=1.5, seed=4).choices[0].message.content
+    assert [len(token.top_logprobs) for token in several.choices[2].logprobs.content] == [2] * len(several.choices[2].logprobs.content)
+    texts = ["", "", ""]
+    for chunk in ask(api, temperature=1.5, seed=3, n=3, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == [choice.message.content for choice in several.choices]
+
+
 def test_concurrent_requests_do_not_disturb_each_other(api, tiny_model):
     jobs = [(f"what is this {'?' * (seed % 3)}", seed, 3 + seed % 7) for seed in range(10)]
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
@@ -131,8 +142,8 @@ def test_concurrent_requests_do_not_disturb_each_other(api, tiny_model):
     ("error", "settings", "words"),
     [
         (openai.NotFoundError, {"model": "gpt"}, "'gpt' does not exist; this server has 'tiny'"),
-        (openai.BadRequestError, {"n": 2}, "'n' is not supported"),
-        (openai.BadRequestError, {"messages": [{"role": "system", "content": "x"}]}, "no system prompt"),
+        (openai.BadRequestError, {"tools": [{}]}, "'tools' is not supported"),
+        (openai.BadRequestError, {"messages": [{"role": "system", "content": "x"}]}, "not trained with system messages"),
         (openai.BadRequestError, {"messages": [{"role": "user", "content": "x " * 20_000}]}, "tokens"),
         (openai.BadRequestError, {"max_tokens": 20_000}, "context is 16384 tokens"),
         (openai.BadRequestError, {"stream": True, "temperature": 9}, "temperature"),

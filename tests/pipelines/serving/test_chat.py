@@ -39,7 +39,8 @@ async def answered(service, body):
     answer = await service.start(body)
     if not answer.streamed:
         return await answer.whole()
-    return [event async for event in answer.events(await answer.next())]
+    await answer.begin()
+    return [event async for event in answer.events()]
 
 
 def ask(service, body):

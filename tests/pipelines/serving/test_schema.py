@@ -1,8 +1,13 @@
 """Requests: what is accepted, and that each refusal names the field and the remedy."""
 
+import dataclasses
+
 import pytest
 
+from molmo_core.generation.engine.requests import SamplingParams
+from pipelines.serving.api.messages import conversation
 from pipelines.serving.errors import ApiError
+from pipelines.serving.media.parts import Medium
 from pipelines.serving.schema import ChatRequest
 
 QUESTION = {"role": "user", "content": "What is this?"}
@@ -12,8 +17,11 @@ def content(part):
     return {"role": "user", "content": [part]}
 
 
-def request(**fields):
-    return ChatRequest.parse({"model": "molmo", "messages": [QUESTION], **fields})
+def request(system=False, **fields):
+    parsed = ChatRequest.parse({"model": "molmo", "messages": [QUESTION], **fields})
+    parsed.check_tokens(1000)
+    conversation(parsed.turns, system)
+    return parsed
 
 
 def test_parts_and_defaults():
@@ -23,8 +31,9 @@ def test_parts_and_defaults():
         {"type": "text", "text": "b"},
     ]
     parsed = request(messages=[{"role": "user", "content": parts}])
-    assert parsed.messages[0].text == "a\nb"
-    assert parsed.messages[0].images == ["data:x"]
+    (turn,) = parsed.turns
+    assert turn.text == "a\nb"
+    assert turn.media == (Medium("image", "data:x", "messages[0].content[1].image_url.url"),)
     assert (parsed.temperature, parsed.top_p, parsed.stream, parsed.new_tokens, parsed.stops) == (0, 1, False, None, [])
 
 
@@ -39,11 +48,11 @@ def test_what_openai_clients_send():
     [
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "hello"}, "messages", "list"),
-        ({"messages": [{"role": "system", "content": "x"}, QUESTION]}, "messages[0].role", "no system prompt"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "use 'user' or 'assistant'"),
+        ({"messages": [{"role": "system", "content": "x"}, QUESTION]}, "messages[0].role", "not trained with system messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'user', 'assistant'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages[0].role", "alternate"),
         ({"messages": [QUESTION, QUESTION]}, "messages[1].role", "alternate"),
-        ({"messages": [QUESTION, {"role": "assistant", "content": "x"}]}, "messages", "last message"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": "x"}]}, "messages[1]", "last message"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
         ({"messages": [{"role": "user", "content": "  "}]}, "messages[0].content", "empty"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "missing"),
@@ -60,7 +69,25 @@ def test_what_openai_clients_send():
         ({"stop": ["a"] * 5}, "stop", "one to four"),
         ({"stop": [""]}, "stop", "one to four"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
-        ({"n": 2}, "n", "not supported"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"top_k": 10**400}, "top_k", "less than"),
+        ({"min_p": 1.1}, "min_p", "less than or equal to 1"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"presence_penalty": -2.1}, "presence_penalty", "greater than or equal to -2"),
+        ({"frequency_penalty": 1e300}, "frequency_penalty", "less than or equal to 2"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "pattern"),
+        ({"logit_bias": {"01": 1}}, "logit_bias.01", "pattern"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+        ({"logit_bias": {"1000": 1}}, "logit_bias", "1,000 tokens; 1000 is none"),
+        ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias", "at most 300"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "greater than or equal to 0"),
+        ({"stop_token_ids": [1000]}, "stop_token_ids", "1000 is none"),
+        ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
+        ({"logprobs": 1}, "logprobs", "boolean"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs 'logprobs'"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"tools": [{}]}, "tools", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"temprature": 1}, "temprature", "Did you mean 'temperature'?"),
@@ -90,6 +117,38 @@ def test_refusals(fields, param, words):
     assert caught.value.param == param
     assert words in caught.value.message
     assert caught.value.body()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_system_message_where_the_model_was_trained_with_one():
+    parsed = request(system=True, messages=[{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "!"}, QUESTION])
+    assert [(turn.role, turn.text) for turn in conversation(parsed.turns, True)] == [("user", "Be brief.\n!\nWhat is this?")]
+    for messages in ([{"role": "system", "content": "x"}], [QUESTION, {"role": "system", "content": "x"}]):
+        with pytest.raises(ApiError):
+            request(system=True, messages=messages)
+
+
+def test_every_field_reaches_the_engine():
+    fields = {"temperature": 0.5, "top_p": 0.25, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": -1.0}
+    fields |= {"frequency_penalty": 1.25, "min_tokens": 2, "ignore_eos": True, "seed": -9, "top_k": 7}
+    parsed = request(**fields, logit_bias={"5": 2, "0": -1.5}, stop_token_ids=[3, 4], logprobs=True, top_logprobs=6)
+    expected = SamplingParams(50, **fields, logit_bias={5: 2, 0: -1.5}, stop_token_ids=(3, 4), logprobs=6)
+    assert parsed.params(50) == expected
+    assert {field.name for field in dataclasses.fields(SamplingParams) if getattr(expected, field.name) == field.default} == set()
+    assert request(top_k=-1).params(50) == request().params(50) == SamplingParams(50)
+    assert request(logprobs=True).params(50).logprobs == 0
+
+
+def test_the_seed_of_each_answer():
+    """seed + i, brought back into 64 bits."""
+    assert [request(seed=5, n=3).params(10, i).seed for i in range(3)] == [5, 6, 7]
+    assert request(seed=2**63 - 1, n=2).params(10, 1).seed == -(2**63)
+    assert request().params(10, 1).seed is None
+
+
+def test_the_least_length_is_within_the_greatest():
+    assert request(min_tokens=10).params(10).min_tokens == 10
+    with pytest.raises(ApiError, match="'min_tokens' is 11, but the answer may have 10"):
+        request(min_tokens=11).params(10)
 
 
 def test_missing_model_and_wrong_body():

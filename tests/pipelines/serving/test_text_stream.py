@@ -43,6 +43,18 @@ def test_nothing_uncertain_is_sent():
     assert pieces == ["x", "", "", "ENy", ""]
 
 
+@given(
+    st.text(alphabet="ab", max_size=20), st.lists(st.text(alphabet="ab", min_size=1, max_size=3), min_size=1, max_size=2), st.integers(0, 9)
+)
+def test_a_stop_string_kept_and_the_least_length(text, stops, least):
+    """Only a stop string that is complete with token number `least` or a later one ends the answer, here behind itself."""
+    text_stream = TextStream(decode_bytes, stops, include_stop=True, min_tokens=least)
+    sent = "".join([*(text_stream.push(byte) for byte in text.encode()), text_stream.finish()])
+    ends = [end for end in range(max(least, 1), len(text) + 1) if text[:end].endswith(tuple(stops))]
+    assert sent == (text[: ends[0]] if ends else text)
+    assert text_stream.stopped == bool(ends)
+
+
 def test_tokens_after_the_stop_are_ignored():
     text_stream = TextStream(decode_bytes, ["."])
     assert [text_stream.push(b) for b in b"ok.no"] == ["o", "k", "", "", ""]

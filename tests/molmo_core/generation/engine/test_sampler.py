@@ -92,6 +92,7 @@ def test_minimum_length():
     logits = torch.tensor([[5.0, 1.0, 4.0]])
     assert choose(logits.clone(), [row(ends=(0, 2), min_tokens=2, answer=(1,))]).tokens.item() == 1
     assert choose(logits.clone(), [row(ends=(0, 2), min_tokens=2, answer=(1, 1))]).tokens.item() == 0
+    assert choose(logits.clone(), [row(ends=(), min_tokens=2, answer=(1,))]).tokens.item() == 0, "no token ends it (ignore_eos)"
 
 
 @pytest.mark.parametrize("params", [{"top_p": 1e-300}, {"top_p": 1e-9}, {"top_k": 1}, {"min_p": 1.0}, {"temperature": 1e-300}])
