@@ -20,6 +20,8 @@ from pipelines.serving.replica import Replica
 APPLICATION = "molmo"
 # Nothing queues inside Serve: the replicas' hosts refuse what they cannot hold, and /health and /ready never stand behind requests.
 OTHER_REQUESTS = 1024
+MARGIN_S = 60.0
+"""How much later than a frontend Serve itself gives up, if a frontend does not."""
 
 
 def build(config: ServeConfig) -> serve.Application:
@@ -63,7 +65,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
     application = build(config)
     serve.start(
         proxy_location="HeadOnly",
-        http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.timeout_s),
+        http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.timeout_s + MARGIN_S),
         logging_config={"enable_access_log": False},
     )
     try:

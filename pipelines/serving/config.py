@@ -84,7 +84,7 @@ class ServeConfig(BaseConfig):
     """In the file; the model's own sampling decides how many of them are decoded."""
 
     timeout_s: Annotated[float, Field(ge=0.1, le=7 * 24 * 3600)] = 600.0
-    """Longest time from a request to the end of its answer, streamed or not."""
+    """Longest time from a prepared request to the end of its answer, streamed or not."""
 
     examples: list[Example] = dataclasses.field(default_factory=list)
     """Examples to click on the page at `/`; none = a few about a drawing."""

@@ -56,6 +56,11 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, None, code)
 
 
+def timed_out(seconds: float) -> ApiError:
+    """The answer was not complete in time."""
+    return ApiError(504, f"The answer took longer than the {seconds:g} s that this server allows (`timeout_s`).", None, "timeout")
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told about any error."""
     return error if isinstance(error, ApiError) else ApiError(500, "The server failed on this request; its log says why.")

@@ -3,14 +3,17 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from molmo_core.generation.engine.requests import SamplingParams
 from molmo_core.registry import BaseModelConfig
 from pipelines.model_folder import model_folder
 from pipelines.serving.chat import ChatService
@@ -22,6 +25,7 @@ from pipelines.serving.media.pool import MediaPool
 from pipelines.serving.pieces import Pieces
 from pipelines.serving.playground import HEADERS, PageFile
 from pipelines.serving.remote import RemotePieces
+from pipelines.serving.wire import Inbox
 
 PREPARING = 256
 """Requests that a frontend reads, decodes and tokenises at a time; it refuses the next one."""
@@ -52,10 +56,13 @@ async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
 class Frontend:
     """The API of one served model."""
 
-    def __init__(self, config: ServeConfig, model: str, replicas: DeploymentHandle, page: dict[str, PageFile], keys: list[bytes]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ServeConfig, model: str, replicas: DeploymentHandle, page: dict[str, PageFile], keys: list[bytes]
+    ) -> None:
         self._limit = config.max_body_bytes
         self._replicas = replicas
-        self._begin = replicas.options(stream=True).generate
+        self._inbox = Inbox()
+        self._timeout_s = config.timeout_s
         self._created = int(time.time())
         self._preparing = 0
         self._page = page
@@ -64,6 +71,7 @@ class Frontend:
         model_config = BaseModelConfig.load(model_folder(model))
         self._media = MediaPool(config.media_workers, config.max_queued_media, config.media_timeout_s)
         self._service = ChatService(config, model_config, self._generate, self._media)
+        await self._inbox.open(ray.util.get_node_ip_address())
 
     @api.get("/", include_in_schema=False)
     async def index(self) -> Response:
@@ -128,5 +136,5 @@ class Frontend:
     def __del__(self) -> None:
         self._media.close()
 
-    def _generate(self, *request: Any) -> Pieces:
-        return RemotePieces(self._begin.remote(*request))  # type: ignore[arg-type]
+    def _generate(self, example: Mapping[str, Any], params: SamplingParams) -> Pieces:
+        return RemotePieces(self._replicas, self._inbox, example, params, self._timeout_s)

@@ -1,4 +1,4 @@
-"""What is around an engine: the thread it works in, the queue before it, and an asynchronous generator for each answer.
+"""What is around an engine: the thread it works in, the queue before it, and who is told of each answer.
 
 The engine owns the queue; the host bounds it, and refuses what would make it longer.
 """
@@ -10,10 +10,10 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from molmo_core.generation.engine.requests import End, Event, Failed, Token, TokenLogprobs
+from molmo_core.generation.engine.requests import End, Event, Failed, Token
 from pipelines.serving.errors import queue_full, unavailable
 from pipelines.serving.pieces import Piece
 
@@ -49,7 +49,23 @@ class _Ticket:
     """A request and the one who waits for its answer."""
 
     request: Any
-    emit: Callable[[Event], None]
+    give: Callable[[Piece], object]
+    ended: asyncio.Future[None]
+
+    def take(self, events: Sequence[Event]) -> None:
+        """Hands on what happened to the request in a step."""
+        if self.ended.done():
+            return
+        given = [event for event in events if isinstance(event, Token)]
+        tokens, logprobs = [token.id for token in given], [token.logprobs for token in given if token.logprobs is not None]
+        match events[-1]:
+            case Failed(error):
+                self.ended.set_exception(error)
+            case End(reason):
+                self.give(Piece(tokens, reason, logprobs or None))
+                self.ended.set_result(None)
+            case _:
+                self.give(Piece(tokens, None, logprobs or None))
 
 
 class Host:
@@ -70,11 +86,15 @@ class Host:
         self._left: queue.SimpleQueue[_Ticket] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    async def answer(self, request: Any) -> AsyncGenerator[Piece, None]:
-        """The answer to one request, as it is generated. Closing the generator stops the work on it.
+    async def answer(self, request: Any, give: Callable[[Piece], object]) -> None:
+        """Generates the answer to one request; returns after its last part. Cancelling this stops the work on it.
+
+        Args:
+            give: called in this event loop with each part, once a step of the engine.
 
         Raises:
             ApiError: 429, the queue is full; 503, the engine has stopped.
@@ -82,25 +102,14 @@ class Host:
         """
         if len(self._tickets) >= self._places:
             raise queue_full()
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-
-        def emit(event: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        ticket = _Ticket(request, emit)
+        self._loop = asyncio.get_running_loop()
+        ticket = _Ticket(request, give, self._loop.create_future())
         self._tickets.add(ticket)
         try:
             self._arrived.put(ticket)
             if not self._thread.is_alive():  # looked at after putting: a thread that ends now has told this ticket, too
                 raise _stopped()
-            piece = Piece([], None)
-            while piece.finish_reason is None:
-                ready = [await events.get()]
-                while not events.empty():  # what has come meanwhile goes out as one part
-                    ready.append(events.get_nowait())
-                piece = _piece(ready)
-                yield piece
+            await ticket.ended
         finally:
             self._tickets.discard(ticket)
             self._left.put(ticket)
@@ -123,6 +132,7 @@ class Host:
         tickets: dict[Any, _Ticket] = {}  # by request, of those that the engine has
         try:
             while not self._closing.is_set():
+                events: list[tuple[_Ticket, Event]] = []
                 for ticket in self._new():
                     if ticket not in self._tickets:
                         continue  # whoever asked has left before the engine heard of it
@@ -130,22 +140,27 @@ class Host:
                         self._engine.add(ticket.request)
                         tickets[ticket.request] = ticket
                     except ValueError as error:
-                        ticket.emit(Failed(error))
+                        events.append((ticket, Failed(error)))
                 while not self._left.empty():
                     request = self._left.get().request
                     if tickets.pop(request, None) is not None:
                         self._engine.abort(request)
                 for request, event in self._engine.step():
                     if request in tickets:
-                        tickets[request].emit(event)
+                        events.append((tickets[request], event))
                         if not isinstance(event, Token):
                             del tickets[request]
+                self._tell(events)
         except BaseException as error:  # kept for `check`, which reports it
             self._failure = error
             raise
         finally:
-            for ticket in tuple(self._tickets):
-                ticket.emit(Failed(_stopped()))
+            self._tell([(ticket, Failed(_stopped())) for ticket in tuple(self._tickets)])
+
+    def _tell(self, events: list[tuple[_Ticket, Event]]) -> None:
+        """Hands a step's events to the event loop at once: waking it up costs the engine more than many a token."""
+        if events and self._loop is not None:
+            self._loop.call_soon_threadsafe(_hand_out, events)
 
     def _new(self) -> list[_Ticket]:
         """Requests that have arrived; an idle engine waits for the first, and a little for others."""
@@ -160,20 +175,12 @@ class Host:
                 deadline = time.monotonic() + self._batch_wait_s
 
 
-def _piece(events: Sequence[Event]) -> Piece:
-    tokens: list[int] = []
-    logprobs: list[TokenLogprobs] = []
-    reason: str | None = None
-    for event in events:
-        match event:
-            case Token(token, of_token):
-                tokens.append(token)
-                logprobs += [] if of_token is None else [of_token]
-            case End():
-                reason = event.reason
-            case Failed(error):
-                raise error
-    return Piece(tokens, reason, logprobs or None)
+def _hand_out(events: list[tuple[_Ticket, Event]]) -> None:
+    of_ticket: dict[_Ticket, list[Event]] = {}
+    for ticket, event in events:
+        of_ticket.setdefault(ticket, []).append(event)
+    for ticket, own in of_ticket.items():
+        ticket.take(own)
 
 
 def _stopped() -> Exception:

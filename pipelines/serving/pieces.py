@@ -27,4 +27,4 @@ class Pieces(Protocol):
 
 
 Generate = Callable[..., Pieces]
-"""Begins an answer: (example, SamplingParams), as `Replica.generate`."""
+"""Begins an answer: (example, SamplingParams)."""

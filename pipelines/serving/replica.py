@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pipelines.model_folder import model_folder
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.host import Host
 from pipelines.serving.pieces import Piece
+from pipelines.serving.wire import Address, Outboxes
 
 __all__ = ["Piece", "Replica"]
 
@@ -27,19 +29,25 @@ class Replica:
         engine = Engine(load_model(model_folder(model), getattr(torch, config.dtype), device), EngineLimits(config.max_batch_size))
         engine.warm_up()
         self._host = Host(engine, config.max_batch_size + config.max_queued_requests, config.batch_wait_ms / 1000)
+        self._outboxes = Outboxes()
 
-    async def generate(self, example: dict[str, Any], params: SamplingParams) -> AsyncIterator[Piece]:
-        """The answer to one preprocessed prompt, as it is generated. Closing the generator stops the work on it.
+    async def answer(self, example: dict[str, Any], params: SamplingParams, begun: Sequence[int], to: Address, number: int) -> None:
+        """Generates the answer to one preprocessed prompt; returns when it has ended. Cancelling this stops the work on it.
+
+        Args:
+            example: model inputs.
+            params: how to answer.
+            begun: tokens of the answer that another replica has generated; it goes on behind them.
+            to: the frontend that the tokens are sent to, as parts of the answer `number`.
 
         Raises:
             ApiError: the queue is full.
+            OSError, ConnectionLost: the frontend is gone.
         """
-        pieces = self._host.answer(Request(example, params))
-        try:
-            async for piece in pieces:
-                yield piece
-        finally:
-            await pieces.aclose()
+        outbox = await self._outboxes.to(to)
+        async with outbox.work():
+            outbox.send(number, Piece([], None))  # from here on the frontend notices if this process ends
+            await self._host.answer(Request(example, params, tuple(begun)), partial(outbox.send, number))
 
     async def load(self) -> dict[str, int]:
         """Answers in work, requests that wait, tokens generated since the start (`Host.load`)."""

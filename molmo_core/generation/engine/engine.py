@@ -127,9 +127,14 @@ class Engine:
         longest = len(ids) + params.max_tokens
         if longest > config.llm.max_sequence_length:
             raise ValueError(f"prompt and answer may be {longest:,} tokens, but the model takes {config.llm.max_sequence_length:,}")
+        if len(request.begun) >= params.max_tokens:
+            raise ValueError(f"{len(request.begun)} tokens are generated already, max_tokens is {params.max_tokens}")
+        if grammar is not None:
+            for token in request.begun:
+                grammar.push(token)
         whole, horizon, size = self.model.FILLS_CACHE, self.runner.horizon(prompt), self.limits.page_size
         keys = [] if whole else page_keys(ids, prompt.positions, horizon, prompt.digest, self.runner.first_medium(prompt), size)
-        sequence = Sequence(request, ids.tolist(), len(ids), horizon, keys, whole, prompt)
+        sequence = Sequence(request, [*ids.tolist(), *request.begun], len(ids), horizon, keys, whole, prompt)
         self.scheduler.add(sequence)
         self._answers[request] = _Answer(sequence, secrets.randbits(63) if params.seed is None else params.seed, grammar)
 

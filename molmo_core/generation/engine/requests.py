@@ -97,6 +97,8 @@ class Request:
     example: Mapping[str, Any]
     """Model inputs of the prompt, as a preprocessor gives them (numpy; without metadata)."""
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    begun: tuple[int, ...] = ()
+    """Tokens of the answer that were generated elsewhere: it goes on behind them, and they count."""
 
 
 class TokenLogprobs(NamedTuple):

@@ -56,15 +56,19 @@ def scripted(golden_config):
 class Local:
     """An answer of a host in this process."""
 
-    def __init__(self, pieces):
-        self._pieces = pieces
-        self._closing = None
+    def __init__(self, host, request):
+        self._parts = asyncio.Queue()
+        self._work = asyncio.ensure_future(host.answer(request, self._parts.put_nowait))
+        self._work.add_done_callback(lambda work: work.cancelled() or self._parts.put_nowait(work.exception()))
 
     async def __anext__(self):
-        return await anext(self._pieces)
+        part = await self._parts.get()
+        if isinstance(part, Exception):
+            raise part
+        return part
 
     def cancel(self):
-        self._closing = asyncio.ensure_future(self._pieces.aclose())
+        self._work.cancel()
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,6 @@ def engined(tiny_model):
     """A service with a real engine: the tiny model's."""
     host = Host(Engine(tiny_model, EngineLimits(max_running=4, cache_bytes=32 << 20)), places=64, batch_wait_s=0.0)
     config = ServeConfig(model="m", name="m", max_new_tokens=12)
-    yield ChatService(config, tiny_model.config, lambda example, params: Local(host.answer(Request(example, params))))
+    yield ChatService(config, tiny_model.config, lambda example, params: Local(host, Request(example, params)))
     host.check()
     host.close()

@@ -4,6 +4,7 @@ import asyncio
 import pickle
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,8 +13,9 @@ from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, queue_full
 from pipelines.serving.host import Host
-from pipelines.serving.pieces import Piece
+from pipelines.serving.remote import RemotePieces
 from pipelines.serving.replica import Replica
+from pipelines.serving.wire import Inbox
 
 
 class Count:
@@ -79,12 +81,11 @@ def host(engine):
     host.close()
 
 
-async def collect(pieces) -> tuple[list[int], str | None]:
-    tokens, reason = [], None
-    async for piece in pieces:
-        assert reason is None
-        tokens, reason = tokens + piece.tokens, piece.finish_reason
-    return tokens, reason
+async def collect(host, request) -> tuple[list[int], str | None]:
+    pieces = []
+    await host.answer(request, pieces.append)
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    return [token for piece in pieces for token in piece.tokens], pieces[-1].finish_reason
 
 
 async def until(condition):
@@ -97,58 +98,64 @@ async def until(condition):
 def test_answers_are_whole_and_in_order(host, engine):
     async def main():
         sizes = [5, 1, 300, 2, 40]
-        answers = await asyncio.gather(*(collect(host.answer(Count(size))) for size in sizes))
+        answers = await asyncio.gather(*(collect(host, Count(size)) for size in sizes))
         assert answers == [(list(range(1, size + 1)), "length") for size in sizes]
 
     asyncio.run(main())
     assert host.load() == {"active": 0, "waiting": 0, "tokens": 348}
 
 
-def test_what_has_come_meanwhile_goes_out_together(host):
+def test_a_step_wakes_the_event_loop_once(host, engine):
     async def main():
-        pieces = host.answer(Count(1000))
-        count = 0
-        async for _ in pieces:
-            count += 1
-            await asyncio.sleep(0.02)
-        return count
+        wakes, loop = 0, asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
 
-    assert asyncio.run(main()) < 200
+        def counted(*call):
+            nonlocal wakes
+            wakes += 1
+            return wake(*call)
+
+        loop.call_soon_threadsafe = counted
+        await asyncio.gather(*(collect(host, Count(100)) for _ in range(2)))
+        return wakes
+
+    assert asyncio.run(main()) < 120, "200 tokens"
 
 
 def test_a_full_queue_refuses_at_once_and_works_again(host, engine):
     async def main():
         engine.gate.clear()
-        held = [asyncio.create_task(collect(host.answer(Count(3)))) for _ in range(5)]
+        held = [asyncio.create_task(collect(host, Count(3))) for _ in range(5)]
         await until(lambda: host.load()["active"] == 2)
         for _ in range(50):
             with pytest.raises(ApiError) as caught:  # while the engine stands still: who waited would wait for ever
-                await asyncio.wait_for(collect(host.answer(Count(3))), 10)
+                await asyncio.wait_for(collect(host, Count(3)), 10)
             assert caught.value.status == 429
             assert caught.value.headers == {"Retry-After": "1"}
             assert caught.value.body()["error"]["type"] == "rate_limit_error"
         assert host.load()["waiting"] == 3
         engine.gate.set()
         assert await asyncio.gather(*held) == [([1, 2, 3], "length")] * 5
-        assert await collect(host.answer(Count(2))) == ([1, 2], "length")
+        assert await collect(host, Count(2)) == ([1, 2], "length")
 
     asyncio.run(main())
 
 
 def test_one_who_leaves_frees_the_place(host, engine):
     async def main():
-        pieces = host.answer(Count(10**9))
-        await anext(pieces)
-        await pieces.aclose()
+        begun = asyncio.Event()
+        task = asyncio.create_task(host.answer(Count(10**9), lambda piece: begun.set()))
+        await begun.wait()
+        task.cancel()
         await until(lambda: host.load()["active"] == 0)
         engine.gate.clear()
-        waiting = [asyncio.create_task(collect(host.answer(Count(10**9)))) for _ in range(5)]
+        waiting = [asyncio.create_task(collect(host, Count(10**9))) for _ in range(5)]
         await until(lambda: host.load()["active"] == 2)
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         engine.gate.set()
-        assert await collect(host.answer(Count(2))) == ([1, 2], "length")
+        assert await collect(host, Count(2)) == ([1, 2], "length")
 
     asyncio.run(main())
 
@@ -164,15 +171,15 @@ def test_one_who_leaves_before_the_engine_hears_of_it_costs_nothing(host, engine
     monkeypatch.setattr(engine, "add", slow)
 
     async def main():
-        first = asyncio.create_task(collect(host.answer(Count(3))))
+        first = asyncio.create_task(collect(host, Count(3)))
         await until(entered.is_set)
-        second = asyncio.create_task(collect(host.answer(Count(10**9))))
+        second = asyncio.create_task(collect(host, Count(10**9)))
         await until(lambda: host.load()["waiting"] == 2)
         second.cancel()
         await asyncio.gather(second, return_exceptions=True)
         gate.set()
         assert await first == ([1, 2, 3], "length")
-        assert await collect(host.answer(Count(2))) == ([1, 2], "length")
+        assert await collect(host, Count(2)) == ([1, 2], "length")
 
     asyncio.run(main())
     assert engine.requests == []
@@ -180,7 +187,7 @@ def test_one_who_leaves_before_the_engine_hears_of_it_costs_nothing(host, engine
 
 def test_a_request_that_fails_does_so_alone(host):
     async def main():
-        good, bad = await asyncio.gather(collect(host.answer(Count(4))), collect(host.answer(Count("four"))), return_exceptions=True)
+        good, bad = await asyncio.gather(collect(host, Count(4)), collect(host, Count("four")), return_exceptions=True)
         assert good == ([1, 2, 3, 4], "length")
         assert isinstance(bad, ValueError)
 
@@ -194,7 +201,7 @@ def test_an_engine_that_stops_leaves_nobody_waiting(host, engine):
 
     async def main():
         engine.gate.clear()
-        held = [asyncio.create_task(collect(host.answer(Count(10**9)))) for _ in range(4)]
+        held = [asyncio.create_task(collect(host, Count(10**9))) for _ in range(4)]
         await until(lambda: host.load()["active"] == 2)
         engine.broken = True
         engine.gate.set()
@@ -203,7 +210,7 @@ def test_an_engine_that_stops_leaves_nobody_waiting(host, engine):
             assert (error.status, error.code) == (503, "replica_lost")
         await until(lambda: not host._thread.is_alive())
         with pytest.raises(ApiError, match="has stopped"):
-            await collect(host.answer(Count(1)))
+            await collect(host, Count(1))
 
     asyncio.run(main())
     with pytest.raises(RuntimeError, match="the device is gone"):
@@ -227,17 +234,8 @@ def test_a_replica_answers_as_its_model(replica, tiny_model):
     preprocess = tiny_model.config.build_preprocessor(for_inference=True, is_training=False)
     limit = 6
 
-    class Local:
-        def __init__(self, pieces):
-            self._pieces = pieces
-
-        async def __anext__(self) -> Piece:
-            return await anext(self._pieces)
-
-        def cancel(self):
-            pass
-
-    service = ChatService(ServeConfig(model="m", name="m"), tiny_model.config, lambda *request: Local(replica.generate(*request)))
+    inbox, handle = Inbox(), SimpleNamespace(answer=SimpleNamespace(remote=lambda *call: asyncio.ensure_future(replica.answer(*call))))
+    service = ChatService(ServeConfig(model="m", name="m"), tiny_model.config, lambda *call: RemotePieces(handle, inbox, *call, 600))
 
     async def ask(text, **settings):
         body = {"model": "m", "messages": [{"role": "user", "content": text}], "max_tokens": limit, "seed": 1, **settings}
@@ -252,6 +250,7 @@ def test_a_replica_answers_as_its_model(replica, tiny_model):
     ]
 
     async def main():
+        await inbox.open("127.0.0.1")
         return await asyncio.gather(*(ask(text) for text in texts), *(ask("edge", **edge) for edge in edges))
 
     answers = asyncio.run(main())

@@ -96,6 +96,23 @@ def prompts(tiny_model):
     return [preprocess({"image": image, "style": "demo", "question": text}) for text in texts]
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_an_answer_begun_elsewhere_goes_on(name, golden):
+    """What another engine had generated when it was lost is not generated again, and the rest is as if nothing had happened."""
+    model = family_model(name, golden)
+    engine = Engine(model, limits(page_size=16))
+    for example in family_prompts(name, model, golden):
+        for params in (SamplingParams(max_tokens=8), SamplingParams(max_tokens=8, temperature=1.5, seed=3, presence_penalty=0.5)):
+            (whole,) = run(engine, [(0, Request(example, params))]).values()
+            tokens = tokens_of(whole)
+            for count in {1, len(tokens) // 2, len(tokens) - 1} & set(range(1, len(tokens))):
+                (rest,) = run(engine, [(0, Request(example, params, tuple(tokens[:count])))]).values()
+                assert tokens_of(rest) == tokens[count:]
+                assert rest[-1] == whole[-1]
+    with pytest.raises(ValueError, match="8 tokens are generated already"):
+        engine.add(Request(example, SamplingParams(max_tokens=8), tuple(range(8))))
+
+
 def test_end_token_and_stop_tokens(model, prompts, monkeypatch):
     free = alone(model, prompts[0], 8)
     engine = Engine(model, limits())

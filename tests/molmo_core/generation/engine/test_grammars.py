@@ -117,6 +117,15 @@ def test_stop_tokens_end_what_is_not_complete(tiny_model, prompts):
     assert text_of(tiny_model, events).strip() == "a"
 
 
+def test_an_answer_begun_elsewhere_keeps_its_grammar(tiny_model, prompts):
+    engine = Engine(tiny_model)
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=4, grammar=Grammar("regex", "[a-z]{12}-[0-9]{12}"))
+    (events,) = run(engine, [(0, Request(prompts[0], params))]).values()
+    tokens = tokens_of(events)
+    (rest,) = run(engine, [(0, Request(prompts[0], params, tuple(tokens[:5])))]).values()
+    assert tokens_of(rest) == tokens[5:]
+
+
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
