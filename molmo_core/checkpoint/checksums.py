@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from molmo_core.checkpoint.folder import CheckpointError
 
@@ -21,9 +21,27 @@ Checksums = dict[str, dict[str, Any]]
 """By file name, relative to the folder: `bytes` and `crc32` (eight hexadecimal digits)."""
 
 
-def checksums(folder: Path, names: Iterable[str]) -> Checksums:
-    """Reads files and sums them up."""
-    return {name: {"bytes": (folder / name).stat().st_size, "crc32": _crc32(folder / name)} for name in names}
+class Sum:
+    """The checksum of bytes that go by."""
+
+    def __init__(self) -> None:
+        self.bytes = self._crc32 = 0
+
+    def add(self, data: Any) -> None:
+        """Takes the next bytes (bytes, or anything with their buffer)."""
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self.bytes += memoryview(data).nbytes
+
+    def result(self) -> dict[str, Any]:
+        return {"bytes": self.bytes, "crc32": f"{self._crc32:08x}"}
+
+
+def checksum(file: BinaryIO) -> dict[str, Any]:
+    """Reads a file to its end and sums it up."""
+    total = Sum()
+    while block := file.read(BLOCK_BYTES):
+        total.add(block)
+    return total.result()
 
 
 def files_of(folder: Path) -> list[str]:
@@ -31,22 +49,30 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f != folder / CHECKSUMS_NAME)
 
 
-def write_checksums(folder: Path, found: Mapping[str, Any] | None = None) -> None:
-    """Writes the checksums of a folder: `found`, or those of all its files as they are now."""
-    content = dict(checksums(folder, files_of(folder)) if found is None else found)
-    (folder / CHECKSUMS_NAME).write_text(json.dumps({"files": content}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def write_checksums(folder: Path) -> None:
+    """Writes the checksums of all files of a folder as they are now."""
+    found = {}
+    for name in files_of(folder):
+        with open(folder / name, "rb") as file:
+            found[name] = checksum(file)
+    (folder / CHECKSUMS_NAME).write_text(as_text(found), encoding="utf-8")
 
 
-def read_checksums(folder: Path) -> Checksums | None:
-    """What was written; None if there is nothing.
+def as_text(found: Mapping[str, Any]) -> str:
+    """The content of a folder's `checksums.json`."""
+    return json.dumps({"files": dict(found)}, indent=1, sort_keys=True) + "\n"
+
+
+def from_text(text: str | bytes | None) -> Checksums:
+    """What `as_text` was given.
 
     Raises:
-        ValueError: the file of the checksums is itself damaged.
+        ValueError: there is no such file (None), or it is itself damaged.
     """
+    if text is None:
+        raise ValueError(f"{CHECKSUMS_NAME}: missing")
     try:
-        content = json.loads((folder / CHECKSUMS_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        content = json.loads(text)
     except ValueError:
         raise ValueError(f"{CHECKSUMS_NAME}: damaged (not JSON)") from None
     files = content.get("files") if isinstance(content, dict) else None
@@ -55,21 +81,27 @@ def read_checksums(folder: Path) -> Checksums | None:
     return files
 
 
-def damage(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is wrong with files of a folder, a line for each; empty if nothing is."""
+def damage(expected: Mapping[str, Mapping[str, Any]], open_file: Callable[[str], BinaryIO]) -> list[str]:
+    """What is wrong with files, a line for each; empty if nothing is.
+
+    Args:
+        expected: by name, as `checksum` gives it.
+        open_file: opens the file of a name for reading.
+    """
     found = []
     for name, sums in expected.items():
-        path = folder / name
         try:
-            size = path.stat().st_size
-            if size != sums["bytes"]:
-                found.append(f"{name}: {size:,} bytes of {sums['bytes']:,}")
-            elif _crc32(path) != sums["crc32"]:
-                found.append(f"{name}: its content has changed since it was written (checksum)")
+            with open_file(name) as file:
+                now = checksum(file)
         except FileNotFoundError:
             found.append(f"{name}: missing")
         except OSError as error:
-            found.append(f"{name}: cannot be read ({error.strerror})")
+            found.append(f"{name}: cannot be read ({error.strerror or error})")
+        else:
+            if now["bytes"] != sums["bytes"]:
+                found.append(f"{name}: {now['bytes']:,} bytes of {sums['bytes']:,}")
+            elif now["crc32"] != sums["crc32"]:
+                found.append(f"{name}: its content has changed since it was written (checksum)")
     return found
 
 
@@ -81,9 +113,12 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: naming every file that is not as it was written.
     """
+    if not (folder / CHECKSUMS_NAME).is_file():
+        return
     try:
-        expected = (read_checksums(folder) if folder.is_dir() else None) or {}
-        found = damage(folder, {name: sums for name, sums in expected.items() if (folder / name).parent.is_dir()})
+        expected = from_text((folder / CHECKSUMS_NAME).read_bytes())
+        present = {name: sums for name, sums in expected.items() if (folder / name).parent.is_dir()}
+        found = damage(present, lambda name: open(folder / name, "rb"))
     except ValueError as error:
         found = [str(error)]
     if found:
@@ -91,11 +126,3 @@ def check_folder(folder: Path) -> None:
             f"{folder} differs from what was written: {'; '.join(found)}. Copy or export it again; "
             f"if it was changed on purpose, delete {CHECKSUMS_NAME} there."
         )
-
-
-def _crc32(path: Path) -> str:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"

@@ -1,78 +1,114 @@
 """Saving and resuming a run: sharded tensors (torch.distributed.checkpoint) and a few numbers, straight into the run's storage.
 
-Every rank writes its shards and sums them up; when all have, the first one adds `state.json` and `checksums.json` and the folder appears
-as `step_000123`. A run of the same name and storage resumes from the newest one whose files are as they were written, on any number of
-workers. Which checkpoints there are is read from the storage alone: Ray Train is told of them, but not asked.
+`begin` copies what a rank holds (staging); from the copy a thread writes while training goes on. The ranks' threads agree among themselves,
+in a process group of their own: when all shards are written, the first rank adds `checksums.json` and the folder appears as `step_000123`.
+A run of the same name and storage resumes from the newest one whose files are as they were written, on any number of workers.
+Which checkpoints there are is read from the storage alone: Ray Train knows nothing of them.
 Random numbers need no saving: those of a step are a function of (seed, step, rank).
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
-import os
+import logging
+import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray.train
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ray.train import CheckpointUploadMode
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from molmo_core.checkpoint.checksums import CHECKSUMS_NAME, checksums, damage, read_checksums, write_checksums
+from molmo_core.checkpoint.checksums import CHECKSUMS_NAME, Sum, as_text, damage, from_text
 from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
-from pipelines.training.errors import TrainingError
+from pipelines.training.config import CheckpointConfig
+from pipelines.training.errors import TrainingError, passing, unwritable
+from pipelines.training.events import Note, Saved
 from pipelines.training.optim import Optimizer
-from pipelines.training.parallel import first, gathered, rank, world_size
+from pipelines.training.parallel import first, gathered, rank, together, world_size
+from pipelines.training.shards import ShardReader, ShardWriter
 from pipelines.training.storage import Storage, step_name
 
 STATE_NAME = "state.json"
 MODEL_FOLDER = "model"
 LATEST_NAME = "latest"
 """File with the name of the newest checkpoint: whether it has gone is seen by it."""
+RETRY_S = (1.0, 4.0, 16.0)
+"""Waits before a save is tried again whose storage did not answer."""
+MOST_FAILED = 3
+"""Saves that may fail one after the other."""
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
     """Checkpoints of one run. Every rank calls every method, in the same order."""
 
-    def __init__(self, model: ModelBase, optimizer: Optimizer, storage: Storage, keep: int | None = None):
-        """`keep`: how many of the newest checkpoints stay (None: all)."""
-        self.model, self.optimizer, self.storage, self.keep = model, optimizer, storage, keep
+    def __init__(
+        self, model: ModelBase, optimizer: Optimizer, storage: Storage, config: CheckpointConfig, tell: Callable[[Saved | Note], None]
+    ):
+        """`tell` hears of every checkpoint that is whole, of every save that failed, and of damaged ones."""
+        self.model, self.optimizer, self.storage, self.config, self.tell = model, optimizer, storage, config, tell
+        self.saved = 0
+        """The step of the newest checkpoint."""
+        self.failed = 0
+        """How many of the last saves failed."""
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._stager: DefaultStager | None = None
+        self._save: _Save | None = None
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Saves model, optimiser and `state` (JSON; `step` names the checkpoint); returns when they are in the storage.
+    def begin(self, state: dict[str, Any]) -> None:
+        """Copies model and optimiser, and starts to write them and `state` (JSON; `step` names the checkpoint). One save at a time: an
+        earlier one is waited for."""
+        self.wait()
+        began = time.perf_counter()
+        weights, moments = get_state_dict(self.model, self.optimizer.optimizers)
+        staged = self._staged({"model": weights, "optim": moments})
+        self._save = _Save(state["step"], time.perf_counter() - began)
+        self._save.start(lambda: self._write(staged, state))
+
+    def poll(self) -> bool:
+        """Whether this rank has written all of a save that `wait` was not called for. The others may not have."""
+        return self._save is not None and self._save.ended()
+
+    def wait(self, last: bool = False) -> None:
+        """Waits until what `begin` began is in the storage. A save that fails leaves nothing; earlier checkpoints are as they were.
+
+        Args:
+            last: no later save will make up for this one.
 
         Raises:
-            TrainingError: they cannot be written. Earlier checkpoints are as they were.
+            TrainingError: it failed, and it is the `last` one or one of many.
         """
-        name = step_name(state["step"])
-        try:
-            with self.storage.scratch(name, rank()) as folder:
-                weights, moments = get_state_dict(self.model, self.optimizer.optimizers)
-                dcp.save({"model": weights, "optim": moments}, checkpoint_id=folder)
-                mine = [path.name for path in folder.glob(f"__{rank()}_*")]
-                if rank() == 0:
-                    (folder / STATE_NAME).write_text(json.dumps(state))
-                    mine += [STATE_NAME, ".metadata"]
-                found = checksums(folder, mine)
-                self.storage.upload(folder, name)
-                parts = gathered(found)
-                if rank() == 0:
-                    write_checksums(folder, {file: sums for part in parts for file, sums in part.items()})
-                    self.storage.publish(folder, name, CHECKSUMS_NAME)
-                    self.storage.write(LATEST_NAME, name)
-                    self._prune(state["step"])
-        except (OSError, RuntimeError, CheckpointException) as error:
-            raise self._cannot_write(name, error) from error
-        # The name is agreed on by all ranks, so that none is ahead of the first one.
-        checkpoint = self.storage.checkpoint(name)
-        mode = CheckpointUploadMode.NO_UPLOAD
-        ray.train.report({"step": state["step"]}, checkpoint=checkpoint, checkpoint_dir_name=name, checkpoint_upload_mode=mode)
+        save, self._save = self._save, None
+        if save is None:
+            return
+        began = time.perf_counter()
+        error = save.join()
+        if error is None:
+            self.saved, self.failed = save.step, 0
+            self.tell(Saved(save.step, seconds=save.seconds, staging=save.staging, blocked=time.perf_counter() - began))
+            return
+        self.failed += 1
+        problem = self._cannot_write(step_name(save.step), error)
+        if last and unwritable(error) is None and not passing(error):
+            raise error  # a lost rank, maybe: Ray Train may try again
+        if last or self.failed >= MOST_FAILED:
+            often = f" {self.failed} saves in a row failed." if self.failed > 1 else ""
+            raise TrainingError(f"{problem}{often} The run ends here; the same command continues when that is mended.")
+        self.tell(Note(f"{problem} Training continues; it ends if {MOST_FAILED} saves in a row fail."))
+
+    def close(self) -> None:
+        """Lets a save that is being written end, whatever it is that ends the run."""
+        if self._save is not None:
+            self._save.join()
 
     def save_model(self, step: int) -> str:
         """Adds the self-contained folder `model` (safetensors, configuration, tokenizer) to a checkpoint, unless it is there.
@@ -89,19 +125,25 @@ class Checkpointer:
                 if self.storage.local is not None:
                     self.model.save_checkpoint(self.storage.local / name)
                 else:
-                    with self.storage.scratch(name, rank()) as folder:
+                    with tempfile.TemporaryDirectory(prefix="molmo-model-") as temporary:
+                        folder = Path(temporary) / MODEL_FOLDER
                         self.model.save_checkpoint(folder)
                         if rank() == 0:
                             self.storage.upload(folder, name, last=CHECKSUMS_NAME)
         except (OSError, RuntimeError) as error:
-            raise self._cannot_write(name, error) from error
+            if unwritable(error) is None:
+                raise
+            raise TrainingError(f"{self._cannot_write(name, error)} The same command continues when that is mended.") from None
         return f"{self.storage.url}/{name}"
 
-    def resume(self, tell: Callable[[str], None]) -> dict[str, Any] | None:
-        """Loads the newest checkpoint that is whole into model and optimiser.
+    def newest(self) -> str:
+        """What there is to continue from, for errors. A save that is being written is waited for."""
+        self.close()
+        steps = self.storage.steps()
+        return f"the last checkpoint is {step_name(steps[0])}" if steps else "there is no checkpoint yet"
 
-        Args:
-            tell: called with a line for each newer one that is not.
+    def resume(self) -> dict[str, Any] | None:
+        """Loads the newest checkpoint that is whole into model and optimiser; tells of each newer one that is not.
 
         Returns:
             Its `state`; None if the run has no checkpoint yet.
@@ -113,15 +155,14 @@ class Checkpointer:
         problems = []
         if latest is not None and latest not in map(step_name, steps):
             problems.append(f"{self.storage.url}/{latest}, the newest checkpoint, is gone")
-            tell(problems[-1])
+            self.tell(Note(problems[-1]))
         for step in steps:
-            name = step_name(step)
-            with self.storage.checkpoint(name).as_directory() as folder:
-                found = self._damage(Path(folder))
-                if not found:
-                    return self._load(Path(folder))
-            problems.append(f"{self.storage.url}/{name} is damaged: {'; '.join(found)}")
-            tell(problems[-1])
+            found = self.damage(step_name(step))
+            if not found:
+                self.saved = step
+                return self._load(step_name(step))
+            problems.append(f"{self.storage.url}/{step_name(step)} is damaged: {'; '.join(found)}")
+            self.tell(Note(problems[-1]))
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
             raise ConfigError(
@@ -130,59 +171,120 @@ class Checkpointer:
             )
         return None
 
-    def _damage(self, folder: Path) -> list[str]:
+    def damage(self, name: str) -> list[str]:
         """What is wrong with a checkpoint. The ranks share the reading."""
         try:
-            expected = read_checksums(folder)
+            expected = from_text(self.storage.read(f"{name}/{CHECKSUMS_NAME}"))
         except ValueError as error:
-            expected, problem = None, str(error)
+            found = [str(error)]
         else:
-            problem = f"{CHECKSUMS_NAME}: missing"
-        largest = sorted(expected or {}, key=lambda name: (-expected[name]["bytes"], name))  # type: ignore[index]
-        share = {name: expected[name] for name in largest[rank() :: world_size()]} if expected else {}
-        found = [problem] if not expected else damage(folder, share)
+            largest = sorted(expected, key=lambda file: (-expected[file]["bytes"], file))
+            share = {file: expected[file] for file in largest[rank() :: world_size()]}
+            found = damage(share, lambda file: self.storage.open(f"{name}/{file}"))
+            found += [f"{CHECKSUMS_NAME}: names no files"] if not expected else []
         return sorted({line for part in gathered(found) for line in part})
 
-    def _load(self, folder: Path) -> dict[str, Any]:
+    def _staged(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """A copy in this machine's memory, pinned if it comes from a GPU. The memory is used again by the next save."""
+        if self._stager is None:
+            gpu = self.model.device.type == "cuda"
+            options = StagingOptions(use_pinned_memory=gpu, use_non_blocking_copy=gpu, use_shared_memory=False, use_async_staging=False)
+            self._stager = DefaultStager(options)
+        return self._stager.stage(tensors)  # type: ignore[return-value]
+
+    def _write(self, staged: dict[str, Any], state: dict[str, Any]) -> None:
+        """What the thread does. Raises on every rank if it fails on one; then nothing is left of it."""
+        name = step_name(state["step"])
+        for wait in (*RETRY_S, None):
+            try:
+                return self._write_once(name, staged, state)
+            except Exception as error:
+                if rank() == 0:
+                    with contextlib.suppress(OSError):  # what the storage said first says more
+                        self.storage.abandon(name)
+                if wait is None or not passing(error):  # all ranks have the same error
+                    raise
+                time.sleep(wait)
+
+    def _write_once(self, name: str, staged: dict[str, Any], state: dict[str, Any]) -> None:
+        text = json.dumps(state)
+        folder = together(lambda: self.storage.begin(name) if rank() == 0 else "", self._group)[0]
+        writer = ShardWriter(self.storage, folder)
+        try:
+            dcp.save(staged, storage_writer=writer, process_group=self._group, no_dist=world_size() == 1)
+        except CheckpointException as error:  # the same one on all ranks
+            raise cause(error) from None
+        parts = together(lambda: writer.checksums, self._group)
+
+        def publish() -> None:
+            self.storage.write(f"{folder}/{STATE_NAME}", text)
+            total = Sum()
+            total.add(text.encode())
+            found = {file: sums for part in parts for file, sums in part.items()} | {STATE_NAME: total.result()}
+            self.storage.publish(name, CHECKSUMS_NAME, as_text(found))
+            self.storage.write(LATEST_NAME, name)
+
+        together(lambda: publish() if rank() == 0 else None, self._group)
+        if rank() == 0:
+            self._prune(state["step"])
+
+    def _load(self, name: str) -> dict[str, Any]:
         weights, moments = get_state_dict(self.model, self.optimizer.optimizers)
-        dcp.load({"model": weights, "optim": moments}, checkpoint_id=folder)
+        dcp.load({"model": weights, "optim": moments}, storage_reader=ShardReader(self.storage, name), no_dist=world_size() == 1)
         set_state_dict(self.model, self.optimizer.optimizers, model_state_dict=weights, optim_state_dict=moments)
-        state = json.loads((folder / STATE_NAME).read_text())
-        gathered(None)  # the folder may be a download that the first rank to leave would delete
-        return state
+        return json.loads(self.storage.read(f"{name}/{STATE_NAME}") or "")
 
     def _prune(self, newest: int) -> None:
-        """Deletes what is older than the last `keep`, and what is newer: it was damaged when the run resumed before it."""
+        """Deletes what is older than the last `keep` and no milestone, and what is newer: it was damaged when the run resumed before it."""
         steps = self.storage.steps()
-        kept = [step for step in steps if step <= newest][: self.keep]
-        for step in set(steps) - set(kept):
-            self.storage.delete(step_name(step))
+        every = self.config.keep_every
+        kept = set([step for step in steps if step <= newest][: self.config.keep])
+        kept |= {step for step in steps if step <= newest and every and step % every == 0}
+        for step in set(steps) - kept:
+            try:
+                self.storage.delete(step_name(step))
+            except OSError as error:  # the next save tries again
+                logger.warning("%s/%s could not be deleted: %s", self.storage.url, step_name(step), error)
 
-    def _cannot_write(self, name: str, error: BaseException) -> Exception:
-        """What to raise: a storage that takes nothing more ends the run; after anything else (a lost rank) Ray Train may try again."""
-        reason = unwritable(error)
-        if reason is None:
-            return error if isinstance(error, Exception) else RuntimeError(f"{self.storage.url}/{name}: {error}")
+    def _cannot_write(self, name: str, error: BaseException) -> str:
         before = [step_name(step) for step in self.storage.steps()]
         kept = f"{before[0]} and what was saved before it are whole" if before else "nothing had been saved before"
-        return TrainingError(
-            f"{self.storage.url}/{name} cannot be written: {reason}. The run ends here; {kept}. "
-            "The same command continues when that is mended."
-        )
+        return f"{self.storage.url}/{name} cannot be written: {unwritable(error) or error}; {kept}."
 
 
-def unwritable(error: BaseException | None) -> str | None:
-    """Why a storage takes no more files, if that is what an error says."""
-    if isinstance(error, CheckpointException):
-        return next((reason for failure, _ in error.failures.values() if (reason := unwritable(failure))), None)
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return error.strerror
-    if error is None:
-        return None
-    reason = unwritable(error.__cause__ or error.__context__)
-    if reason is None and isinstance(error, RuntimeError) and "inline_container" in str(error):
-        return os.strerror(errno.ENOSPC)  # how torch's writer ends after a write that failed; what failed it is lost between ranks
-    return reason
+class _Save:
+    """A checkpoint that a thread writes."""
+
+    def __init__(self, step: int, staging: float):
+        self.step, self.staging, self.seconds = step, staging, staging
+        self._error: Exception | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        began = time.perf_counter()
+
+        def run() -> None:
+            try:
+                write()
+            except Exception as error:
+                self._error = error
+            self.seconds += time.perf_counter() - began
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def join(self) -> Exception | None:
+        self._thread.join()
+        return self._error
+
+
+def cause(error: CheckpointException) -> Exception:
+    """Why ranks could not save: what their storage said, if it is that."""
+    failures = [failure for failure, _ in error.failures.values()]
+    known = next((failure for failure in failures if isinstance(failure, OSError)), None)
+    return known or RuntimeError("; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()))
 
 
 def merged(state: dict[Any, Any]) -> dict[str, Any]:

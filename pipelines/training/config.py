@@ -71,6 +71,8 @@ class CheckpointConfig(BaseConfig):
     """Steps between two."""
     keep: Size | None = 2
     """How many of the latest stay; None = all."""
+    keep_every: Size | None = None
+    """Those of steps that this divides stay, too; None = none."""
 
 
 @dataclasses.dataclass
@@ -153,6 +155,11 @@ class TrainConfig(BaseConfig):
     """Refuse a run whose weights, gradients and optimiser states cannot fit into the memory of this machine."""
     max_failures: Count = 3
     """Restarts from the last checkpoint after a worker died; 0 = none."""
+
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is infinite or not a number: the step is not taken, and the run stops, or goes on (10 in a row stop it)."""
+    on_spike: Literal["report", "skip"] = "report"
+    """A loss more than 6 standard deviations above the mean of the last 128: reported; with `skip` the step is not taken, either."""
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log_interval: Size = 20

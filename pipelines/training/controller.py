@@ -13,9 +13,6 @@ try:
 except ImportError:  # another version of Ray
     ControllerCallback = None  # type: ignore[assignment, misc]
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of the checkpoints that it was told of."""
-
 logger = logging.getLogger(__name__)
 
 

@@ -46,6 +46,12 @@ class Saved:
     """The checkpoint of step `step` is whole and in its place."""
 
     step: int
+    seconds: float = dataclasses.field(default=0.0, compare=False)
+    """From the end of the step to here."""
+    staging: float = dataclasses.field(default=0.0, compare=False)
+    """Seconds of the copy that training waited for."""
+    blocked: float = dataclasses.field(default=0.0, compare=False)
+    """Seconds that training waited for the writing."""
 
 
 @dataclasses.dataclass(frozen=True)

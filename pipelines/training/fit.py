@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines import environment
 from pipelines.training.config import TrainConfig
-from pipelines.training.controller import SNAPSHOT, callbacks
+from pipelines.training.controller import callbacks
 from pipelines.training.loop import train_worker
 from pipelines.training.storage import Storage
 
@@ -29,20 +29,19 @@ class Fit:
         environment.defaults(environment.TRAINING)
         if not config.name.isascii():
             environment.defaults(environment.ASCII_TAGS)
-        # Ray Train would refuse to begin with a list of checkpoints that is damaged, or names a folder that is gone. `Checkpointer`
-        # looks at the folders themselves.
-        Storage(config.storage, config.name).delete(SNAPSHOT)
+        storage = Storage(config.storage, config.name)
         gpu = config.device == "gpu"
         resources = {"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if gpu else {})
         self.inbox = inbox
         self.trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": config, "loader": make_loader, "inbox": inbox},
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
             scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=gpu, resources_per_worker=resources),
             run_config=RunConfig(
                 name=config.name,
-                storage_path=config.storage,
+                storage_path=storage.root,
+                storage_filesystem=None if storage.local else storage.filesystem,
                 failure_config=FailureConfig(max_failures=config.max_failures),
                 callbacks=callbacks(inbox),
             ),

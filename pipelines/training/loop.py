@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.train
 import ray.train.torch
@@ -14,13 +13,15 @@ import torch.distributed as dist
 from molmo_core.config import ConfigError
 from pipelines.training.checkpointing import Checkpointer, merged
 from pipelines.training.config import TrainConfig
-from pipelines.training.errors import NonFiniteError, TrainingError
-from pipelines.training.events import Done, Failed, Metrics, Note, Samples, Saved, Started, Stopped
+from pipelines.training.errors import TrainingError
+from pipelines.training.events import Done, Failed, Metrics, Started, Stopped
+from pipelines.training.health import Health, named
+from pipelines.training.hooks import Hook, Step
 from pipelines.training.meter import Meter
 from pipelines.training.optim import Optimizer
-from pipelines.training.parallel import all_sum, autocast, build, rank, world_size
+from pipelines.training.parallel import all_sum, autocast, build, gathered, rank, world_size
 from pipelines.training.progress import Reporter
-from pipelines.training.storage import Storage, step_name
+from pipelines.training.storage import Storage
 from pipelines.training.validation import Sampler, Validator
 
 Batch = dict[str, torch.Tensor]
@@ -43,6 +44,19 @@ def train_worker(job: dict[str, Any]) -> None:
     reporter.flush()
 
 
+class Known(NamedTuple):
+    """What a host knows of a step before the device has worked on it; summed over all ranks, without the devices."""
+
+    weight: float
+    """Sum of the loss weights."""
+    tokens: float
+    teraflops: float
+    stop: float
+    """1: the run is to stop."""
+    written: float
+    """1: this rank has written its part of a checkpoint."""
+
+
 def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
     """Trains from the newest whole checkpoint, or the beginning, to the last step."""
     device = ray.train.torch.get_device()
@@ -50,82 +64,87 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
     optimizer = Optimizer(model, config.optim)
     sizes = {"global_batch_size": config.global_batch_size, "sequence_length": config.sequence_length}
     loader = make_loader(config.data, config.model, **sizes, seed=config.seed, rank=rank(), world_size=world_size())
-    validator = Validator(config, make_loader, model, device) if config.validation else None
-    sampler = Sampler(config, model, lambda text: reporter.send(Note(text))) if config.samples else None
     meter = Meter(model, device)
-    checkpointer = Checkpointer(model, optimizer, Storage(config.storage, config.name), config.checkpoint.keep)
+    checkpointer = Checkpointer(model, optimizer, Storage(config.storage, config.name), config.checkpoint, reporter.send)
+    hooks: list[Hook] = [Health(config, device, lambda before: examples(loader, before), reporter.note, checkpointer.newest)]
+    if config.validation is not None:
+        hooks.append(Validator(config, make_loader, model, device, reporter.send))
+    if config.samples is not None:
+        hooks.append(Sampler(config, model, reporter.send))
 
     start = 0
-    state = checkpointer.resume(lambda text: reporter.send(Note(text)))
+    state = checkpointer.resume()
     if state is not None:
         loader.load_state_dict(state["loader"])
         start, meter.tokens = state["step"], state["tokens"]
-    saved, stopped = start, False
+        for hook in hooks:
+            hook.load_state(state.get("hooks", {}).get(type(hook).__name__, {}))
     reporter.send(Started(start))
     batches = iter(loader)
+    try:
+        for number in range(start + 1, config.steps + 1):
+            torch.manual_seed((config.seed * 1_000_003 + number * 65_537 + rank()) % MAX_SEED)  # dropout: a step has its own
+            before = loader.state_dict()
+            meter.begin()
+            batch = next(batches)
+            meter.has_batch()
 
-    for step in range(start + 1, config.steps + 1):
-        torch.manual_seed((config.seed * 1_000_003 + step * 65_537 + rank()) % MAX_SEED)  # dropout: a resumed step is the same step
-        meter.begin()
-        batch = next(batches)
-        meter.has_batch()
+            # The divisor is the weight of the whole global batch, the same for all ranks and micro-batches; FSDP averages over ranks.
+            here = Known(loss_weight(batch), *meter.counts(batch), float(reporter.stop_requested), float(checkpointer.poll()))
+            known = Known(*all_sum(torch.tensor(here, dtype=torch.float64)).tolist())
+            if known.weight == 0:
+                raise ConfigError(f"step {number}: no token of the global batch has a loss weight. {named(examples(loader, before))}")
+            divisor = known.weight / world_size() / config.micro_batches
+            for micro in micro_batches(batch, config.micro_batches):
+                with autocast(config.precision, device):
+                    output = model(**micro, loss_divisor=divisor, z_loss_weight=config.z_loss, return_logits=False)
+                (output.loss / config.micro_batches).backward()
+                meter.add(output)
 
-        # The divisor is the weight of the whole global batch, the same for all ranks and micro-batches; FSDP averages over ranks.
-        weight, stop = all_sum(torch.tensor([loss_weight(batch), float(reporter.stop_requested)], device=device)).tolist()
-        if weight == 0:
-            raise ConfigError(f"step {step}: no token of the global batch has a loss weight. {whereabouts(loader)}")
-        divisor = weight / world_size() / config.micro_batches
-        for micro in micro_batches(batch, config.micro_batches):
-            with autocast(config.precision, device):
-                output = model(**micro, loss_divisor=divisor, z_loss_weight=config.z_loss, return_logits=False)
-            (output.loss / config.micro_batches).backward()
-            meter.add(micro, output)
+            # From here to the log nothing waits for the device.
+            squares = optimizer.squared_norms()
+            totals = all_sum(torch.cat([torch.stack(list(squares.values())), meter.step_sums()]))
+            norms, sums = dict(zip(squares, totals[: len(squares)].sqrt())), totals[len(squares) :]
+            step = Step(number, number == config.steps, meter.loss(sums), norms, before)
+            for hook in hooks:
+                hook.after_backward(step)
+            optimizer.clip(norms)
+            rates = optimizer.set_learning_rates(number, config.steps)
+            optimizer.step(step.left_out)
+            optimizer.zero_grad()
+            meter.end(sums, step.left_out, known.tokens, known.teraflops)
 
-        sums = optimizer.squared_norms()
-        totals = all_sum(torch.cat([torch.stack(list(sums.values())), meter.step_sums()]))
-        norms = dict(zip(sums, totals[: len(sums)].sqrt()))
-        meter.has_sums(totals[len(sums) :])
-        if not all(math.isfinite(value) for value in totals.tolist()):
-            raise NonFiniteError(not_finite(step, meter.last_loss(), norms, saved, loader))
-        optimizer.clip(norms)
-        rates = optimizer.set_learning_rates(step, config.steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.end()
+            if number % config.log_interval == 0 or step.last:
+                values = meter.means() | rates | {f"grad_norm/{group}": norm.item() for group, norm in norms.items()}
+                for hook in hooks:
+                    values |= hook.at_interval()
+                reporter.send(Metrics(number, values))
+            for hook in hooks:
+                hook.after_step(step)
 
-        last, stopped = step == config.steps, stop > 0
-        if step % config.log_interval == 0 or last:
-            reporter.send(Metrics(step, meter.means() | rates | {f"grad_norm/{group}": norm.item() for group, norm in norms.items()}))
-        if validator is not None and (step % config.validation.interval == 0 or last):  # type: ignore[union-attr]
-            reporter.send(Metrics(step, validator.run()))
-        if sampler is not None and (step % config.samples.interval == 0 or last):  # type: ignore[union-attr]
-            reporter.send(Samples(step, sampler.run()))
-        if step % config.checkpoint.interval == 0 or last or stopped:
-            checkpointer.save({"step": step, "tokens": meter.tokens, "loader": merged(loader.state_dict())})
-            saved = step
-            reporter.send(Saved(step))
-        reporter.heartbeat(step)
-        if stopped:
-            break
+            stopped = known.stop > 0
+            if known.written == world_size():
+                checkpointer.wait()
+            if number % config.checkpoint.interval == 0 or step.last or stopped:
+                saved = {"step": number, "tokens": meter.tokens, "loader": merged(loader.state_dict())}
+                checkpointer.begin(saved | {"hooks": {type(hook).__name__: hook.state() for hook in hooks}})
+            reporter.heartbeat(number)
+            if stopped:
+                break
+        checkpointer.wait(last=True)
+    finally:
+        batches.close()
+        checkpointer.close()
+        for hook in hooks:
+            hook.close()
 
-    batches.close()
-    if saved < config.steps:
-        reporter.send(Stopped(saved))
+    if checkpointer.saved < config.steps:
+        reporter.send(Stopped(checkpointer.saved))
     else:
         # The checkpoint may be an earlier call's: of a run that was to be longer, or that ended before its model was written.
-        reporter.send(Done(saved, checkpointer.save_model(saved)))
+        reporter.send(Done(checkpointer.saved, checkpointer.save_model(checkpointer.saved)))
     if world_size() > 1:
         dist.barrier()  # gloo may abort a rank whose peers are gone while it still tidies up
-
-
-def not_finite(step: int, loss: float, norms: dict[str, torch.Tensor], saved: int, loader: Any) -> str:
-    """The message of a NonFiniteError."""
-    parts = ", ".join(f"{group} {norm.item():.4g}" for group, norm in norms.items())
-    before = f"the last checkpoint is {step_name(saved)}" if saved else "there is no checkpoint yet"
-    return (
-        f"step {step}: loss {loss:.4g}, gradient norm {parts}. The step was not taken; {before}. "
-        f"Lower the learning rate or look at the batch. {whereabouts(loader)}"
-    )
 
 
 def loss_weight(batch: Batch) -> float:
@@ -143,6 +162,6 @@ def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
         yield {key: value[i * size : (i + 1) * size] for key, value in batch.items()}
 
 
-def whereabouts(loader: Any) -> str:
-    """Names the batch that a rank works on, for errors."""
-    return f"Rank {rank()}, data streams {loader.state_dict()}"
+def examples(loader: Any, before: dict[Any, Any]) -> list[str]:
+    """Names the examples of all ranks in the step that begins at these states of their loaders, for people. All ranks call it."""
+    return [name for part in gathered(loader.names(before)) for name in part]

@@ -12,14 +12,14 @@ from pipelines.training.parallel import world_size
 
 
 class Meter:
-    """Counts over all ranks.
+    """Counts over all ranks. What the model gives stays on the device until it is logged; what a batch has is known to the host.
 
     Rates (`tokens_per_second`, `mfu`, `data_wait`) are those of the steps themselves: validation, sampling, saving and loading lie
     between `end` and `begin`. The first step of a process, which compiles and waits for the first batch, has none; where nothing else
     was measured, they are left out.
     """
 
-    SUMS = ("cross_entropy", "z_loss", "accuracy", "loss_weight", "tokens", "flops")
+    SUMS = ("cross_entropy", "z_loss", "accuracy", "loss_weight")
 
     def __init__(self, model: Any, device: torch.device):
         self.device = device
@@ -29,14 +29,12 @@ class Meter:
         """Of the whole run, earlier processes included."""
         self._warm = False
         self._step = torch.zeros(len(self.SUMS), device=device)
-        self._last = torch.zeros(len(self.SUMS))
         self._reset()
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(len(self.SUMS), dtype=torch.float64)
-        self._timed = torch.zeros(len(self.SUMS), dtype=torch.float64)
-        """The sums of the steps whose time counts."""
-        self._seconds = self._wait = 0.0
+        self._sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=self.device)
+        self._timed_tokens = self._timed_flops = self._seconds = self._wait = 0.0
+        """Of the steps whose time counts."""
 
     def begin(self) -> None:
         """A step begins: it waits for its batch."""
@@ -45,52 +43,62 @@ class Meter:
     def has_batch(self) -> None:
         self._batch_after = time.perf_counter() - self._began
 
-    def add(self, batch: dict[str, torch.Tensor], output: Any) -> None:
-        """Counts a micro-batch of this rank."""
+    def counts(self, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+        """Tokens of a batch of this rank, and 1e12 floating-point operations of its step."""
+        return float((batch["input_ids"] >= 0).sum()), self.flops(batch) / 1e12
+
+    def add(self, output: Any) -> None:
+        """Adds what the model says of a micro-batch of this rank."""
         metrics = output.metrics
         weight = metrics["loss_weight"]
-        means = torch.stack([metrics[name].float() for name in self.SUMS[:3]]) * weight
-        tokens = (batch["input_ids"] >= 0).sum().float()
-        counts = torch.stack([weight.float(), tokens.to(self.device), torch.tensor(self.flops(batch) / 1e12, device=self.device)])
-        self._step += torch.cat([means, counts])
+        means = [metrics[name].float() * weight for name in self.SUMS[:3]]
+        self._step += torch.stack([*means, weight.float()])
 
     def step_sums(self) -> torch.Tensor:
-        """What this rank counted in the step."""
-        return self._step
+        """What was added in this step; the next one begins with nothing."""
+        sums, self._step = self._step, torch.zeros_like(self._step)
+        return sums
 
-    def has_sums(self, totals: torch.Tensor) -> None:
-        """Takes the sums of the step over all ranks."""
-        self._last = totals.double().cpu()
-        self._step = torch.zeros_like(self._step)
+    @classmethod
+    def loss(cls, sums: torch.Tensor) -> torch.Tensor:
+        """The mean cross entropy of a step, given its sums: a scalar on the device."""
+        return sums[0] / sums[cls.SUMS.index("loss_weight")]
 
-    def last_loss(self) -> float:
-        return (self._last[0] / self._last[3]).item()
+    def end(self, sums: torch.Tensor, left_out: torch.Tensor, tokens: float, teraflops: float) -> None:
+        """The step is over.
 
-    def end(self) -> None:
-        """The step is taken."""
-        self._sums += self._last
-        self.tokens += int(self._last[self.SUMS.index("tokens")])
+        Args:
+            sums: `step_sums` over all ranks.
+            left_out: bool scalar: the step was not taken, and is no part of the means.
+            tokens, teraflops: `counts` over all ranks.
+        """
+        self._sums += torch.where(left_out, 0.0, sums)
+        self.tokens += int(tokens)
         if self._warm:
-            self._timed += self._last
+            self._timed_tokens += tokens
+            self._timed_flops += teraflops
             self._seconds += time.perf_counter() - self._began
             self._wait += self._batch_after
         self._warm = True
 
     def means(self) -> dict[str, float]:
-        """What is logged; begins a new interval."""
-        sums, timed = (dict(zip(self.SUMS, values.tolist())) for values in (self._sums, self._timed))
-        values = {
-            "loss": sums["cross_entropy"] / sums["loss_weight"],
-            "z_loss": sums["z_loss"] / sums["loss_weight"],
-            "accuracy": sums["accuracy"] / sums["loss_weight"],
-            "tokens": float(self.tokens),
-        }
+        """What is logged; begins a new interval. Waits for the device."""
+        began = time.perf_counter()
+        sums = dict(zip(self.SUMS, self._sums.tolist()))
+        values = {"tokens": float(self.tokens)}
+        if sums["loss_weight"]:
+            values |= {
+                "loss": sums["cross_entropy"] / sums["loss_weight"],
+                "z_loss": sums["z_loss"] / sums["loss_weight"],
+                "accuracy": sums["accuracy"] / sums["loss_weight"],
+            }
         if self._seconds:
-            values["tokens_per_second"] = timed["tokens"] / self._seconds
+            self._seconds += time.perf_counter() - began  # the device was behind the host
+            values["tokens_per_second"] = self._timed_tokens / self._seconds
             values["data_wait"] = self._wait / self._seconds
         if self.peak:
             values["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if self._seconds:
-                values["mfu"] = timed["flops"] * 1e12 / self._seconds / world_size() / self.peak
+                values["mfu"] = self._timed_flops * 1e12 / self._seconds / world_size() / self.peak
         self._reset()
         return values

@@ -48,6 +48,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Leaves everything as it is if the attribute `found_inf` (a scalar on the device, see torch.amp.GradScaler) is there and not 0."""
+        found_inf = getattr(self, "found_inf", None)
+        left_out = None if found_inf is None else found_inf > 0
         parameters: list[torch.Tensor] = []
         updates: list[torch.Tensor] = []
         for group in self.param_groups:
@@ -58,7 +61,7 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 gradient, buffer = local(p.grad), local(state["momentum_buffer"])
-                buffer.lerp_(gradient, 1 - group["momentum"])
+                _set(buffer, buffer.lerp(gradient, 1 - group["momentum"]), left_out)
                 updates.append(gradient.lerp(buffer, group["momentum"]))
                 parameters.append(p)
         stacks = [self.fused.get(id(p), [p.shape[0]]) for p in parameters]
@@ -66,7 +69,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if id(p) in results:
-                    local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(results[id(p)], alpha=-group["lr"])
+                    weights = local(p)
+                    decayed = weights * (1 - group["lr"] * group["weight_decay"])
+                    _set(weights, decayed.add_(results[id(p)], alpha=-group["lr"]), left_out)
+
+
+def _set(tensor: torch.Tensor, value: torch.Tensor, left_out: torch.Tensor | None) -> None:
+    tensor.copy_(value if left_out is None else torch.where(left_out, tensor, value))
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:

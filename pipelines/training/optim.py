@@ -91,9 +91,12 @@ class Optimizer:
                 rates[f"lr/{group['group']}{'_muon' if muon else ''}"] = group["lr"]
         return rates
 
-    def step(self) -> None:
+    def step(self, left_out: torch.Tensor) -> None:
+        """Updates the parameters; not if `left_out`, a bool scalar on the device, is true: then they and all states stay as they are."""
         for optimizer in self.optimizers:
+            optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells them
             optimizer.step()
+            del optimizer.found_inf  # type: ignore[attr-defined]
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

@@ -92,11 +92,11 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gathered(value: T) -> list[T]:
+def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The values of all ranks."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -106,3 +106,18 @@ def first(make: Callable[[], T]) -> T:
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]  # type: ignore[return-value]
+
+
+def together(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """What `act` gives on each rank; if it fails on one, all raise its error."""
+    result: T | None = None
+    problem: Exception | None = None
+    try:
+        result = act()
+    except Exception as error:
+        problem = error
+    both = gathered((result, problem), group)
+    for _, failed in both:
+        if failed is not None:
+            raise failed
+    return [value for value, _ in both]  # type: ignore[misc]

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pipelines.training.events import Event, Step
+from pipelines.training.events import Event, Note, Step
 
 HEARTBEAT_S = 0.5
 
@@ -67,6 +67,9 @@ class Reporter:
             self._hear()
             self._pending = self.inbox.put.remote(event)
             self._last = time.monotonic()
+
+    def note(self, text: str) -> None:
+        self.send(Note(text))
 
     def heartbeat(self, step: int) -> None:
         """Reports progress, at most twice a second, and learns whether the run should stop."""

@@ -1,17 +1,16 @@
-"""The folder of a run, `<storage>/<name>`: on a disk, or behind a URL that pyarrow knows (s3://..., gs://...)."""
+"""The folder of a run, `<storage>/<name>`: on a disk, or behind a URL that pyarrow or fsspec knows (s3://..., gs://..., memory://...)."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import io
+import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
+import fsspec
 from pyarrow import fs
-from ray.train import Checkpoint
 
 from molmo_core.config import ConfigError
 from pipelines.files import check_lasting
@@ -35,21 +34,30 @@ class Storage:
     """Files of one run. Paths are relative to its folder; everything that is written is there whole or not at all."""
 
     def __init__(self, storage: str, name: str):
-        """Raises ConfigError: a URL that pyarrow does not know, or cannot reach."""
+        """Raises ConfigError: a URL that neither pyarrow nor fsspec knows, or that cannot be reached."""
         root = absolute(storage)
         self.url = f"{root.partition('?')[0].rstrip('/')}/{name}" if "://" in root else f"{root}/{name}"
-        try:
-            self.filesystem, path = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"storage: {storage}: {error}") from None
-        self.path = f"{path.rstrip('/')}/{name}"
+        self.filesystem, self.root = _opened(root)
+        self.path = f"{self.root.rstrip('/')}/{name}"
         self.local = Path(self.path) if isinstance(self.filesystem, fs.LocalFileSystem) else None
         """The folder, if it is on a disk."""
+
+    def open(self, name: str) -> BinaryIO:
+        """Opens a file for reading, at any place; raises FileNotFoundError."""
+        if self.local is not None:
+            return open(self.local / name, "rb")
+        return cast(BinaryIO, io.BufferedReader(cast(Any, self.filesystem.open_input_file(f"{self.path}/{name}"))))
+
+    def create(self, name: str) -> BinaryIO:
+        """Opens a new file for writing from its beginning to its end. It is there before it is whole: for folders that `begin` began."""
+        if self.local is not None:
+            return open(self.local / name, "wb", buffering=1 << 20)
+        return cast(BinaryIO, self.filesystem.open_output_stream(f"{self.path}/{name}"))
 
     def read(self, name: str) -> str | None:
         """A text file; None if it is not there."""
         try:
-            with self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
+            with self.open(name) as file:
                 return file.read().decode("utf-8")
         except FileNotFoundError:
             return None
@@ -58,7 +66,8 @@ class Storage:
         """Writes a file, and the folders that it is in."""
         data = content.encode("utf-8") if isinstance(content, str) else content
         if self.local is None:
-            with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+            self.filesystem.create_dir(f"{self.path}/{name}".rpartition("/")[0])
+            with self.create(name) as file:
                 file.write(data)
         else:
             target = self.local / name
@@ -85,55 +94,70 @@ class Storage:
         found = (STEP.fullmatch(entry.base_name) for entry in entries if entry.type == fs.FileType.Directory)
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
-    def checkpoint(self, name: str) -> Checkpoint:
-        """A checkpoint folder as Ray Train's: `as_directory()` gives it on a disk of this machine."""
-        return Checkpoint(f"{self.path}/{name}", filesystem=self.filesystem)
+    def begin(self, name: str) -> str:
+        """Makes an empty folder for the files of what will be called `name`; returns its own name.
 
-    @contextlib.contextmanager
-    def scratch(self, name: str, rank: int) -> Iterator[Path]:
-        """An empty folder to write a checkpoint's files into: the same one for all ranks on a disk, one for each otherwise.
-
-        It is removed when the block fails. `upload` and `publish` make of it what is called `name`.
+        On a disk it is called otherwise until it is whole. Behind a URL nothing can be renamed: there it is whole when the file is there
+        that `publish` writes.
         """
-        if self.local is not None:
-            folder = self.local / f".{name}{PARTIAL}"
-        else:
-            folder = Path(tempfile.gettempdir()) / f"molmo-{hashlib.sha256(self.url.encode()).hexdigest()[:16]}-{rank}"
-        if self.local is None or rank == 0:  # what a killed process left behind
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            yield folder
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        folder = f".{name}{PARTIAL}" if self.local is not None else name
+        self.delete(folder)  # what a killed process left behind, or a damaged one
+        self.filesystem.create_dir(f"{self.path}/{folder}")
+        return folder
+
+    def publish(self, name: str, last: str, content: str) -> None:
+        """Makes a folder that `begin` began appear, whole: with `last`, a text file without which it is not."""
         if self.local is None:
-            shutil.rmtree(folder)
-
-    def upload(self, folder: Path, name: str, last: str | None = None) -> None:
-        """Copies a rank's files to where they belong, `last` after all others; on a disk nothing needs to be moved yet."""
-        if self.local is not None:
-            return
-        self.filesystem.create_dir(f"{self.path}/{name}")
-        if last is not None:
-            with tempfile.TemporaryDirectory() as kept:
-                shutil.move(folder / last, Path(kept) / last)
-                fs.copy_files(str(folder), f"{self.path}/{name}", fs.LocalFileSystem(), self.filesystem)
-                shutil.move(Path(kept) / last, folder / last)
-            self.publish(folder, name, last)
+            self.write(f"{name}/{last}", content)
         else:
-            fs.copy_files(str(folder), f"{self.path}/{name}", fs.LocalFileSystem(), self.filesystem)
-
-    def publish(self, folder: Path, name: str, last: str) -> None:
-        """Makes a checkpoint appear, when all ranks have uploaded their files: with `last`, the file without which it is not whole."""
-        if self.local is not None:
+            folder = self.local / f".{name}{PARTIAL}"
+            self.write(f"{folder.name}/{last}", content)
             shutil.rmtree(self.local / name, ignore_errors=True)  # a damaged one
             folder.rename(self.local / name)
-        else:
-            fs.copy_files(str(folder / last), f"{self.path}/{name}/{last}", fs.LocalFileSystem(), self.filesystem)
+            _sync(self.local)
+
+    def abandon(self, name: str) -> None:
+        """Removes what `begin` began."""
+        self.delete(f".{name}{PARTIAL}" if self.local is not None else name)
+
+    def upload(self, folder: Path, name: str, last: str) -> None:
+        """Copies a folder of this machine to behind the URL, its file `last` after all others."""
+        with fs.LocalFileSystem().open_input_stream(str(folder / last)) as file:
+            content = file.read()
+        (folder / last).unlink()
+        self.filesystem.create_dir(f"{self.path}/{name}")
+        fs.copy_files(str(folder), f"{self.path}/{name}", fs.LocalFileSystem(), self.filesystem)
+        self.write(f"{name}/{last}", content)
 
     def tidy(self) -> None:
         """Removes what processes that were killed left half-written on a disk."""
         if self.local is not None:
             for folder in (*self.local.glob(f".step_*{PARTIAL}"), *self.local.glob("step_*/.model.*")):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _opened(root: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a storage, and the path in it."""
+    if "://" not in root:
+        return fs.LocalFileSystem(), root
+    try:
+        return fs.FileSystem.from_uri(root)
+    except (OSError, ValueError) as error:
+        known = "nrecognized" not in str(error)
+        problem: Exception = error
+    if not known:
+        try:
+            filesystem, path = fsspec.url_to_fs(root)
+            return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+        except (OSError, ValueError, ImportError) as error:
+            problem = error
+    raise ConfigError(f"storage: {root}: {problem}") from None
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder last, should the machine lose its power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -177,8 +177,8 @@ class Driver:
                     self._metrics(step, values)
                 case Samples(step, results):
                     self._samples(step, results)
-                case Saved(step):
-                    self.step = step
+                case Saved():
+                    self._saved(event)
                 case Stopped(step):
                     self.step = step
                     self.bar.print(f"stopped after step {step}; its checkpoint is saved, and the same command continues")
@@ -186,6 +186,14 @@ class Driver:
                     self.step, self.model = step, model
                 case Failed(error):
                     raise error
+
+    def _saved(self, saved: Saved) -> None:
+        self.step = saved.step
+        values = {"save/seconds": saved.seconds, "save/staging": saved.staging, "save/blocked": saved.blocked}
+        self.metrics.append((saved.step, values))
+        self.recorder.metrics(saved.step, values)
+        stood_still = saved.staging + saved.blocked
+        self.bar.print(f"step {saved.step} is saved: {saved.seconds:.1f} s, of which training stood still for {stood_still:.2f} s")
 
     def _metrics(self, step: int, values: dict[str, float]) -> None:
         self.metrics.append((step, values))

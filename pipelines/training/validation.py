@@ -18,6 +18,8 @@ from pipelines.evaluation.config import ScoringConfig
 from pipelines.evaluation.prompts import Prompt, Prompts
 from pipelines.evaluation.questions import Question, score
 from pipelines.training.config import TrainConfig
+from pipelines.training.events import Event, Metrics, Note, Samples
+from pipelines.training.hooks import Hook, Step
 from pipelines.training.parallel import all_sum, autocast, first, rank, world_size
 
 NO_ANSWER = "media: unreadable URL"
@@ -25,15 +27,20 @@ NO_ANSWER = "media: unreadable URL"
 SCORING = ScoringConfig()
 
 
-class Validator:
+class Validator(Hook):
     """The mean loss over the same global batches every time."""
 
-    def __init__(self, config: TrainConfig, make_loader: Any, model: ModelBase, device: torch.device):
+    def __init__(self, config: TrainConfig, make_loader: Any, model: ModelBase, device: torch.device, send: Callable[[Event], None]):
         assert config.validation is not None
+        self.interval, self.send = config.validation.interval, send
         self.batches, self.precision, self.device, self.model = config.validation.batches, config.precision, device, model
         sizes = {"global_batch_size": config.global_batch_size, "sequence_length": config.sequence_length}
         self.loader = make_loader(config.validation.data, config.model, **sizes, seed=config.seed, rank=rank(), world_size=world_size())
         self.beginning = self.loader.state_dict()
+
+    def after_step(self, step: Step) -> None:
+        if step.number % self.interval == 0 or step.last:
+            self.send(Metrics(step.number, self.run()))
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
@@ -56,12 +63,13 @@ class Validator:
         return {"validation/loss": loss / weight, "validation/accuracy": correct / weight}
 
 
-class Sampler:
+class Sampler(Hook):
     """Greedy answers to a question of each of the first records; every rank computes the same ones."""
 
-    def __init__(self, config: TrainConfig, model: ModelBase, note: Callable[[str], None]):
-        """`note` is called with a line for each record whose media do not come; every rank calls this."""
+    def __init__(self, config: TrainConfig, model: ModelBase, send: Callable[[Event], None]):
+        """Sends a note for each record whose media do not come; every rank calls this."""
         assert config.samples is not None
+        self.send = send
         self.settings, self.precision, self.model = config.samples, config.precision, model
         records = open_records(self.settings.records)
         prompts = Prompts(config.model)
@@ -76,7 +84,7 @@ class Sampler:
                     message = f"samples.records: {self.settings.records}: record {i}: {error}"
                     if error.reason != NO_ANSWER:
                         raise ConfigError(message) from None
-                    note(f"{message}. The samples do without it.")
+                    send(Note(f"{message}. The samples do without it."))
             return found
 
         try:
@@ -84,6 +92,10 @@ class Sampler:
             """Record and prompt: the same ones on every rank, whatever a server answers when."""
         finally:
             prompts.close()
+
+    def after_step(self, step: Step) -> None:
+        if step.number % self.settings.interval == 0 or step.last:
+            self.send(Samples(step.number, self.run()))
 
     @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:

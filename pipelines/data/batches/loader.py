@@ -60,6 +60,8 @@ class TrainLoader:
         configs = {name: config for group in groups.values() for name, config in group.datasets.items()}
         datasets = {name: open_dataset(name, config, data, model, sequence_length, seed) for name, config in configs.items()}
         self.streamed = any(isinstance(dataset, Streamed) for dataset in datasets.values())
+        self.datasets = tuple(datasets)
+        """Their names."""
         sizes = {name: len(dataset) for name, dataset in datasets.items()}
         rates = mixture.rates(groups, sizes)
         self.plan = Plan(list(sizes.values()), [rates[name] for name in sizes], seed, global_batch_size, data.shuffle)
@@ -94,6 +96,13 @@ class TrainLoader:
     def state_dict(self) -> States:
         """State of the rank's own streams after the batch last yielded."""
         return {s: list(state) for s, state in self._states.items()}
+
+    def names(self, states: States) -> list[str]:
+        """Names the examples of the rank's batch that follows on `states` (`state_dict` before it), as `dataset[row]`."""
+        streams = self.streams()
+        for number, state in states.items():
+            streams[number].restore(state)
+        return [f"{self.datasets[draw.dataset]}[{draw.row}]" for number in states for draw in streams[number].next()]
 
     def load_state_dict(self, states: States) -> None:
         """Continues from the merged `state_dict`s of all ranks of a run, whatever their number was. Takes effect at the next `iter`."""

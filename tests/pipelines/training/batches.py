@@ -98,6 +98,9 @@ class RandomLoader:
         weights[-5:] = rng.uniform(0.5, 1.5, 5)
         return example | {"input_ids": ids, "labels": labels, "loss_masks": weights, "position_ids": np.arange(len(ids))}
 
+    def names(self, states):
+        return [f"random[{stream}.{position + 1}]" for stream, (position,) in states.items()]
+
     def state_dict(self):
         return {stream: [position] for stream, position in self.positions.items()}
 

@@ -1,13 +1,19 @@
 """Checkpoints of the loop in one process: damage of every kind is found and stepped over, a full disk loses nothing."""
 
 import errno
+import functools
 import json
 import random
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
+import fsspec
 import pytest
-import ray.train
 import ray.train.torch
 import torch
 from batches import RandomLoader, tiny_config
@@ -18,8 +24,9 @@ from molmo_core.checkpoint.checksums import CHECKSUMS_NAME
 from molmo_core.checkpoint.folder import CheckpointError
 from molmo_core.config import ConfigError
 from pipelines.training import checkpointing, loop
+from pipelines.training.checkpointing import cause
 from pipelines.training.config import CheckpointConfig
-from pipelines.training.errors import TrainingError
+from pipelines.training.errors import NonFiniteError, TrainingError, passing, unwritable
 from pipelines.training.events import Done, Note, Saved, Started
 from pipelines.training.storage import Storage
 
@@ -29,6 +36,9 @@ SHARD, METADATA, STATE = "__0_0.distcp", ".metadata", "state.json"
 class Recorder(list):
     stop_requested = False
     send = list.append
+
+    def note(self, text):
+        self.append(Note(text))
 
     def heartbeat(self, step):
         pass
@@ -41,12 +51,11 @@ class Recorder(list):
 def train(monkeypatch, tmp_path):
     """Trains the run `tmp_path / "run"` to a step, with a checkpoint of every step; returns its events."""
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(ray.train, "report", lambda *_, **__: None)
 
-    def train(steps, keep=None, interval=1):
+    def train(steps, keep=None, interval=1, keep_every=None, storage=tmp_path, name="run", loader=RandomLoader):
         recorder = Recorder()
-        config = tiny_config(tmp_path, name="run", steps=steps, checkpoint=CheckpointConfig(interval=interval, keep=keep))
-        loop.train(config, RandomLoader, recorder)
+        checkpoint = CheckpointConfig(interval=interval, keep=keep, keep_every=keep_every)
+        loop.train(tiny_config(storage, name=name, steps=steps, checkpoint=checkpoint), loader, recorder)
         return recorder
 
     return train
@@ -94,16 +103,16 @@ def test_any_byte_of_any_file_is_watched(train, tmp_path):
     train(1)
     step = tmp_path / "run" / "step_000001"
     files = [path for path in step.iterdir() if path.is_file() and path.name != CHECKSUMS_NAME]
-    checkpointer = checkpointing.Checkpointer(None, None, Storage(str(tmp_path), "run"))
-    assert checkpointer._damage(step) == []
+    checkpointer = checkpointing.Checkpointer(None, None, Storage(str(tmp_path), "run"), CheckpointConfig(), print)
+    assert checkpointer.damage(step.name) == []
     rng = random.Random(0)
     for _ in range(40):
         path = rng.choice(files)
         offset = rng.choice([0, path.stat().st_size - 1, rng.randrange(path.stat().st_size)])
         flip(path, offset)
-        assert checkpointer._damage(step) == [f"{path.name}: its content has changed since it was written (checksum)"]
+        assert checkpointer.damage(step.name) == [f"{path.name}: its content has changed since it was written (checksum)"]
         flip(path, offset)
-    assert checkpointer._damage(step) == []
+    assert checkpointer.damage(step.name) == []
 
 
 def test_several_damaged_ones_are_stepped_over_and_none_whole_is_an_error(train, tmp_path):
@@ -189,12 +198,9 @@ def test_a_model_that_cannot_be_written_leaves_its_checkpoint(train, tmp_path, m
 def test_only_a_storage_that_is_full_ends_a_run():
     """After anything else, as a rank that is lost, Ray Train may try again."""
     full, lost = OSError(errno.ENOSPC, "No space left on device"), RuntimeError("Connection closed by peer")
-    assert checkpointing.unwritable(CheckpointException("write", {1: (full, None)})) == "No space left on device"
-    assert checkpointing.unwritable(CheckpointException("write", {0: (lost, None)})) is None
-    assert checkpointing.unwritable(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")) is not None
-    chained = RuntimeError("while writing")
-    chained.__context__ = full
-    assert checkpointing.unwritable(chained) == "No space left on device"
+    assert unwritable(cause(CheckpointException("write", {0: (lost, None), 1: (full, None)}))) == "No space left on device"
+    assert unwritable(cause(CheckpointException("write", {0: (lost, None)}))) is None
+    assert [passing(error) for error in (full, lost, SLOW_SERVER)] == [False, False, True]
 
 
 def test_half_written_folders_of_killed_processes_go(train, tmp_path):
@@ -209,25 +215,181 @@ def test_half_written_folders_of_killed_processes_go(train, tmp_path):
     assert not (tmp_path / "run/step_000001/.model.x1").exists()
 
 
-def test_behind_a_url_files_are_written_elsewhere_first(train, tmp_path, monkeypatch):
-    """A filesystem of pyarrow's that is not the machine's own."""
+def test_behind_a_url_nothing_is_copied_on_this_machine_first(train, tmp_path, monkeypatch):
+    """A filesystem of fsspec's."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    opened = Storage.__init__
+    url = f"memory://{tmp_path.name}"
+    events = train(4, storage=url, keep=2, keep_every=3)
+    assert events.only(Saved) == [Saved(1), Saved(2), Saved(3), Saved(4)]
+    storage = Storage(url, "run")
+    assert storage.steps() == [4, 3]
+    assert events.only(Done) == [Done(4, f"{url}/run/step_000004/model")]
+    with fsspec.open(f"{url}/run/step_000004/model/model.safetensors") as file:
+        assert file.read() == (undisturbed(train, 4) / "model.safetensors").read_bytes()
+    storage.delete(f"step_000004/{CHECKSUMS_NAME}")  # as if it had been killed before the end
+    events = train(5, storage=url, keep=2, keep_every=3)
+    assert events.only(Started) == [Started(3)]
+    assert "step_000004 is damaged: checksums.json: missing" in events.only(Note)[0].text
+    assert storage.steps() == [5, 4, 3]
+    assert list(scratch.iterdir()) == []
 
-    def remote(self, *arguments):
-        opened(self, *arguments)
-        self.local = None
 
-    monkeypatch.setattr(Storage, "__init__", remote)
-    events = train(3, keep=2)
-    assert events.only(Saved) == [Saved(1), Saved(2), Saved(3)]
-    assert Storage(str(tmp_path), "run").steps() == [3, 2]
-    assert load_model(events.only(Done)[0].model)
-    (tmp_path / "run/step_000003" / CHECKSUMS_NAME).unlink()
-    assert train(3).only(Started) == [Started(2)]
-    assert list(scratch.glob("molmo-*")) == []
+def undisturbed(train, steps):
+    """The model of a run to that step that nothing befell."""
+    return Path(train(steps, name="undisturbed").only(Done)[0].model)
+
+
+class Failing:
+    """Fails what is written into a storage, from some call on, as often as it is told; can wait there."""
+
+    def __init__(self, monkeypatch, error, times, name="distcp"):
+        self.times = times
+        create = Storage.create
+
+        def created(storage, path):
+            if name in path and self.times > 0:
+                self.times -= 1
+                raise error
+            return create(storage, path)
+
+        monkeypatch.setattr(Storage, "create", created)
+
+
+SLOW_SERVER = TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+
+def test_a_storage_that_answers_the_third_time_costs_nothing(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointing, "RETRY_S", (0.0, 0.0, 0.0))
+    Failing(monkeypatch, SLOW_SERVER, times=2)
+    events = train(2)
+    assert (events.only(Saved), events.only(Note)) == ([Saved(1), Saved(2)], [])
+
+
+def test_a_failed_save_costs_a_line_and_too_many_the_run(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpointing, "RETRY_S", (0.0,))
+    failing = Failing(monkeypatch, SLOW_SERVER, times=4)
+    events = train(4)
+    assert events.only(Saved) == [Saved(3), Saved(4)]
+    first, second = (note.text for note in events.only(Note))
+    assert "step_000001 cannot be written: [Errno 110] Connection timed out; nothing had been saved before. Training continues" in first
+    assert "step_000002 cannot be written" in second
+    failing.times = 100
+    with pytest.raises(TrainingError, match=r"step_000007 cannot .*step_000004 and what .* are whole. 3 saves in a row failed"):
+        train(9)
+    failing.times = 0
+    events = train(9)
+    assert events.only(Started) == [Started(4)]
+    assert Path(events.only(Done)[0].model, "model.safetensors").read_bytes() == (undisturbed(train, 9) / "model.safetensors").read_bytes()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(train, tmp_path, monkeypatch):
+    """The first save cannot end before step 4 begins, nor can it be seen before it has ended."""
+    create, reached, seen = Storage.create, threading.Event(), []
+
+    def created(storage, path):
+        assert reached.wait(60)
+        seen.append(storage.steps())
+        return create(storage, path)
+
+    monkeypatch.setattr(Storage, "create", created)
+    events = train(6, interval=2, loader=functools.partial(Reaching, step=4, reached=reached))
+    assert events.only(Saved) == [Saved(2), Saved(4), Saved(6)]
+    assert seen[0] == []
+    assert events.only(Done)[0].model.endswith("step_000006/model")
+    assert Path(events.only(Done)[0].model, "model.safetensors").read_bytes() == (undisturbed(train, 6) / "model.safetensors").read_bytes()
+    cut(tmp_path / "run/step_000006" / SHARD)
+    assert train(6).only(Started) == [Started(4)], "what was staged in step 2 and 4 did not change while it was written"
+
+
+class Reaching(RandomLoader):
+    """Says that a step has begun."""
+
+    def __init__(self, *arguments, step, reached, **settings):
+        super().__init__(*arguments, **settings)
+        self.step, self.reached = step, reached
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__(), 1):
+            if number == self.step:
+                self.reached.set()
+            yield batch
+
+
+def test_a_save_that_is_being_written_ends_before_an_error_ends_the_run(train, monkeypatch):
+    with pytest.raises(NonFiniteError, match=r"step 3: .*the last checkpoint is step_000002"):
+        train(4, loader=functools.partial(RandomLoader, poison_at=3))
+    assert train(4).only(Started) == [Started(2)]
+
+
+KILLED = """
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import ray.train.torch, torch
+from batches import RandomLoader, tiny_config
+from pipelines.training import loop, shards
+from pipelines.training.config import CheckpointConfig
+from pipelines.training.storage import Storage
+
+ray.train.torch.get_device = lambda: torch.device("cpu")
+calls, moment = 0, 0
+
+def dying(method):
+    def call(*arguments, **settings):
+        global calls
+        calls += 1
+        if calls == moment:
+            os.kill(os.getpid(), 9)
+        return method(*arguments, **settings)
+    return call
+
+class Reporter:
+    stop_requested = False
+    def send(self, event): pass
+    note = heartbeat = send
+
+for kind, name in ((shards._Summed, "write"), (Storage, "write"), (Storage, "publish"), (Storage, "delete")):
+    setattr(kind, name, dying(getattr(kind, name)))
+for moment in map(int, sys.stdin):
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        config = tiny_config(Path(sys.argv[2], str(moment)), name="run", steps=3, checkpoint=CheckpointConfig(interval=1, keep=1))
+        loop.train(config, RandomLoader, Reporter())
+        os.write(writing, str(calls).encode())
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    os.close(writing)
+    print(json.dumps([status, os.read(reading, 10).decode()]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(train, tmp_path):
+    """Killed before every n-th thing that it does to the storage."""
+    expected = (undisturbed(train, 3) / "model.safetensors").read_bytes()
+
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def run(moment):
+            process.stdin.write(f"{moment}\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        status, total = run(0)
+        assert status == 0
+        moments = [*random.Random(1).sample(range(int(total) // 3, int(total)), 5), int(total) - 1]
+        assert [run(moment)[0] for moment in moments] == [-signal.SIGKILL] * len(moments)
+        process.stdin.close()
+    for moment in moments:
+        folder = tmp_path / str(moment)
+        newest = Storage(str(folder), "run").read("latest")
+        assert newest in [f"step_{step:06d}" for step in Storage(str(folder), "run").steps()]
+        events = train(3, storage=folder)
+        assert events.only(Started)[0].step >= 1
+        assert Path(events.only(Done)[0].model, "model.safetensors").read_bytes() == expected
 
 
 def test_checksums_are_json_of_every_file(train, tmp_path):

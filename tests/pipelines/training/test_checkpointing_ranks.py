@@ -26,6 +26,9 @@ class Recorder(list):
     stop_requested = False
     send = list.append
 
+    def note(self, text):
+        self.append(Note(text))
+
     def heartbeat(self, step):
         pass
 
@@ -36,7 +39,6 @@ def rank_of_two(rank, folder, port):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     ray.train.torch.get_device = lambda: torch.device("cpu")
-    ray.train.report = lambda *_, **__: None
     told = [start(folder, steps=2)]
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))

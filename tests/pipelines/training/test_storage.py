@@ -28,5 +28,5 @@ def test_a_folder_is_whole_last(remote, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fs, "copy_files", watched)
     remote.upload(folder, "step_000001/model", last="checksums.json")
-    assert order == [["config.yaml", "model.safetensors"], ["checksums.json", "config.yaml", "model.safetensors"]]
-    assert sorted(path.name for path in folder.iterdir()) == ["checksums.json", "config.yaml", "model.safetensors"]
+    assert order == [["config.yaml", "model.safetensors"]]
+    assert remote.read("step_000001/model/checksums.json") == "checksums.json"
