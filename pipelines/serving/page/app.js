@@ -151,6 +151,7 @@ const guarded = (act) => (...given) => act(...given).catch(complain);
 $("key-panel").addEventListener("submit", (event) => {
   event.preventDefault();
   client.useKey($("key").value);
+  $("key-problem").textContent = "";
   $("key-panel").hidden = true;
   afterKey();
 });

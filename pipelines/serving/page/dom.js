@@ -21,6 +21,12 @@ export function sizeText(bytes) {
   return `${value < 10 ? value.toFixed(1) : Math.round(value)} ${unit}`;
 }
 
+/** A time in seconds as minutes and seconds. */
+export function clock(seconds) {
+  const minutes = Math.floor(seconds / 60);
+  return `${minutes}:${(seconds - 60 * minutes).toFixed(1).padStart(4, "0")}`;
+}
+
 /** Puts a text on the clipboard, also where the page did not come over HTTPS or from this machine. */
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);

@@ -1,6 +1,7 @@
 // Points of an answer, drawn where they are: on the picture, or on the video at their time.
 
-import { counted, el } from "./dom.js";
+import { clock, counted, el } from "./dom.js";
+import { player } from "./player.js";
 
 const NEAR_S = 0.25; // a point is shown while the video is this near to its time
 const LISTED = 12; // more points than these are folded away
@@ -10,14 +11,13 @@ export class Marked {
   constructor(medium) {
     this.points = [];
     this.video = medium.kind === "video";
-    this.view = this.video
-      ? el("video", { src: medium.url, controls: true, muted: true, playsInline: true, preload: "auto", "aria-label": medium.name })
-      : el("img", { src: medium.url, alt: medium.name });
-    this.stage = el("div", { className: "stage" }, this.view);
+    const { video, row = null } = this.video ? player(medium) : {};
+    this.view = video ?? el("img", { src: medium.url, alt: medium.name });
+    this.stage = el("div", { className: "stage" }, this.video ? this.view : this.enlarging());
     this.count = el("summary");
     this.list = el("ol");
     this.details = el("details", { className: "points", open: true }, this.count, this.list);
-    this.element = el("figure", { className: "marked" }, this.stage, this.details);
+    this.element = el("figure", { className: "marked" }, this.stage, row, this.details);
     this.view.addEventListener(this.video ? "loadedmetadata" : "load", () => this.measured());
     this.view.addEventListener("error", () => this.element.classList.add("unseen"));
     for (const event of ["timeupdate", "seeked", "play"]) this.view.addEventListener(event, () => this.follow());
@@ -51,6 +51,20 @@ export class Marked {
     this.place();
     if (number === 1) this.seek(point.t);
     this.follow();
+  }
+
+  /** The picture as a button that makes it as large as the window, and small again (Esc, too). */
+  enlarging() {
+    const button = el("button", { type: "button", "aria-label": `Enlarge ${this.view.alt}`, "aria-pressed": "false" }, this.view);
+    const enlarge = (on) => button.setAttribute("aria-pressed", this.stage.classList.toggle("large", on));
+    button.addEventListener("click", () => enlarge());
+    button.addEventListener("blur", () => enlarge(false));
+    button.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || !this.stage.classList.contains("large")) return;
+      event.preventDefault();
+      enlarge(false);
+    });
+    return button;
   }
 
   measured() {
@@ -88,8 +102,3 @@ export class Marked {
 }
 
 const round = (value) => Number(value.toFixed(value < 100 ? 1 : 0));
-
-function clock(seconds) {
-  const minutes = Math.floor(seconds / 60);
-  return `${minutes}:${(seconds - 60 * minutes).toFixed(1).padStart(4, "0")}`;
-}

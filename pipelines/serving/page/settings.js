@@ -37,15 +37,13 @@ function summarise() {
 }
 
 form.addEventListener("input", summarise);
-form.addEventListener("submit", (event) => {
-  event.preventDefault();
-  $("settings").open = false;
-});
 document.addEventListener("pointerdown", (event) => {
   if (!$("settings").contains(event.target)) $("settings").open = false;
 });
 $("settings").addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
+  const ends = event.key === "Escape" || (event.key === "Enter" && event.target.localName === "input");
+  if (!ends || !$("settings").open) return;
+  event.preventDefault();
   $("settings").open = false;
   $("settings").querySelector("summary").focus();
 });

@@ -13,7 +13,8 @@ export class Turn {
     Object.assign(this, { question, media, seen, text: "", kept: false });
     this.marked = new Map();
     this.started = performance.now();
-    this.answer = el("p", { className: "text" });
+    this.written = new Text();
+    this.answer = el("p", { className: "text" }, this.written);
     this.figures = el("div", { className: "figures" });
     this.foot = el("div", { className: "foot" });
     const thumbnails = media.length ? el("div", { className: "media" }, ...media.map((medium) => medium.thumbnail(medium.name))) : null;
@@ -32,7 +33,7 @@ export class Turn {
     if (!choice) return;
     if (choice.delta.content) {
       this.text += choice.delta.content;
-      this.answer.textContent = this.text;
+      this.written.appendData(choice.delta.content);
     }
     for (const point of choice.delta.points ?? []) this.mark(point);
     this.ending = choice.finish_reason ?? this.ending;
