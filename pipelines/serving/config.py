@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from molmo_core.config import BaseConfig, ConfigError
+from pipelines.serving.media.addresses import host_and_port
 
 FRONTEND_CPUS = 0.1
 """Of a frontend, in Ray's count: it waits most of the time."""
@@ -73,6 +74,10 @@ class ServeConfig(BaseConfig):
     """Longest time for decoding one medium."""
     media_cache_bytes: Annotated[int, Field(ge=0, le=1 << 40)] = 256 << 20
     """Of prepared media that a frontend keeps for the next request with the same ones; 0 = none."""
+    allowed_media_hosts: list[str] = dataclasses.field(default_factory=list)
+    """Hosts from which media are fetched by https: `name`, or `name:port`; none = nothing is fetched, clients send the media themselves."""
+    fetch_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 10.0
+    """Longest time for fetching one medium."""
     max_media_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 << 20
     """Of one image or video, as a file."""
     max_image_pixels: Annotated[int, Field(ge=1, le=1 << 31)] = 50_000_000
@@ -97,6 +102,8 @@ class ServeConfig(BaseConfig):
         super().__post_init__()
         if not self.model:
             raise ConfigError("serve: model must be given (for example model=models:/molmo-demo@champion)")
+        for host in self.allowed_media_hosts:
+            host_and_port(host)
 
     @property
     def served_name(self) -> str:

@@ -12,6 +12,7 @@ from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import bad_request, clipped
 from pipelines.serving.media.cache import MediaCache
 from pipelines.serving.media.features import Features, Limits, Task, Unusable
+from pipelines.serving.media.fetching import Fetcher
 from pipelines.serving.media.parts import Kind, Medium
 from pipelines.serving.media.pool import Run, in_thread
 
@@ -29,6 +30,8 @@ class Prompts:
         self._config, self._run = config, run
         self._limits = Limits.of(config)
         self._preprocess = model.build_preprocessor(for_inference=True, is_training=False)
+        hosts = config.allowed_media_hosts
+        self._fetch = Fetcher(hosts, config.max_media_bytes, config.fetch_timeout_s, config.max_queued_media) if hosts else None
         self.cache = MediaCache(config.media_cache_bytes)
 
     async def inputs(self, messages: Sequence[dict[str, str]], media: Sequence[Medium], field: str = "messages") -> dict[str, Any]:
@@ -78,10 +81,15 @@ class Prompts:
 
     async def _features(self, medium: Medium, count: int) -> Features:
         """Of one of `count` media."""
+        fetched = None
         if medium.is_address:
-            message = f"{medium.where}: this server fetches no addresses. Send the {medium.kind} itself: data:{medium.kind}/...;base64,..."
-            raise bad_request(message, medium.where, "url_not_supported")
-        task, key = await asyncio.to_thread(self._task, medium, count)
+            if self._fetch is None:
+                message = (
+                    f"{medium.where}: this server fetches no addresses. Send the {medium.kind} itself: data:{medium.kind}/...;base64,..."
+                )
+                raise bad_request(message, medium.where, "url_not_supported")
+            fetched = await self._fetch(medium)
+        task, key = await asyncio.to_thread(self._task, medium, fetched, count)
         features = self.cache.get(key)
         if features is not None:
             return features
@@ -91,9 +99,9 @@ class Prompts:
         self.cache.put(key, result)
         return result
 
-    def _task(self, medium: Medium, count: int) -> tuple[Task, tuple[Any, ...]]:
+    def _task(self, medium: Medium, fetched: bytes | None, count: int) -> tuple[Task, tuple[Any, ...]]:
         """What is to be done for a medium, and the name of its result in the cache."""
-        data, is_base64 = medium.base64(), True
+        data, is_base64 = (medium.base64(), True) if fetched is None else (fetched, False)
         try:
             settings = self._preprocess.settings if medium.kind == "video" else self._preprocess.image_settings(count)
         except ValueError as error:
