@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -175,8 +175,36 @@ _HTML_BLOCK = re.compile(r"(?:^|[\t;:,]) *(\d+(?:\.\d+)?)((?: +\d+ +\d{3,4} +\d{
 _HTML_TRIPLE = re.compile(r"(\d+) +(\d{3,4}) +(\d{3,4})\b")
 _V1_TAG = re.compile(r"<points?\b([^>]*)>?")
 _V1_PAIR = re.compile(r'\bx(\d*)\s*=\s*"?\s*([0-9]+(?:\.[0-9]+)?)"?\s+y\1\s*=\s*"?\s*([0-9]+(?:\.[0-9]+)?)')
+_OPEN = re.compile(r'<(points?|tracks)\b(?:[^<>"]|"[^"]*")*>')
+_CLOSE = re.compile(r"</(points?|tracks)>")
+_ALT = re.compile(r'\balt="([^"]*)"')
 _PAIR = re.compile(r"\(\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*([0-9]+(?:\.[0-9]+)?)\s*\)")
 _P_TRIPLE = re.compile(r"\bp\s*=\s*([0-9]{3})\s*,\s*([0-9]{3})\b")
+
+
+class Tag(NamedTuple):
+    """A complete tag of points or tracks."""
+
+    label: str | None
+    """The text between its marks, or else its `alt`; None: there is neither."""
+    points: list[Point]
+    """x and y are shares of the image."""
+    end: int
+    """Where the text goes on."""
+
+
+def complete_tags(text: str) -> Iterator[Tag]:
+    """The tags of a text that are closed, in order; one without points if what is closed was not opened rightly."""
+    start = 0
+    for close in _CLOSE.finditer(text):
+        opening = _OPEN.match(text, max(text.rfind("<point", start, close.start()), text.rfind("<tracks", start, close.start()), start))
+        start = close.end()
+        if opening is None or opening[1] != close[1] or opening.end() > close.start():
+            yield Tag(None, [], close.end())
+            continue
+        alt = _ALT.search(opening[0])
+        label = text[opening.end() : close.start()] or (alt[1] if alt else "")
+        yield Tag(label or None, extract_points(opening[0], 1, 1), close.end())
 
 
 def extract_points(text: str, width: int, height: int) -> list[Point]:

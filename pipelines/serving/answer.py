@@ -15,6 +15,8 @@ from pipelines.serving.choices import Choices, Part
 from pipelines.serving.errors import ApiError, as_api_error
 
 logger = logging.getLogger(__name__)
+DONE = "data: [DONE]\n\n"
+"""Ends a stream of completions."""
 
 
 @dataclasses.dataclass
@@ -50,10 +52,10 @@ class Format(Protocol):
 class Answer:
     """The answers to one request, and the form in which they are sent."""
 
-    def __init__(self, form: Format, choices: Choices, count: int, prompt_tokens: int, streamed: bool, metadata: dict[str, Any]) -> None:
+    def __init__(self, form: Format, choices: Choices, prompt_tokens: int, streamed: bool, metadata: dict[str, Any]) -> None:
         self._form = form
         self._choices = choices
-        self._texts = [Text() for _ in range(count)]
+        self._texts = [Text() for _ in range(len(choices))]
         self._prompt_tokens = prompt_tokens
         self.streamed = streamed
         self.metadata = metadata

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from molmo_core.generation.engine.requests import TokenLogprobs
 from pipelines.serving.pieces import Piece, Pieces
+from pipelines.serving.points import PointReader
 from pipelines.serving.text_stream import TextStream
 
 
@@ -39,13 +40,14 @@ class _Held(NamedTuple):
 class Choice:
     """One answer."""
 
-    def __init__(self, index: int, pieces: Pieces, text: TextStream) -> None:
+    def __init__(self, index: int, pieces: Pieces, text: TextStream, points: PointReader) -> None:
         self.index = index
         self.tokens = 0
         """Generated so far."""
         self.ended = False
         self._pieces = pieces
         self._text = text
+        self._points = points
         self._held: collections.deque[_Held] = collections.deque()
 
     async def next(self) -> Part:
@@ -58,7 +60,7 @@ class Choice:
         elif finish_reason:
             text += self._text.finish()
         self.ended = finish_reason is not None
-        return Part(self.index, text, self._released(), [], finish_reason)
+        return Part(self.index, text, self._released(), self._points.push(text), finish_reason)
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more."""
@@ -95,6 +97,9 @@ class Choices:
     def __init__(self, choices: Sequence[Choice]) -> None:
         self._choices = choices
         self._first: list[Part] = []
+
+    def __len__(self) -> int:
+        return len(self._choices)
 
     @property
     def tokens(self) -> int:

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 import ray
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -16,6 +17,11 @@ from starlette.exceptions import HTTPException
 from molmo_core.generation.engine.requests import SamplingParams
 from molmo_core.registry import BaseModelConfig
 from pipelines.model_folder import model_folder
+from pipelines.serving.answer import Answer
+from pipelines.serving.api.chat import ChatRequest
+from pipelines.serving.api.completions import CompletionRequest
+from pipelines.serving.api.openapi import Api, refusals, takes
+from pipelines.serving.api.tokenise import DetokenizeRequest, TokenizeRequest
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, as_api_error, clipped, queue_full, unavailable
@@ -29,10 +35,11 @@ from pipelines.serving.wire import Inbox
 
 PREPARING = 256
 """Requests that a frontend reads, decodes and tokenises at a time; it refuses the next one."""
+Result = TypeVar("Result")
 READY_S = 1.0
 """How long a replica may take to say that it is there."""
 
-api = FastAPI(title="Molmo", docs_url=None, redoc_url=None)
+api = Api(title="Molmo", docs_url=None, redoc_url=None)
 api.add_middleware(KeyGuard, digests=lambda: serve.get_replica_context().servable_object.keys)  # type: ignore[attr-defined]
 
 
@@ -47,7 +54,8 @@ async def _error(request: Request, error: Exception) -> JSONResponse:
 
 @api.exception_handler(HTTPException)
 async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
-    there = "POST /v1/chat/completions, GET /v1/models, GET /health, GET /ready"
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+    there = ", ".join(f"{method} {route.path}" for route in routes for method in sorted(route.methods or ()))
     message = f"{clipped(f'{request.method} {request.url.path}')}: {error.detail}. There are: {there}."
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
 
@@ -106,23 +114,55 @@ class Frontend:
 
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
-        entry = {"id": self._service.name, "object": "model", "created": self._created, "owned_by": "molmo-pipelines"}
-        return {"object": "list", "data": [{**entry, "max_model_len": self._service.context}]}
+        """The model that is served."""
+        return {"object": "list", "data": [self._entry()]}
 
-    @api.post("/v1/chat/completions")
+    @api.get("/v1/models/{name:path}", responses=refusals(404))
+    async def model(self, name: str) -> dict[str, Any]:
+        """The same, by its name."""
+        self._service.check_model(name)
+        return self._entry()
+
+    @api.post("/v1/chat/completions", **takes(ChatRequest))
     async def chat_completions(self, request: Request) -> Response:
-        """OpenAI's chat completions; `pipelines.serving.schema` says which part of it."""
-        if self._preparing >= PREPARING:
-            raise queue_full()
-        self._preparing += 1
-        try:
-            answer = await self._service.start(parse_json(await self._read(request)))
-        finally:
-            self._preparing -= 1
+        """Continues a conversation. With `stream`: server-sent events."""
+        return await self._answered(request, self._service.start)
+
+    @api.post("/v1/completions", **takes(CompletionRequest))
+    async def completions(self, request: Request) -> Response:
+        """Continues texts. With `stream`: server-sent events."""
+        return await self._answered(request, self._service.complete)
+
+    @api.post("/tokenize", **takes(TokenizeRequest))
+    async def tokenize(self, request: Request) -> dict[str, Any]:
+        """The tokens of a text or a conversation."""
+        return await self._prepared(request, self._service.tokenize)
+
+    @api.post("/detokenize", **takes(DetokenizeRequest))
+    async def detokenize(self, request: Request) -> dict[str, Any]:
+        """The text of tokens."""
+        return await self._prepared(request, self._service.detokenize)
+
+    async def _answered(self, request: Request, start: Callable[[Any], Awaitable[Answer]]) -> Response:
+        answer = await self._prepared(request, start)
         if not answer.streamed:
             return JSONResponse(await answer.whole())
         await answer.begin()
         return StreamingResponse(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def _prepared(self, request: Request, start: Callable[[Any], Awaitable[Result]]) -> Result:
+        """What becomes of a body: read, checked, decoded and tokenised, among not too many at a time."""
+        if self._preparing >= PREPARING:
+            raise queue_full()
+        self._preparing += 1
+        try:
+            return await start(parse_json(await self._read(request)))
+        finally:
+            self._preparing -= 1
+
+    def _entry(self) -> dict[str, Any]:
+        entry = {"id": self._service.name, "object": "model", "created": self._created, "owned_by": "molmo-pipelines"}
+        return {**entry, "max_model_len": self._service.context}
 
     async def _read(self, request: Request) -> bytearray:
         body = bytearray()

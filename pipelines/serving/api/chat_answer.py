@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipelines.serving.answer import Text, event, identity
+from pipelines.serving.answer import DONE, Text, event, identity
 from pipelines.serving.api.chat import ChatRequest
 from pipelines.serving.api.logprobs import LogprobWriter
 from pipelines.serving.choices import Part
 from pipelines.serving.errors import ApiError
-
-DONE = "data: [DONE]\n\n"
 
 
 class ChatFormat:

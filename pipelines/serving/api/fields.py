@@ -20,6 +20,11 @@ NoEffect = Any
 """The type of a field that is taken and has no effect on the answer."""
 
 
+def as_list(value: Any) -> Any:
+    """A single text is a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class Only:
     """Of the annotated field only these values are taken: those that ask for nothing."""
@@ -90,8 +95,10 @@ def _explained(error: ValidationError) -> ApiError:
     """The first problem that pydantic found, in terms of the request."""
     problem = error.errors(include_url=False, include_context=False)[0]
     location = [part for part in problem["loc"] if part != "[key]"]  # where a key is at fault, pydantic says so at its end
-    if location[2:3] == ["content"]:
-        del location[4:5]  # pydantic's tag of the part's type, not a key of the request
+    for depth, name in ((2, "content"), (0, "response_format")):
+        if location[depth : depth + 1] == [name]:
+            tag = depth + 2 if name == "content" else depth + 1
+            del location[tag : tag + 1]  # pydantic's tag of the type, not a key of the request
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{clipped(part)}" for part in location).lstrip(".")
     if problem["type"] in ("extra_forbidden", "unsupported"):
         message = f"'{where}' is not supported by this server (its value is {shown(problem['input'])}); leave it out."

@@ -84,6 +84,11 @@ class Message(Strict):
         return Turn(self.role, "\n".join(part.text for part in self.content if isinstance(part, TextPart)), tuple(media), where)
 
 
+def turns_of(messages: Sequence[Message], field: str = "messages") -> list[Turn]:
+    """The messages as turns; `field` is their name in the request."""
+    return [message.turn(f"{field}[{i}]") for i, message in enumerate(messages)]
+
+
 def conversation(turns: Sequence[Turn], system: bool) -> list[Turn]:
     """The turns of user and assistant that the model is asked with.
 

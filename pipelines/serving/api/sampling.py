@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from molmo_core.generation.engine.requests import SamplingParams
-from pipelines.serving.api.fields import Strict
+from molmo_core.generation.engine.requests import Grammar, SamplingParams
+from pipelines.serving.api.fields import Strict, as_list
+from pipelines.serving.api.forms import StructuredOutputs
 from pipelines.serving.errors import bad_request
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_TOKENS = 4, 1000, 64
@@ -37,6 +38,9 @@ class StreamOptions(Strict):
 class Sampling(Strict):
     """Fields of every endpoint that generates."""
 
+    FORM: ClassVar[str] = "structured_outputs"
+    """The field that says what the answer has to be, beside `structured_outputs`."""
+
     model: str
     stream: bool = False
     """Server-sent events while the answer is generated."""
@@ -60,7 +64,7 @@ class Sampling(Strict):
     """The same request with the same seed gives the same answer, whoever else is served."""
     min_tokens: int = Field(default=0, ge=0, lt=2**31)
     """The answer does not end before so many tokens."""
-    stop: str | list[str] | None = None
+    stop: Annotated[list[str], BeforeValidator(as_list, json_schema_input_type=str | list[str])] = Field(default_factory=list)
     """Up to four strings that end the answer before them."""
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
     """Tokens that end the answer before them."""
@@ -69,10 +73,13 @@ class Sampling(Strict):
     ignore_eos: bool = False
     """Go on after the model's end token (benchmarks)."""
 
+    structured_outputs: StructuredOutputs | None = None
+    """What the answer has to be."""
+
     @property
-    def stops(self) -> list[str]:
-        """The strings that end the answer."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+    def grammar(self) -> Grammar | None:
+        """What the answer has to be."""
+        return self.structured_outputs.grammar if self.structured_outputs else None
 
     @property
     def top_tokens(self) -> int | None:
@@ -86,7 +93,7 @@ class Sampling(Strict):
 
     @model_validator(mode="after")
     def _check_stops(self) -> Any:
-        if len(self.stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stops):
+        if len(self.stop) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP_LENGTH for stop in self.stop):
             raise bad_request(f"'stop' takes one to four strings of 1 to {MAX_STOP_LENGTH:,} characters.", "stop")
         return self
 
@@ -123,6 +130,7 @@ class Sampling(Strict):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=self.top_tokens,
+            grammar=self.grammar,
             seed=None if self.seed is None else _signed(self.seed + choice),
         )
 
@@ -133,6 +141,11 @@ class Several(Strict):
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     """Answers to the same prompt; answer number i (from 0) is drawn with `seed + i`."""
     stream_options: StreamOptions | None = None
+
+    def check_stream_options(self) -> None:
+        """Raises ApiError when there are options of a stream, and no stream."""
+        if self.stream_options and not getattr(self, "stream", False):
+            raise bad_request("'stream_options' needs 'stream': true.", "stream_options")
 
 
 def _signed(number: int) -> int:

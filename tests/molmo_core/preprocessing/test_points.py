@@ -3,7 +3,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molmo_core.preprocessing.points import Point, answer_text, extract_points, format_html, format_tracks, format_v1, percent
+from molmo_core.preprocessing.points import (
+    Point,
+    answer_text,
+    complete_tags,
+    extract_points,
+    format_html,
+    format_tracks,
+    format_v1,
+    percent,
+)
 
 coordinates = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=12)
 
@@ -105,3 +114,22 @@ def test_html_survives_the_round_trip(blocks, version, video):
 )
 def test_extraction(text, expected):
     np.testing.assert_allclose([(p.x, p.y) for p in extract_points(text, 200, 100)], expected)
+
+
+def test_complete_tags():
+    """Closed ones alone, with their labels; those that are not opened rightly have no points."""
+    text = (
+        'A <point x="61.5" y="40.6" alt="a > b">cat</point>, <points x1="1" y1="2" x2="3" y2="4" alt="two"></points> '
+        'and <points coords="2 1 123 456">dog</points><tracks coords="0.5 1 100 200;1.0 1 300 400">car</tracks> '
+        '<point x="9" y="9" alt="x</point> <points coords="1 1 001 002">cut'
+    )
+    tags = list(complete_tags(text))
+    assert [tag.label for tag in tags] == ["cat", "two", "dog", "car", None]
+    assert [[(p.x, p.y, p.block) for p in tag.points] for tag in tags] == [
+        [(0.615, 0.406, None)],
+        [(0.01, 0.02, None), (0.03, 0.04, None)],
+        [(0.123, 0.456, 2.0)],
+        [(0.1, 0.2, 0.5), (0.3, 0.4, 1.0)],
+        [],
+    ]
+    assert text[tags[0].end :].startswith(", <points")

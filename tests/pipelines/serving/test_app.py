@@ -70,8 +70,21 @@ def wait_until(condition, seconds: float = 60) -> None:
 
 def test_models_and_health(api, url):
     assert [model.id for model in api.models.list()] == ["tiny"]
+    assert api.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
+        api.models.retrieve("some/other")
     assert get(f"{url}/health") == {"status": "ok"}
     assert get(f"{url}/ready") == {"status": "ready"}
+
+
+def test_the_description_names_every_body(url):
+    described = get(f"{url}/openapi.json")
+    for path, name in (("/v1/chat/completions", "ChatRequest"), ("/v1/completions", "CompletionRequest"), ("/tokenize", "TokenizeRequest")):
+        route = described["paths"][path]["post"]
+        reference = route["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        assert reference == f"#/components/schemas/{name}"
+        assert "parameters" not in route
+        assert "model" in described["components"]["schemas"][name]["properties"]
 
 
 def test_plain_answer(api, tiny_model):
@@ -99,6 +112,38 @@ def test_text_only_conversation(api):
     answer = api.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
     assert answer.usage.completion_tokens <= 3
     assert answer.usage.prompt_tokens < 40
+
+
+def test_texts_are_continued(api, tiny_model):
+    tokenizer = tiny_model.tokenizer
+    ids = [tokenizer.bos_token_id, *tokenizer.encode("The sky is")]
+    expected = tiny_model.generate(input_ids=np.array(ids), max_new_tokens=6).text[0]
+    answer = api.completions.create(model="tiny", prompt=["The sky is", "Red"], max_tokens=6, logprobs=1)
+    assert answer.choices[0].text == expected
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert "".join(answer.choices[1].logprobs.tokens) == answer.choices[1].text
+    assert answer.usage.prompt_tokens > len(ids)
+    streamed = ["", ""]
+    for chunk in api.completions.create(model="tiny", prompt=["The sky is", "Red"], max_tokens=6, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [choice.text for choice in answer.choices]
+
+
+def test_tokens_and_back(api):
+    told = api.with_options(base_url=str(api.base_url).removesuffix("/v1/")).post("/tokenize", body={"prompt": "Hello"}, cast_to=object)
+    assert told["count"] == len(told["tokens"])
+    text = api.with_options(base_url=str(api.base_url).removesuffix("/v1/")).post(
+        "/detokenize", body={"tokens": told["tokens"]}, cast_to=object
+    )
+    assert text == {"prompt": "<|endoftext|>Hello"}
+
+
+def test_an_answer_of_a_form(api):
+    answer = ask(api, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["red", "blue"]}}})
+    assert json.loads(answer.choices[0].message.content) in ("red", "blue")
+    assert ask(api, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}).choices[0].message.content in ("yes", "no")
+    with pytest.raises(openai.BadRequestError, match="'structured_outputs': grammar"):
+        ask(api, extra_body={"structured_outputs": {"regex": "("}})
 
 
 def test_stop_string(api):

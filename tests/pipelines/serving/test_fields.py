@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import pytest
 
@@ -207,6 +208,50 @@ def test_the_least_length(engined, greedy):
     assert ask(engined, logit_bias={str(end): 100}) == [""]
     body = run(answered(engined, request(logit_bias={str(end): 100}, min_tokens=3)))
     assert (body["usage"]["completion_tokens"], body["choices"][0]["finish_reason"]) == (3, "stop")
+
+
+FORMS = [
+    ({"response_format": {"type": "json_object"}}, lambda text: isinstance(json.loads(text), dict)),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [7, 8]}}}},
+        lambda text: json.loads(text) in (7, 8),
+    ),
+    (
+        {"structured_outputs": {"json": {"type": "array", "maxItems": 1, "items": {"type": "null"}}}},
+        lambda text: json.loads(text) in ([], [None]),
+    ),
+    ({"structured_outputs": {"regex": "[ab]{3}!"}}, lambda text: re.fullmatch("[ab]{3}!", text)),
+    ({"structured_outputs": {"choice": ["red", "blue"]}}, lambda text: text in ("red", "blue")),
+]
+
+
+@pytest.mark.parametrize(("fields", "fits"), FORMS)
+def test_answers_of_a_form(engined, fields, fits):
+    soon_closed = {str(engined._tokenizer.encode(mark)[0]): 50 for mark in "{}"}  # random weights write no end otherwise
+    for text in ask(engined, **fields, temperature=1, seed=1, n=3, max_tokens=120, logit_bias=soon_closed):
+        assert fits(text), text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "x" * 70_000}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"type": 3}}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "(?<=a)", "type": "string"}}}},
+            "response_format",
+        ),
+    ],
+)
+def test_forms_that_are_none(engined, greedy, fields, param):
+    with pytest.raises(ApiError) as caught:
+        ask(engined, **fields)
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, "invalid_grammar")
+    assert len(caught.value.message) < 300
+    assert ask(engined) == [greedy]
 
 
 def test_one_failed_answer_of_several_ends_the_request(scripted):

@@ -1,10 +1,11 @@
 """Requests: what is accepted, and that each refusal names the field and the remedy."""
 
 import dataclasses
+import json
 
 import pytest
 
-from molmo_core.generation.engine.requests import SamplingParams
+from molmo_core.generation.engine.requests import Grammar, SamplingParams
 from pipelines.serving.api.messages import conversation
 from pipelines.serving.errors import ApiError
 from pipelines.serving.media.parts import Medium
@@ -34,13 +35,13 @@ def test_parts_and_defaults():
     (turn,) = parsed.turns
     assert turn.text == "a\nb"
     assert turn.media == (Medium("image", "data:x", "messages[0].content[1].image_url.url"),)
-    assert (parsed.temperature, parsed.top_p, parsed.stream, parsed.new_tokens, parsed.stops) == (0, 1, False, None, [])
+    assert (parsed.temperature, parsed.top_p, parsed.stream, parsed.new_tokens, parsed.stop) == (0, 1, False, None, [])
 
 
 def test_what_openai_clients_send():
     parsed = request(max_completion_tokens=5, max_tokens=9, n=1, user="me", stop="x", frequency_penalty=0, seed=None, logprobs=False)
     assert parsed.new_tokens == 5
-    assert parsed.stops == ["x"]
+    assert parsed.stop == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,18 @@ def test_what_openai_clients_send():
         ({"top_logprobs": 3}, "top_logprobs", "needs 'logprobs'"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"tools": [{}]}, "tools", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": 3}}}, "response_format.json_schema.schema", "dict"),
+        ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
+        ({"structured_outputs": {"grammar": "x"}}, "structured_outputs.grammar", "not supported"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+            "either 'response_format' or",
+        ),
         ({"temprature": 1}, "temprature", "Did you mean 'temperature'?"),
         ({"temperature": True}, "temperature", "number"),
         ({"temperature": float("nan")}, "temperature", "finite"),
@@ -130,12 +142,27 @@ def test_a_system_message_where_the_model_was_trained_with_one():
 def test_every_field_reaches_the_engine():
     fields = {"temperature": 0.5, "top_p": 0.25, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": -1.0}
     fields |= {"frequency_penalty": 1.25, "min_tokens": 2, "ignore_eos": True, "seed": -9, "top_k": 7}
-    parsed = request(**fields, logit_bias={"5": 2, "0": -1.5}, stop_token_ids=[3, 4], logprobs=True, top_logprobs=6)
-    expected = SamplingParams(50, **fields, logit_bias={5: 2, 0: -1.5}, stop_token_ids=(3, 4), logprobs=6)
+    parsed = request(
+        **fields, logit_bias={"5": 2, "0": -1.5}, stop_token_ids=[3, 4], logprobs=True, top_logprobs=6, structured_outputs={"regex": "a|b"}
+    )
+    expected = SamplingParams(50, **fields, logit_bias={5: 2, 0: -1.5}, stop_token_ids=(3, 4), logprobs=6, grammar=Grammar("regex", "a|b"))
     assert parsed.params(50) == expected
     assert {field.name for field in dataclasses.fields(SamplingParams) if getattr(expected, field.name) == field.default} == set()
     assert request(top_k=-1).params(50) == request().params(50) == SamplingParams(50)
     assert request(logprobs=True).params(50).logprobs == 0
+
+
+def test_forms_of_answers():
+    schema = {"type": "object", "properties": {"a": {"type": "null"}}}
+    text = json.dumps(schema)
+    named = {"name": "x", "description": "y", "schema": schema, "strict": True}
+    assert request(response_format={"type": "json_schema", "json_schema": named}).grammar == Grammar("json_schema", text)
+    assert request(response_format={"type": "json_object"}).grammar == Grammar("json_schema", '{"type": "object"}')
+    assert request(structured_outputs={"json": schema}).grammar == Grammar("json_schema", text)
+    assert request(structured_outputs={"json": text}).grammar == Grammar("json_schema", text)
+    assert request(structured_outputs={"choice": ["a", "b"]}).grammar == Grammar("choice", '["a", "b"]')
+    assert request(response_format={"type": "text"}).grammar is None
+    assert request().grammar is None
 
 
 def test_the_seed_of_each_answer():
