@@ -62,7 +62,7 @@ def export_checkpoint(model: Any, out: str | Path, format: ExportFormat = "huggi
     """Writes a model to a folder in a layout that others read.
 
     Args:
-        model: any of the models; `huggingface` covers Molmo, MolmoE and Molmo2.
+        model: any of the models; `huggingface` covers Molmo, MolmoE, Molmo2 and MolmoPoint.
         out: a folder that does not exist yet.
         format: `huggingface`: the published layout with config, tokenizer, chat template, generation and processor settings (Molmo2:
             what transformers' native class and vLLM read); `native`: our own.
@@ -109,7 +109,7 @@ def _check_new(out: Path) -> None:
 def _stored_tensors(model: Any, layout: Layout | None) -> dict[str, torch.Tensor]:
     """The model's tensors; of Molmo2 without encoder blocks above the last one used, which its releases lack and no reader builds."""
     tensors = model_tensors(model)
-    if layout != "molmo2":
+    if layout not in ("molmo2", "molmo_point"):
         return tensors
     vision = model.config.vision_backbone
     top = max(layer % vision.vit.image_num_layers for layer in vision.vit_layers)

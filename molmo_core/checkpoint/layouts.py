@@ -1,4 +1,4 @@
-"""The published tensor layouts as tables of links: Molmo (dense), MolmoE, Molmo2, and Molmo2 as a transformers module names it."""
+"""The published tensor layouts as tables of links: Molmo (dense), MolmoE, Molmo2 (also as a transformers module names it), MolmoPoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from molmo_core.checkpoint.links import Link, Rows
 from molmo_core.checkpoint.safetensors_stream import TensorSpec
 from molmo_core.nn.configs import LlmConfig
 
-Layout = Literal["molmo", "molmoe", "molmo2", "molmo2_modules"]
+Layout = Literal["molmo", "molmoe", "molmo2", "molmo2_modules", "molmo_point"]
 
 _BLOCK = re.compile(r"transformer\.blocks\.(\d+)\.(.+)")
 _EMBEDDING = "transformer.wte.embedding"
@@ -25,7 +25,7 @@ def published_links(layout: Layout, names: Iterable[str], llm: LlmConfig, stored
 
     Args:
         layout: `molmo` and `molmoe`: the 0924 releases; `molmo2`: the Molmo2 releases (what transformers saves, too);
-            `molmo2_modules`: the names of transformers' Molmo2 modules.
+            `molmo2_modules`: the names of transformers' Molmo2 modules; `molmo_point`: the MolmoPoint releases.
         names: the model's tensor names.
         llm: sizes of the language model.
         stored: tensors of the file to be read. transformers cuts the two embedding tables of Molmo2 elsewhere than the
@@ -37,6 +37,8 @@ def published_links(layout: Layout, names: Iterable[str], llm: LlmConfig, stored
         links = [found for found in links if found.native not in (_EMBEDDING, _NEW_EMBEDDING)] + _joined_embedding(llm, stored)
     if layout.startswith("molmo2") and llm.weight_tying:
         links.append(Link(_EMBEDDING, _LM_HEAD, export_only=True))
+    if layout == "molmo_point" and llm.weight_tying:
+        links += [Link(_EMBEDDING, _POINT_HEAD, export_only=True), Link(_NEW_EMBEDDING, _NEW_POINT_HEAD, export_only=True)]
     return links
 
 
@@ -47,7 +49,9 @@ def detect_layout(model_type: str, stored: Iterable[str], source: object) -> Lay
         return "molmoe" if any(".mlp.experts." in name for name in names) else "molmo"
     if model_type == "molmo2":
         return "molmo2_modules" if any(name.startswith("model.language_model.") for name in names) else "molmo2"
-    raise CheckpointError(f"{source}: model_type {model_type!r} is none of the published Molmo layouts (molmo, molmo2)")
+    if model_type == "molmo_point":
+        return "molmo_point"
+    raise CheckpointError(f"{source}: model_type {model_type!r} is none of the published Molmo layouts (molmo, molmo2, molmo_point)")
 
 
 def _molmo(name: str, llm: LlmConfig) -> list[Link]:
@@ -93,6 +97,25 @@ def _molmo2(name: str, llm: LlmConfig) -> list[Link]:
         return [Link(name, f"model.{name}")]
     stem, kind = match[2].rsplit(".", 1)
     return [Link(name, f"model.transformer.blocks.{match[1]}.{_of(_MOLMO2_BLOCK, stem, name)}.{kind}")]
+
+
+_POINT_HEAD, _NEW_POINT_HEAD = "lm_head.output_embeddings", "lm_head.new_output_embeddings"
+_POINT_NAMES = (
+    ("transformer.ff_out.weight", _POINT_HEAD),
+    ("transformer.ff_out.new_weight", _NEW_POINT_HEAD),
+    ("vision_backbone.image_vit.", "model.vit."),
+    ("vision_backbone.positional_embeddings", "model.connector.positional_embeddings.bias"),
+    ("vision_backbone.", "model.connector."),
+    ("point_embedding.", "model."),
+)
+"""Beginnings of names here and there; the others are those of Molmo2."""
+
+
+def _molmo_point(name: str, llm: LlmConfig) -> list[Link]:
+    for here, there in _POINT_NAMES:
+        if name.startswith(here):
+            return [Link(name, there + name.removeprefix(here))]
+    return _molmo2(name, llm)
 
 
 # transformers names the norms of both placements alike.
@@ -196,4 +219,5 @@ _RULES: dict[Layout, Callable[[str, LlmConfig], list[Link]]] = {
     "molmoe": _molmoe,
     "molmo2": _molmo2,
     "molmo2_modules": _molmo2_modules,
+    "molmo_point": _molmo_point,
 }

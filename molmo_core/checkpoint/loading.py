@@ -17,7 +17,7 @@ from molmo_core.registry import BaseModelConfig
 def load_model(path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None) -> Any:
     """The model that a path is, with its weights, in eval mode; tokenizer and preprocessing settings come with it (`model.config`).
 
-    Reads own checkpoints and the published layouts of Molmo, MolmoE and Molmo2 (as released, and as transformers saves
+    Reads own checkpoints and the published layouts of Molmo, MolmoE, MolmoPoint and Molmo2 (as released, and as transformers saves
     them), sharded or not. The model is built without memory and filled tensor by tensor: the peak is the model and one buffer.
 
     Args:

@@ -12,6 +12,8 @@ from molmo_core.checkpoint.published_settings import (
     MOLMO2_LLM,
     MOLMO2_TOKENS,
     MOLMO2_VIT,
+    POINT_SETTINGS,
+    POINT_TOKEN_NAMES,
     ROPE,
     check_legacy,
     check_molmo2,
@@ -36,6 +38,9 @@ def read_published_config(checkpoint: Published) -> dict[str, Any]:
     if kind == "molmo2":
         check_molmo2(data, checkpoint.source)
         config = _molmo2(data, folder)
+    elif kind == "molmo_point":
+        check_molmo2(data, checkpoint.source, points=True)
+        config = _molmo_point(data, folder)
     elif isinstance(data.get("llm"), dict):  # newer exports of the research code carry our structure
         parts = ("llm", "vision_backbone", "data_formatter", "mm_preprocessor", "bi_directional_attn")
         check_settings(data, parts, {"tie_word_embeddings": (False,)}, checkpoint.source)
@@ -45,7 +50,7 @@ def read_published_config(checkpoint: Published) -> dict[str, Any]:
         config = _molmo_0924(data, folder)
     else:
         raise CheckpointError(
-            f"{checkpoint.source}: model_type {kind!r} is not a Molmo model (molmo, molmo2); "
+            f"{checkpoint.source}: model_type {kind!r} is not a Molmo model (molmo, molmo2, molmo_point); "
             "a plain text or vision checkpoint initialises a new model through llm.init_path or vit.init_path"
         )
     config["llm"] = {**config["llm"], "tokenizer": {"identifier": str(folder.resolve())}}
@@ -96,6 +101,25 @@ def _molmo_0924(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         },
         "bi_directional_attn": None,
     }
+
+
+def _molmo_point(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """MolmoPoint: Molmo2 and the settings of its points."""
+    config, rows, adapter = _molmo2(data, folder), data["text_config"]["vocab_size"], data["adapter_config"]
+    for key, index in POINT_TOKEN_NAMES.items():
+        if data.get(key) not in (None, rows + index):
+            raise CheckpointError(f"{folder}/config.json: {key}={data[key]}, expected vocab_size + {index} = {rows + index}")
+    config["vision_backbone"] |= {
+        "pooling_out_layer": adapter.get("attention_pooling_out_layer", True),
+        "positional_embeddings": adapter.get("positional_embeddings"),
+    }
+    config["llm"]["can_predict_extra_tokens"] = True
+    config["data_formatter"]["pointing_format"] = "tokens"
+    # mask_repeats: of the generation only, where "all" and "inference" are the same.
+    points = {name: data[name] for name in POINT_SETTINGS if name in data}
+    if points.get("mask_repeats") == "all":
+        points["mask_repeats"] = "inference"
+    return config | points | {"model_name": "molmo_point"}
 
 
 def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:

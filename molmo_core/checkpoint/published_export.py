@@ -9,15 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 from molmo_core.checkpoint.folder import CheckpointError
 from molmo_core.checkpoint.layouts import Layout
-from molmo_core.checkpoint.published_settings import DENSE_LLM, MOLMO2_LLM, MOLMO2_TOKENS, MOLMO2_VIT, ROPE
+from molmo_core.checkpoint.published_settings import (
+    DENSE_LLM,
+    MOLMO2_LLM,
+    MOLMO2_TOKENS,
+    MOLMO2_VIT,
+    POINT_SETTINGS,
+    POINT_TOKEN_NAMES,
+    ROPE,
+)
 from molmo_core.nn.configs import NORMALISATION, LlmConfig, MolmoVisionBackboneConfig
+from molmo_core.tokens import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from molmo_core.model_configs.molmo import MolmoConfig
     from molmo_core.model_configs.molmo2 import Molmo2Config
+    from molmo_core.model_configs.molmo_point import MolmoPointConfig
     from molmo_core.preprocessing.tokenizer import Tokenizer
 
-_REPOSITORY = {"molmo": "allenai/Molmo-7B-D-0924", "molmoe": "allenai/MolmoE-1B-0924", "molmo2": "allenai/Molmo2-8B"}
+_REPOSITORY = {"molmo": "allenai/Molmo-7B-D-0924", "molmoe": "allenai/MolmoE-1B-0924", "molmo2": "allenai/Molmo2-8B",
+               "molmo_point": "allenai/MolmoPoint-8B"}  # fmt: skip
+
+POINT_NAMES = 31_200
+"""Image tokens, patches and cells that the published MolmoPoint tokenizer has names for."""
 
 _MOLMO_TEMPLATE = """\
 {%- for message in messages -%}
@@ -53,7 +67,7 @@ def published_layout_of(config: Any) -> Layout:
         CheckpointError: the published layouts cannot express this model; the message says why.
     """
     kind = config.model_name
-    if kind not in ("molmo", "molmo2"):
+    if kind not in ("molmo", "molmo2", "molmo_point"):
         raise CheckpointError(f"{kind} has no published layout; export it with --format native")
     if config.vision_backbone is None:
         raise CheckpointError("a text-only model has no published Molmo layout; export it with --format native")
@@ -75,10 +89,30 @@ def published_layout_of(config: Any) -> Layout:
         "vision_backbone.image_padding_embed": (vision.image_padding_embed, None),
         "bi_directional_attn": (config.bi_directional_attn, "image_tokens"),
     }
+    required |= _point_requirements(config) if kind == "molmo_point" else _requirements_without_points(vision)
     wrong = [f"{key}={value!r} (needs {need!r})" for key, (value, need) in required.items() if value != need]
     if wrong:
-        raise CheckpointError(f"the published Molmo2 layout cannot express {', '.join(wrong)}; export with --format native")
-    return "molmo2"
+        name = "MolmoPoint" if kind == "molmo_point" else "Molmo2"
+        raise CheckpointError(f"the published {name} layout cannot express {', '.join(wrong)}; export with --format native")
+    return kind
+
+
+def _requirements_without_points(vision: MolmoVisionBackboneConfig) -> dict[str, tuple[Any, Any]]:
+    return {
+        "vision_backbone.pooling_out_layer": (vision.pooling_out_layer, True),
+        "vision_backbone.positional_embeddings": (vision.positional_embeddings, None),
+    }
+
+
+def _point_requirements(config: MolmoPointConfig) -> dict[str, tuple[Any, Any]]:
+    """What the published MolmoPoint classes compute with these values only."""
+    return {
+        "patch_embedding_kind": (config.patch_embedding_kind, "image_feature0"),
+        "embed_selected_vit_patch": (config.embed_selected_vit_patch, "linear"),
+        "embed_location": (config.embed_location, False),
+        "norm_logits": (config.norm_logits, True),
+        "llm.additional_vocab_size": (config.llm.additional_vocab_size, 128),
+    }
 
 
 def write_published_files(folder: Path, config: Any, layout: Layout, tokenizer: Tokenizer, dtype: str) -> None:
@@ -87,12 +121,17 @@ def write_published_files(folder: Path, config: Any, layout: Layout, tokenizer: 
     if layout == "molmo2":
         files = {"config.json": _molmo2(config) | ids, **_molmo2_processor(config)}
         template = _MOLMO2_TEMPLATE
+    elif layout == "molmo_point":
+        files = {"config.json": _molmo_point(config) | ids, **_molmo2_processor(config)}
+        template = _MOLMO2_TEMPLATE
     else:
         files = {"config.json": _molmo(config, layout), "preprocessor_config.json": _molmo_processor(config, layout)}
         template = _MOLMO_TEMPLATE
     files["config.json"]["dtype"] = files["config.json"]["torch_dtype"] = dtype
     files["generation_config.json"] = {**ids, "max_new_tokens": 200}
     tokenizer.save(folder)
+    if layout == "molmo_point":
+        _add_point_tokens(folder / "tokenizer.json", config.llm.embedding_rows)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -228,6 +267,33 @@ def _molmo2(config: Molmo2Config) -> dict[str, Any]:
         "use_frame_special_tokens": config.mm_preprocessor.per_frame_special_token,
         "text_config": text, "vit_config": tower, "adapter_config": adapter, **tokens,
     }  # fmt: skip
+
+
+def _molmo_point(config: MolmoPointConfig) -> dict[str, Any]:
+    """Molmo2's config.json with the settings of points."""
+    data, vision = _molmo2(config), config.vision_backbone  # type: ignore[arg-type]
+    assert vision is not None
+    data["adapter_config"] |= {
+        "attention_pooling_out_layer": vision.pooling_out_layer, "positional_embeddings": vision.positional_embeddings,
+        "float32_attention": True,
+    }  # fmt: skip
+    names = {"AutoConfig": "configuration_molmo_point.MolmoPointConfig",
+             "AutoModelForImageTextToText": "modeling_molmo_point.MolmoPointForConditionalGeneration"}  # fmt: skip
+    tokens = {name: config.llm.embedding_rows + index for name, index in POINT_TOKEN_NAMES.items()}
+    return data | {name: getattr(config, name) for name in POINT_SETTINGS} | tokens | {
+        "architectures": ["MolmoPointForConditionalGeneration"], "model_type": "molmo_point", "auto_map": _code("molmo_point", **names),
+        "low_res_image_start_token_id": None,
+    }  # fmt: skip
+
+
+def _add_point_tokens(path: Path, first: int) -> None:
+    """Adds the names that the published code gives to image tokens, patches and cells: text that it reads points from."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    rows, special = 128, len(SPECIAL_TOKENS["molmo2"])
+    names = [f"<EXTRA_TOKENS_POINT_{i}>" for i in range(rows - special)] + [f"<POINT_{i}>" for i in range(POINT_NAMES)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    data["added_tokens"] += [{"id": first + special + i, "content": name, **flags} for i, name in enumerate(names)]
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
 def _spelt(settings: Any, names: dict[str, str]) -> dict[str, Any]:

@@ -66,6 +66,17 @@ _MOLMO2_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
 }  # fmt: skip
 _MOLMO2_NAMES = {"": {}, "text_config": MOLMO2_LLM, "vision_config": MOLMO2_VIT, "adapter_config": {}}
+# Settings of MolmoPoint beside those of Molmo2: names that are the same here, ids of tokens, and the others that are read.
+POINT_SETTINGS = (
+    "patch_location", "no_more_points_class", "patch_embed_dim", "patch_embedding_kind", "embed_selected_vit_patch", "embed_location",
+    "layer_norm_x", "norm_logits", "mask_patches", "mask_subpatches", "mask_repeats", "token_prediction_rotary",
+    "token_prediction_rotary_theta",
+)  # fmt: skip
+POINT_TOKEN_NAMES = {name: SPECIAL_TOKENS["molmo2"].index(token) for name, token in {
+    "patch_token_id": "<|token_index|>", "subpatch_token_id": "<|vit_index|>", "location_token_id": "<|vit_loc|>",
+    "image_non_indexable_patch_id": "<im_low>", "image_high_res_id": "<im_patch>",
+}.items()}  # fmt: skip
+_POINT_READ = {"": (*POINT_SETTINGS, *POINT_TOKEN_NAMES), "adapter_config": ("attention_pooling_out_layer", "positional_embeddings")}
 # What every Molmo2 has (the released spelling: more), and what would compute another model if it were guessed.
 _SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers", "intermediate_size")
 _MOLMO2_SIZES = {"text_config": (*_SIZES, "vocab_size"), "vision_config": _SIZES, "adapter_config": ()}
@@ -108,18 +119,20 @@ _BOOKKEEPING = frozenset({
 })  # fmt: skip
 
 
-def check_molmo2(data: dict[str, Any], source: Path) -> None:
+def check_molmo2(data: dict[str, Any], source: Path, points: bool = False) -> None:
     """Whether everything that a Molmo2 config.json says is known here.
 
     Args:
         data: its content; encoder settings under `vit_config` (released) or `vision_config` (transformers).
         source: the file.
+        points: it is MolmoPoint's.
 
     Raises:
         CheckpointError: a setting is missing, or it is not implemented.
     """
+    more: dict[str, tuple[str, ...]] = _POINT_READ if points else {}
     released = "vision_config" not in data
-    check_settings(data, _MOLMO2_READ[""], _MOLMO2_FIXED[""], source)
+    check_settings(data, {*_MOLMO2_READ[""], *more.get("", ())}, _MOLMO2_FIXED[""], source)
     for part in ("text_config", "vision_config", "adapter_config"):
         name = "vit_config" if released and part == "vision_config" else part
         if not isinstance(data.get(name), dict):
@@ -130,7 +143,8 @@ def check_molmo2(data: dict[str, Any], source: Path) -> None:
             raise CheckpointError(f"{source}: no key {', '.join(missing)}, which a Molmo2 checkpoint has; copy or download it again")
         if odd := [f"{name}.{key}={section[key]!r}" for key in _MOLMO2_SIZES[part] if type(section[key]) is not int]:
             raise CheckpointError(f"{source}: {', '.join(odd)} must be a whole number")
-        check_settings(section, {*_MOLMO2_READ[part], *_MOLMO2_NAMES[part]}, _MOLMO2_FIXED[part], source, f"{name}.")
+        known = {*_MOLMO2_READ[part], *_MOLMO2_NAMES[part], *more.get(part, ())}
+        check_settings(section, known, _MOLMO2_FIXED[part], source, f"{name}.")
 
 
 def check_legacy(data: dict[str, Any], source: Path) -> None:

@@ -23,6 +23,7 @@ from molmo_core.config import ConfigError
 from molmo_core.tokens import IMAGE_PROMPT, POINT_TOKENS, SPECIAL_TOKENS, VIDEO_PROMPT, ImageTokenIds, TokenLayout, special_ids
 
 _PADDING_PREFIX = "|<EXTRA_TOKENS_"
+_POINT_PREFIXES = ("<POINT_", "<EXTRA_TOKENS_POINT_")  # what MolmoPoint's releases add behind the special tokens
 _USUAL_EOS = ("<|endoftext|>", "<|im_end|>", "</s>", "<|end_of_text|>", "<eos>")
 _CACHED_TEXTS = 8192
 _LONG_TEXT = 4096
@@ -268,10 +269,11 @@ def _names_in_text(names: Iterable[str]) -> dict[str, int]:
 def _without_special_tokens(text: str, source: Path) -> tuple[TextTokenizer, dict[str, int]]:
     """The tokenizer of a tokenizer.json without its padding and image tokens, and those tokens with their ids."""
     known = {t for tokens in SPECIAL_TOKENS.values() for t in tokens}
-    if _PADDING_PREFIX not in text and not any(t in text for t in known):  # parsing a large vocabulary twice takes a second
+    padding = (_PADDING_PREFIX, *_POINT_PREFIXES)
+    if not any(prefix in text for prefix in padding) and not any(t in text for t in known):  # parsing it twice is slow
         return _parsed(text, source), {}
     data = {"added_tokens": [], **_json(text, source)}
-    extra = {t["content"]: t["id"] for t in data["added_tokens"] if t["content"] in known or t["content"].startswith(_PADDING_PREFIX)}
+    extra = {t["content"]: t["id"] for t in data["added_tokens"] if t["content"] in known or t["content"].startswith(padding)}
     data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] not in extra]
     return _parsed(json.dumps(data), source), extra
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-VERSION = 1
+VERSION = 2
 
 _INT, _FLOAT = pa.list_(pa.int64()), pa.list_(pa.float32())
 # One axis: [S] (or [N_c] for HeMolmo's candidates).
@@ -38,6 +38,7 @@ SHAPED: dict[str, pa.DataType] = {
     "low_res_tokens_idx": _INT,
     "high_res_tokens_idx": _INT,
     "low_to_high": _FLOAT,
+    "point_target_ids": _INT,
 }
 _REQUIRED = ("input_ids",)
 _SHAPE = pa.list_(pa.int64())

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_point import cases, inputs_here, load_config, load_point_model, name_here
 from safetensors.torch import load_file
 
 from molmo_core.config import ConfigError
@@ -13,6 +12,7 @@ from molmo_core.generation.generate import Decoder, prompt_batch
 from molmo_core.model_configs.molmo_point import MolmoPointConfig
 from molmo_core.models.molmo_point import MolmoPoint
 from molmo_core.preprocessing.point_tokens import chosen_points
+from tests.molmo_core.models.golden_point import cases, inputs_here, load_config, load_point_model, name_here
 
 SETS = ("a", "c")
 Tensors = dict[str, torch.Tensor]
