@@ -113,11 +113,19 @@ def load_tensors(
         elif isinstance(tensor, DTensor):
             full = torch.empty(tensor.shape, dtype=tensor.dtype)
             _assemble(full, parts, reader)
-            local = distribute_tensor(full.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
-            typing.cast(DTensor, tensor.detach()).to_local().copy_(typing.cast(DTensor, local).to_local())
+            fill(tensor, full)
         else:
             _assemble(tensor.detach(), parts, reader)
     return report
+
+
+def fill(tensor: torch.Tensor, full: torch.Tensor) -> None:
+    """Copies a whole tensor, the same on all ranks, into one of a model that may be a shard."""
+    if not isinstance(tensor, DTensor):
+        tensor.detach().copy_(full)
+        return
+    local = distribute_tensor(full.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    typing.cast(DTensor, tensor.detach()).to_local().copy_(typing.cast(DTensor, local).to_local())
 
 
 def export_specs(tensors: Mapping[str, torch.Tensor], links: list[Link], dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from molmo_core.checkpoint.folder import Published, local_folder, locate
+from molmo_core.checkpoint.folder import CheckpointError, Published, local_folder, locate
 from molmo_core.checkpoint.layouts import detect_layout, published_links
-from molmo_core.checkpoint.links import Link, LoadReport, Model, load_tensors, model_tensors, same_names
+from molmo_core.checkpoint.links import Link, LoadReport, Model, fill, load_tensors, model_tensors, same_names
 from molmo_core.checkpoint.safetensors_stream import SafetensorsReader, model_dtype
 from molmo_core.registry import BaseModelConfig
+
+if TYPE_CHECKING:
+    from molmo_core.models.base import ModelBase
 
 
 def load_model(path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None) -> Any:
@@ -72,6 +75,26 @@ def load_checkpoint(model: Model, path: str | Path, strict: bool = True) -> Load
     path = local_folder(path)
     reader = SafetensorsReader(path)
     return load_tensors(model, reader, checkpoint_links(model, reader, locate(path) if path.is_dir() else path), strict)
+
+
+def begin_from(model: ModelBase, path: str | Path) -> None:
+    """The first weights of a model that is trained on: `load_checkpoint`, also from a model that this one extends (`EXTENDS`), whose
+    checkpoint lacks this one's own parts; these are drawn (on every rank alike, if all have the same seed).
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    path = local_folder(path)
+    own = {} if BaseModelConfig.load(path).model_name != model.EXTENDS else model.own_parts()
+    report = load_checkpoint(model, path, strict=not own)
+    if own:
+        wrong = sorted(set(report.missing) - own.keys())
+        if wrong or report.unexpected:
+            lines = [f"missing: {name}" for name in wrong] + [f"has no place here: {name}" for name in report.unexpected]
+            raise CheckpointError(f"{path}: its tensors do not fit the model's\n  " + "\n  ".join(lines))
+        tensors = model_tensors(model)
+        for name in report.missing:
+            fill(tensors[name], own[name])
 
 
 def checkpoint_links(model: Model, reader: SafetensorsReader, found: Path | Published) -> list[Link]:

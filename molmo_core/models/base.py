@@ -53,6 +53,9 @@ class ModelBase(nn.Module):
     POINTING: ClassVar[tuple[str, ...]] = ("point_predictor.", "point_embedding.")
     """Prefixes of the parameters that choose points."""
 
+    EXTENDS: ClassVar[str] = ""
+    """`model_name` of a model whose checkpoints hold everything but `own_parts`."""
+
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
@@ -115,6 +118,10 @@ class ModelBase(nn.Module):
                 raise ValueError(f"parameter {clean} belongs to {matches or 'no group'}; each must be in one of {PARAMETER_GROUPS}")
             groups[matches[0]].append((clean, parameter))
         return groups
+
+    def own_parts(self) -> dict[str, torch.Tensor]:
+        """New weights, on the CPU, of the parameters that the model that this one extends does not have."""
+        return {}
 
     def get_connector_params(self) -> list[nn.Parameter]:
         """Pooling, projector, padding embedding and the embeddings of the special tokens."""

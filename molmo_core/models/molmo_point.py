@@ -41,14 +41,12 @@ class MolmoPoint(Molmo):
 
     config: MolmoPointConfig
     vision_backbone: MolmoVisionBackbone
+    EXTENDS: ClassVar[str] = "molmo2"
     FEATURES: ClassVar[tuple[str, ...]] = ("point_target_ids",)
 
     def __init__(self, config: MolmoPointConfig):
         super().__init__(config)
-        llm, vision = config.llm, config.vision_backbone
-        patch_width = vision.vit.image_emb_dim * len(vision.vit_layers)
-        self.point_predictor = PointPredictor(config, llm.d_model, patch_width, llm.layer_norm_eps, llm.rope_theta)
-        self.point_embedding = PointEmbedding(config, llm.d_model, patch_width, config.most_patches)
+        self.point_predictor, self.point_embedding = _point_modules(config)
         if self.device.type != "meta":
             self.point_predictor.reset_parameters()
             self.point_embedding.reset_parameters()
@@ -103,6 +101,16 @@ class MolmoPoint(Molmo):
         return output
 
     # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def own_parts(self) -> dict[str, torch.Tensor]:
+        with torch.device("cpu"):
+            predictor, embedding = _point_modules(self.config)
+        predictor.reset_parameters()
+        embedding.reset_parameters()
+        tensors = {f"point_predictor.{name}": tensor for name, tensor in predictor.state_dict().items()}
+        tensors |= {f"point_embedding.{name}": tensor for name, tensor in embedding.state_dict().items()}
+        llm = self.config.llm
+        return tensors | {"transformer.ff_out.new_weight": torch.zeros(llm.additional_vocab_size, llm.d_model)}
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
         return self.transformer.wte(share_low_embedding(ids, self.config.image_tokens) if self.config.shared_low_high_embedding else ids)
@@ -215,6 +223,13 @@ class MolmoPoint(Molmo):
     def _list_start(self) -> int:
         """Id of the token that ends the start of a list of points."""
         return self.tokenizer.encode(LIST_START)[-1]
+
+
+def _point_modules(config: MolmoPointConfig) -> tuple[PointPredictor, PointEmbedding]:
+    llm, vision = config.llm, config.vision_backbone
+    patch_width = vision.vit.image_emb_dim * len(vision.vit_layers)
+    predictor = PointPredictor(config, llm.d_model, patch_width, llm.layer_norm_eps, llm.rope_theta)
+    return predictor, PointEmbedding(config, llm.d_model, patch_width, config.most_patches)
 
 
 def image_token_numbers(selectable: torch.Tensor, examples: torch.Tensor) -> torch.Tensor:

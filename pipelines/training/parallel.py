@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from molmo_core.checkpoint.backbones import initialise_backbones
+from molmo_core.checkpoint.loading import begin_from
 from molmo_core.models.base import ModelBase
 from pipelines.training.config import Precision, TrainConfig
 from pipelines.training.optim import freeze
@@ -55,7 +56,7 @@ def build(config: TrainConfig, device: torch.device) -> ModelBase:
     else:
         model.to_empty(device=device)
     if config.init_from is not None:
-        model.load_checkpoint(config.init_from)
+        begin_from(model, config.init_from)
         return model.train()
     if world_size() > 1:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

@@ -13,10 +13,13 @@ from molmo_core.checkpoint import CheckpointError, load_model
 from molmo_core.checkpoint.export import export_and_verify, export_checkpoint
 from molmo_core.checkpoint.layouts import published_links
 from molmo_core.checkpoint.links import export_specs, model_tensors
+from molmo_core.checkpoint.loading import begin_from
+from molmo_core.model_configs.molmo2 import Molmo2Config
 from molmo_core.model_configs.molmo_point import MolmoPointConfig
 from molmo_core.models.molmo_point import MolmoPoint
 from molmo_core.preprocessing.tokenizer import Tokenizer
 from molmo_core.registry import BaseModelConfig
+from tests.molmo_core.checkpoint.tiny_molmo2 import our_config
 from tests.molmo_core.models.golden_point import cases, inputs_here, load_point_model
 
 CONFIGS = Path(__file__).parents[3] / "configs/models"
@@ -133,3 +136,39 @@ def test_the_published_class_gives_the_same_logits(golden: Path) -> None:
     texts = torch.ones(448 + 128, dtype=torch.bool)
     texts[list(model.tokenizer.point_token_ids)] = False  # there they are the columns behind these
     torch.testing.assert_close(logits[texts], published.flatten()[: len(texts)][texts], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["own", "published"])
+def test_a_molmo2_becomes_a_molmo_point(golden: Path, format: str, tmp_path: Path) -> None:
+    """`init_from` of a training: everything of Molmo2 is there, the heads are new; the same for the same seed."""
+    data = our_config(str(golden / "tokenizer"), "qwen3", False)
+    torch.manual_seed(1)
+    base = Molmo2Config.from_dict(data).build_model()
+    export_checkpoint(base, tmp_path / "base", "native" if format == "own" else "huggingface")
+
+    data["vision_backbone"]["pooling_out_layer"] = True
+    models = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        with torch.device("meta"):
+            model = MolmoPointConfig.from_dict(data).build_model()
+        model.to_empty(device="cpu")
+        begin_from(model, tmp_path / "base")
+        models.append(model.state_dict())
+    theirs = base.state_dict()
+    for name, tensor in models[0].items():
+        assert torch.equal(tensor, models[1][name]), name
+        if name in theirs:
+            assert torch.equal(tensor, theirs[name]), name
+    new = models[0].keys() - theirs.keys()
+    assert {name.split(".")[0] for name in new} == {"point_predictor", "point_embedding", "transformer"}
+    assert 0.015 < models[0]["point_predictor.patch_q.weight"].std() < 0.025
+    assert (models[0]["point_predictor.x_norm.weight"] == 1).all()
+
+
+def test_a_molmo2_of_another_shape_is_refused(golden: Path, tmp_path: Path) -> None:
+    data = our_config(str(golden / "tokenizer"), "qwen3", False)
+    export_checkpoint(Molmo2Config.from_dict(data).build_model(), tmp_path / "base", "native")
+    data["vision_backbone"]["pooling_out_layer"] = False
+    with pytest.raises(CheckpointError, match=r"has no place here: vision_backbone\.image_pooling_2d\.wo\.bias"):
+        begin_from(MolmoPointConfig.from_dict(data).build_model(), tmp_path / "base")
