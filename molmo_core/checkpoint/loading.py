@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -12,9 +12,6 @@ from molmo_core.checkpoint.layouts import detect_layout, published_links
 from molmo_core.checkpoint.links import Link, LoadReport, Model, fill, load_tensors, model_tensors, same_names
 from molmo_core.checkpoint.safetensors_stream import SafetensorsReader, model_dtype
 from molmo_core.registry import BaseModelConfig
-
-if TYPE_CHECKING:
-    from molmo_core.models.base import ModelBase
 
 
 def load_model(path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None) -> Any:
@@ -77,7 +74,15 @@ def load_checkpoint(model: Model, path: str | Path, strict: bool = True) -> Load
     return load_tensors(model, reader, checkpoint_links(model, reader, locate(path) if path.is_dir() else path), strict)
 
 
-def begin_from(model: ModelBase, path: str | Path) -> None:
+class _Beginner(Model, Protocol):
+    """What `begin_from` needs of a `molmo_core.models.base.ModelBase`."""
+
+    EXTENDS: ClassVar[str]
+
+    def own_parts(self) -> dict[str, torch.Tensor]: ...
+
+
+def begin_from(model: _Beginner, path: str | Path) -> None:
     """The first weights of a model that is trained on: `load_checkpoint`, also from a model that this one extends (`EXTENDS`), whose
     checkpoint lacks this one's own parts; these are drawn (on every rank alike, if all have the same seed).
 
