@@ -25,7 +25,7 @@ from pipelines.serving.api.tokenise import DetokenizeRequest, TokenizeRequest
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, as_api_error, clipped, queue_full, unavailable
-from pipelines.serving.json_body import parse_json
+from pipelines.serving.json_body import parse_body
 from pipelines.serving.keys import KeyGuard
 from pipelines.serving.media.pool import MediaPool
 from pipelines.serving.pieces import Pieces
@@ -35,9 +35,12 @@ from pipelines.serving.wire import Inbox
 
 PREPARING = 256
 """Requests that a frontend reads, decodes and tokenises at a time; it refuses the next one."""
-Result = TypeVar("Result")
+HELD_BYTES = 512 << 20
+"""Bodies of these requests together, as they came; whoever sends more is refused."""
 READY_S = 1.0
 """How long a replica may take to say that it is there."""
+
+Result = TypeVar("Result")
 
 api = Api(title="Molmo", docs_url=None, redoc_url=None)
 api.add_middleware(KeyGuard, digests=lambda: serve.get_replica_context().servable_object.keys)  # type: ignore[attr-defined]
@@ -72,7 +75,7 @@ class Frontend:
         self._inbox = Inbox()
         self._timeout_s = config.timeout_s
         self._created = int(time.time())
-        self._preparing = 0
+        self._preparing = self._held = 0
         self._page = page
         self.keys = keys
         """Digests of the API keys."""
@@ -155,23 +158,27 @@ class Frontend:
         if self._preparing >= PREPARING:
             raise queue_full()
         self._preparing += 1
+        body = bytearray()
         try:
-            return await start(parse_json(await self._read(request)))
+            await self._read(request, body)
+            return await start(await parse_body(body))
         finally:
             self._preparing -= 1
+            self._held -= len(body)
 
     def _entry(self) -> dict[str, Any]:
         entry = {"id": self._service.name, "object": "model", "created": self._created, "owned_by": "molmo-pipelines"}
         return {**entry, "max_model_len": self._service.context}
 
-    async def _read(self, request: Request) -> bytearray:
-        body = bytearray()
+    async def _read(self, request: Request, body: bytearray) -> None:
         async for part in request.stream():
             body += part
+            self._held += len(part)
             if len(body) > self._limit:
                 message = f"The request is larger than the {self._limit:,} bytes that this server takes."
                 raise ApiError(413, message, None, "request_too_large")
-        return body
+            if self._held > HELD_BYTES and self._preparing > 1:
+                raise queue_full()
 
     def __del__(self) -> None:
         self._media.close()

@@ -1,12 +1,15 @@
 """Bodies that a parser chokes on or changes are refused as the client's mistake, and quickly."""
 
+import asyncio
 import json
+import threading
 import time
 
 import pytest
 
+from pipelines.serving import json_body
 from pipelines.serving.errors import ApiError
-from pipelines.serving.json_body import MAX_STRUCTURE, check_encodable, parse_json
+from pipelines.serving.json_body import MAX_STRUCTURE, check_encodable, parse_body, parse_json
 
 
 @pytest.mark.parametrize(
@@ -19,7 +22,7 @@ def test_not_json(body):
     assert caught.value.status == 400
 
 
-@pytest.mark.parametrize("depth", [1000, 3000, 30_000])
+@pytest.mark.parametrize("depth", [1000, 3000, 16_000])
 @pytest.mark.parametrize(("left", "right"), [("[", "]"), ('{"a":', "}")])
 def test_nesting(depth, left, right):
     with pytest.raises(ApiError, match="nested too deeply"):
@@ -71,3 +74,14 @@ def test_half_characters(value):
 
 def test_whole_characters():
     check_encodable(parse_json(b'{"a": "\\ud83d\\ude42 \xf0\x9f\x99\x82"}'))
+
+
+def test_large_bodies_are_parsed_beside_the_loop(monkeypatch):
+    threads = []
+    monkeypatch.setattr(json_body, "parse_json", lambda body: threads.append(threading.current_thread()) or parse_json(body))
+    whole = b'{"a": "' + b"x" * 100_000 + b'"}'
+    assert asyncio.run(parse_body(whole)) == {"a": "x" * 100_000}
+    with pytest.raises(ApiError, match="not valid JSON"):
+        asyncio.run(parse_body(whole[:-1]))
+    assert asyncio.run(parse_body(b"[1]")) == [1]
+    assert threads[0] is threads[1] is not threads[2] is threading.main_thread()
