@@ -16,6 +16,8 @@ from pipelines.serving.api.completions import CompletionFormat, CompletionReques
 from pipelines.serving.api.fields import read
 from pipelines.serving.api.logprobs import LogprobWriter
 from pipelines.serving.api.messages import Turn, conversation
+from pipelines.serving.api.responses import ResponsesRequest
+from pipelines.serving.api.responses_answer import ResponsesFormat
 from pipelines.serving.api.sampling import Sampling
 from pipelines.serving.api.tokenise import DetokenizeRequest, TokenizeRequest
 from pipelines.serving.choices import Choice, Choices
@@ -67,6 +69,13 @@ class ChatService:
         prompts = [await asyncio.to_thread(self._raw, text) for text in request.prompt]
         return self._begin(request, CompletionFormat(request, self._logprobs), prompts, request.n, "prompt", strip=False)
 
+    async def respond(self, body: Any) -> Answer:
+        """The same for a request in the form of OpenAI's responses."""
+        request = read(ResponsesRequest, body)
+        await self._check(request, 1)
+        inputs = await self._conversation(request.turns, "input")
+        return self._begin(request, ResponsesFormat(request, self._logprobs), [inputs], 1, "input")
+
     async def tokenize(self, body: Any) -> dict[str, Any]:
         """The tokens of a text or a conversation."""
         request = read(TokenizeRequest, body)
@@ -117,7 +126,7 @@ class ChatService:
             raise bad_request(message, field, "context_length_exceeded")
 
     async def _conversation(self, turns: Sequence[Turn], field: str) -> Inputs:
-        turns = conversation(turns, self._config.system_messages)
+        turns = conversation(turns, self._config.system_messages, field)
         self._check_text([turn.text for turn in turns], field)
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         return await self._prompts.inputs(messages, [medium for turn in turns for medium in turn.media], field)

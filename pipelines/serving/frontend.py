@@ -21,6 +21,7 @@ from pipelines.serving.answer import Answer
 from pipelines.serving.api.chat import ChatRequest
 from pipelines.serving.api.completions import CompletionRequest
 from pipelines.serving.api.openapi import Api, refusals, takes
+from pipelines.serving.api.responses import ResponsesRequest
 from pipelines.serving.api.tokenise import DetokenizeRequest, TokenizeRequest
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
@@ -135,6 +136,11 @@ class Frontend:
     async def completions(self, request: Request) -> Response:
         """Continues texts. With `stream`: server-sent events."""
         return await self._answered(request, self._service.complete)
+
+    @api.post("/v1/responses", **takes(ResponsesRequest))
+    async def responses(self, request: Request) -> Response:
+        """Continues a conversation, in the form of OpenAI's responses. With `stream`: server-sent events."""
+        return await self._answered(request, self._service.respond)
 
     @api.post("/tokenize", **takes(TokenizeRequest))
     async def tokenize(self, request: Request) -> dict[str, Any]:

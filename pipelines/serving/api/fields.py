@@ -95,9 +95,8 @@ def _explained(error: ValidationError) -> ApiError:
     """The first problem that pydantic found, in terms of the request."""
     problem = error.errors(include_url=False, include_context=False)[0]
     location = [part for part in problem["loc"] if part != "[key]"]  # where a key is at fault, pydantic says so at its end
-    for depth, name in ((2, "content"), (0, "response_format")):
+    for depth, name, tag in ((2, "content", 4), (0, "response_format", 1), (1, "format", 2)):
         if location[depth : depth + 1] == [name]:
-            tag = depth + 2 if name == "content" else depth + 1
             del location[tag : tag + 1]  # pydantic's tag of the type, not a key of the request
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{clipped(part)}" for part in location).lstrip(".")
     if problem["type"] in ("extra_forbidden", "unsupported"):

@@ -24,12 +24,14 @@ class LogprobWriter:
         """The text of a token: a replacement character where it is a part of a character, its name where it has none."""
         return self._bytes(token).decode("utf-8", "replace") or self._tokenizer.id_to_token(token)
 
-    def content(self, tokens: Sequence[tuple[int, TokenLogprobs]]) -> list[dict[str, Any]]:
-        """`logprobs.content` of chat completions, and `logprobs` of responses."""
-        return [
-            {**self._entry(token, of_token.token), "top_logprobs": [self._entry(*one) for one in of_token.top]}
-            for token, of_token in tokens
-        ]
+    def content(self, tokens: Sequence[tuple[int, TokenLogprobs]], no_bytes: list[int] | None = None) -> list[dict[str, Any]]:
+        """`logprobs.content` of chat completions, and `logprobs` of responses.
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.text(token), "logprob": max(logprob, LEAST), "bytes": list(self._bytes(token)) or None}
+        Args:
+            no_bytes: what stands for those of a token without text.
+        """
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": self.text(token), "logprob": max(logprob, LEAST), "bytes": list(self._bytes(token)) or no_bytes}
+
+        return [{**entry(token, of.token), "top_logprobs": [entry(*one) for one in of.top]} for token, of in tokens]

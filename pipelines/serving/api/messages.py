@@ -89,12 +89,13 @@ def turns_of(messages: Sequence[Message], field: str = "messages") -> list[Turn]
     return [message.turn(f"{field}[{i}]") for i, message in enumerate(messages)]
 
 
-def conversation(turns: Sequence[Turn], system: bool) -> list[Turn]:
+def conversation(turns: Sequence[Turn], system: bool, field: str = "messages") -> list[Turn]:
     """The turns of user and assistant that the model is asked with.
 
     Args:
         turns: as they came.
         system: the model was trained on system messages; their words join the first question, as in its training data.
+        field: the messages' name in the request, for errors.
 
     Raises:
         ApiError: 400, not a conversation that the model can answer.
@@ -106,14 +107,14 @@ def conversation(turns: Sequence[Turn], system: bool) -> list[Turn]:
             raise bad_request(
                 f"'{first.where}': this model was not trained with system messages, so that one would do nothing or harm. "
                 "Put the instruction into the first user message.",
-                f"{first.where}.role",
+                f"{first.where}.role" if first.where.endswith("]") else first.where,
                 "unsupported_value",
             )
         if first.media:
             raise bad_request(f"{first.where}: only a user's message can hold an image.", f"{first.where}.content")
         words.append(first.text)
     if not turns:
-        raise bad_request("There is no user's message; it is what the model answers.", "messages")
+        raise bad_request("There is no user's message; it is what the model answers.", field)
     for i, turn in enumerate(turns):
         expected = ("user", "assistant")[i % 2]
         if turn.role != expected:

@@ -10,9 +10,10 @@ from pydantic.json_schema import models_json_schema
 from pipelines.serving.api.chat import ChatRequest
 from pipelines.serving.api.completions import CompletionRequest
 from pipelines.serving.api.fields import Strict
+from pipelines.serving.api.responses import ResponsesRequest
 from pipelines.serving.api.tokenise import DetokenizeRequest, TokenizeRequest
 
-BODIES: tuple[type[Strict], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+BODIES: tuple[type[Strict], ...] = (ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
 _SCHEMAS = "#/components/schemas/"
 _REASONS = {
     400: "Something in the request; the message names the field",

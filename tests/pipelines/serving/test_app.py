@@ -1,5 +1,6 @@
 """The whole application on a cluster, seen by the official client."""
 
+import asyncio
 import concurrent.futures
 import io
 import json
@@ -37,6 +38,9 @@ def url(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def api(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+ONE_OF_TWO = {"name": "colour", "schema": {"enum": ["red", "blue"]}}
 
 
 def picture(seed: int) -> bytes:
@@ -129,6 +133,49 @@ def test_texts_are_continued(api, tiny_model):
     assert streamed == [choice.text for choice in answer.choices]
 
 
+def questions(text="what is this?", image=0):
+    url = client.request("tiny", text, picture(image))["messages"][0]["content"][0]["image_url"]["url"]
+    return [{"role": "user", "content": [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": text}]}]
+
+
+def test_responses(api, tiny_model):
+    answer = api.responses.create(model="tiny", input=questions(), max_output_tokens=6, top_logprobs=2)
+    assert answer.output_text.strip() == expected(tiny_model, "what is this?", 0, 6)
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert [len(token.top_logprobs) for token in answer.output[0].content[0].logprobs] == [2] * 6
+    again = api.responses.create(model="tiny", input=[*questions(), *answer.output, {"role": "user", "content": "Sure?"}])
+    assert again.usage.input_tokens > answer.usage.total_tokens
+    raw = api.responses.with_raw_response.create(model="tiny", input="hi", text={"format": {"type": "json_schema", **ONE_OF_TWO}})
+    assert (raw.status_code, raw.headers["content-type"]) == (200, "application/json")
+    assert json.loads(raw.parse().output_text) in ("red", "blue")
+
+
+def test_streamed_responses(api):
+    whole = api.responses.create(model="tiny", input=questions())
+    events = list(api.responses.create(model="tiny", input=questions(), stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert events[-1].response.output_text == whole.output_text
+    with api.responses.stream(model="tiny", input=questions()) as stream:
+        assert [event.type for event in stream] == [event.type for event in events]
+        assert stream.get_final_response().output_text == whole.output_text
+
+
+def test_the_asynchronous_client(url, tiny_model):
+    async def everything():
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as api:
+            body = client.request("tiny", "what is this?", picture(0), max_tokens=6)
+            answers = await asyncio.gather(*(api.chat.completions.create(**body) for _ in range(3)))
+            stream = await api.chat.completions.create(**body, stream=True)
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            events = await api.responses.create(model="tiny", input=questions(), max_output_tokens=6, stream=True)
+            deltas = "".join([event.delta async for event in events if event.type == "response.output_text.delta"])
+            raw = await api.chat.completions.with_raw_response.create(**body)
+            return {*(answer.choices[0].message.content for answer in answers), text, deltas, raw.parse().choices[0].message.content}
+
+    (text,) = asyncio.run(everything())
+    assert text.strip() == expected(tiny_model, "what is this?", 0, 6)
+
+
 def test_tokens_and_back(api):
     told = api.with_options(base_url=str(api.base_url).removesuffix("/v1/")).post("/tokenize", body={"prompt": "Hello"}, cast_to=object)
     assert told["count"] == len(told["tokens"])
@@ -139,7 +186,7 @@ def test_tokens_and_back(api):
 
 
 def test_an_answer_of_a_form(api):
-    answer = ask(api, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["red", "blue"]}}})
+    answer = ask(api, response_format={"type": "json_schema", "json_schema": ONE_OF_TWO})
     assert json.loads(answer.choices[0].message.content) in ("red", "blue")
     assert ask(api, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}).choices[0].message.content in ("yes", "no")
     with pytest.raises(openai.BadRequestError, match="'structured_outputs': grammar"):
