@@ -28,7 +28,9 @@ CONFIGS: dict[str, type[BaseConfig]] = {
     "register": RegisterConfig,
     "serve": ServeConfig,
 }
-ROUTES = ("/v1/chat/completions", "/v1/models", "/health", "/ready")
+ROUTES = (
+    "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/ready",
+)  # fmt: skip
 # Commands of others that the pages may show; what they do is not ours to check.
 OTHERS = {"pip", "git", "cd", "export", "source", "kill", "mlflow", "nvidia-smi", "vllm"}
 
