@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -32,7 +33,7 @@ ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/ready",
 )  # fmt: skip
 # Commands of others that the pages may show; what they do is not ours to check.
-OTHERS = {"pip", "git", "cd", "export", "source", "kill", "mlflow", "nvidia-smi", "vllm"}
+OTHERS = {"cp", "kubectl", "pip", "git", "cd", "export", "source", "kill", "mlflow", "nvidia-smi", "vllm"}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -93,6 +94,11 @@ def check(words: list[str]) -> None:
             assert set(json.loads(rest[rest.index("--runtime-env-json") + 1])) <= {"env_vars", "excludes"}
         if "--" in rest:
             check(rest[rest.index("--") + 1 :])
+    elif name == "docker":
+        for option, path in itertools.pairwise(rest):
+            assert option != "-f" or (ROOT / path).is_file(), f"{path} does not exist"
+        if "python" in rest:
+            check(rest[rest.index("python") :])
     elif name == "curl":
         url = next(word for word in rest if word.startswith("http"))
         assert url.endswith(ROUTES)

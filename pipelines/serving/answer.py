@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from molmo_core.generation.engine.requests import TokenLogprobs
 from pipelines.serving.choices import Choices, Part
 from pipelines.serving.errors import ApiError, as_api_error
+from pipelines.serving.traces import spans
 
 logger = logging.getLogger(__name__)
 DONE = "data: [DONE]\n\n"
@@ -69,6 +70,7 @@ class Answer:
         """The body of an answer that is not streamed."""
         async for part in self._choices.parts():
             self._texts[part.index].add(part)
+        spans.answered([text.text for text in self._texts])
         return self._form.whole(self._texts, self._usage())
 
     async def events(self) -> AsyncIterator[str]:
@@ -88,6 +90,7 @@ class Answer:
                 yield event
         finally:
             self._choices.cancel()
+            spans.answered([text.text for text in self._texts])
 
     def _usage(self) -> dict[str, int]:
         return usage(self._prompt_tokens, self._choices.tokens)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from molmo_core.generation.engine.grammars import Grammars
+from molmo_core.generation.engine.requests import SamplingParams
 from pipelines.serving.answer import Answer, Format
 from pipelines.serving.api.chat import ChatRequest
 from pipelines.serving.api.chat_answer import ChatFormat
@@ -25,9 +26,10 @@ from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, bad_request, shown
 from pipelines.serving.media.pool import Run, in_thread
 from pipelines.serving.media.prompts import Prompts
-from pipelines.serving.pieces import Generate
+from pipelines.serving.pieces import Generate, Pieces
 from pipelines.serving.points import PointReader
 from pipelines.serving.text_stream import TextStream
+from pipelines.serving.traces import spans
 
 Inputs = dict[str, Any]
 """Model inputs of a prompt, with `metadata`."""
@@ -129,7 +131,8 @@ class ChatService:
         turns = conversation(turns, self._config.system_messages, field)
         self._check_text([turn.text for turn in turns], field)
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        return await self._prompts.inputs(messages, [medium for turn in turns for medium in turn.media], field)
+        with spans.span("media"):
+            return await self._prompts.inputs(messages, [medium for turn in turns for medium in turn.media], field)
 
     def _raw(self, text: str, begin: bool = True) -> Inputs:
         """A text as it is."""
@@ -143,11 +146,14 @@ class ChatService:
         params = [[request.params(limit, i) for i in range(n)] for limit in limits]
         metadata = [inputs.pop("metadata") for inputs in prompts]
         choices = [
-            Choice(p * n + i, self._generate(inputs, params[p][i]), self._text(request, strip), PointReader(metadata[p]))
+            Choice(p * n + i, self._pieces(inputs, params[p][i]), self._text(request, strip), PointReader(metadata[p]))
             for p, inputs in enumerate(prompts)
             for i in range(n)
         ]
         return Answer(form, Choices(choices), sum(lengths), request.stream, metadata[0])
+
+    def _pieces(self, inputs: Inputs, params: SamplingParams) -> Pieces:
+        return spans.watched(self._generate(inputs, params), len(inputs["input_ids"]), params)
 
     def _text(self, request: Sampling, strip: bool) -> TextStream:
         return TextStream(self._tokenizer.decode, request.stop, request.include_stop_str_in_output, request.min_tokens, strip)

@@ -96,6 +96,14 @@ class ServeConfig(BaseConfig):
     multi_turn: bool = True
     """Whether the page sends earlier turns along (its users can change that); false for a model that was trained on single questions."""
 
+    trace_endpoint: str | None = None
+    """Where traces of requests are sent by OTLP over HTTP, e.g. http://collector:4318/v1/traces; null = no traces. Headers that the
+    receiver asks for are in the environment variable OTEL_EXPORTER_OTLP_HEADERS."""
+    trace_sample: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the requests that are traced."""
+    trace_content: bool = False
+    """Texts and pictures are in the traces, too."""
+
     PATHS: ClassVar[tuple[str, ...]] = ("model", "api_keys_file")
 
     def __post_init__(self) -> None:

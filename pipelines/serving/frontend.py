@@ -32,6 +32,8 @@ from pipelines.serving.media.pool import MediaPool
 from pipelines.serving.pieces import Pieces
 from pipelines.serving.playground import HEADERS, PageFile
 from pipelines.serving.remote import RemotePieces
+from pipelines.serving.traces.middleware import Traced, tracer
+from pipelines.serving.traces.spans import asked
 from pipelines.serving.wire import Inbox
 
 PREPARING = 256
@@ -44,6 +46,7 @@ READY_S = 1.0
 Result = TypeVar("Result")
 
 api = Api(title="Molmo", docs_url=None, redoc_url=None)
+api.add_middleware(Traced, tracer=lambda: serve.get_replica_context().servable_object.tracer)  # type: ignore[attr-defined]
 api.add_middleware(KeyGuard, digests=lambda: serve.get_replica_context().servable_object.keys)  # type: ignore[attr-defined]
 
 
@@ -80,6 +83,7 @@ class Frontend:
         self._page = page
         self.keys = keys
         """Digests of the API keys."""
+        self.tracer = tracer(config)
         model_config = BaseModelConfig.load(model_folder(model))
         self._media = MediaPool(config.media_workers, config.max_queued_media, config.media_timeout_s)
         self._service = ChatService(config, model_config, self._generate, self._media)
@@ -167,7 +171,8 @@ class Frontend:
         body = bytearray()
         try:
             await self._read(request, body)
-            return await start(await parse_body(body))
+            asked(parsed := await parse_body(body))
+            return await start(parsed)
         finally:
             self._preparing -= 1
             self._held -= len(body)
@@ -188,6 +193,8 @@ class Frontend:
 
     def __del__(self) -> None:
         self._media.close()
+        if self.tracer is not None:
+            self.tracer.close()
 
     def _generate(self, example: Mapping[str, Any], params: SamplingParams) -> Pieces:
         return RemotePieces(self._replicas, self._inbox, example, params, self._timeout_s)

@@ -51,6 +51,8 @@ class _Ticket:
     request: Any
     give: Callable[[Piece], object]
     ended: asyncio.Future[None]
+    told: bool = False
+    """When its first token came."""
 
     def take(self, events: Sequence[Event]) -> None:
         """Hands on what happened to the request in a step."""
@@ -58,14 +60,16 @@ class _Ticket:
             return
         given = [event for event in events if isinstance(event, Token)]
         tokens, logprobs = [token.id for token in given], [token.logprobs for token in given if token.logprobs is not None]
+        times = None if self.told else self.request.times
+        self.told = True
         match events[-1]:
             case Failed(error):
                 self.ended.set_exception(error)
             case End(reason):
-                self.give(Piece(tokens, reason, logprobs or None))
+                self.give(Piece(tokens, reason, logprobs or None, times))
                 self.ended.set_result(None)
             case _:
-                self.give(Piece(tokens, None, logprobs or None))
+                self.give(Piece(tokens, None, logprobs or None, times))
 
 
 class Host:

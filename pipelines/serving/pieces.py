@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from molmo_core.generation.engine.requests import TokenLogprobs
+from molmo_core.generation.engine.requests import Times, TokenLogprobs
 
 
 class Piece(NamedTuple):
@@ -16,6 +16,8 @@ class Piece(NamedTuple):
     """`stop` or `length` with the last part."""
     logprobs: list[TokenLogprobs] | None = None
     """One for each token, if the request asks for them."""
+    times: Times | None = None
+    """With the first token: where the time until then went."""
 
 
 class Pieces(Protocol):

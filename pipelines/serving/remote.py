@@ -118,4 +118,5 @@ def _joined(pieces: list[Piece]) -> Piece:
     if len(pieces) == 1:
         return pieces[0]
     tokens, logprobs = [t for piece in pieces for t in piece.tokens], [p for piece in pieces for p in piece.logprobs or ()]
-    return Piece(tokens, pieces[-1].finish_reason, logprobs or None)
+    times = next((piece.times for piece in pieces if piece.times is not None), None)
+    return Piece(tokens, pieces[-1].finish_reason, logprobs or None, times)

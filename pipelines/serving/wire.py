@@ -19,7 +19,7 @@ from typing import NamedTuple, cast
 
 import msgpack
 
-from molmo_core.generation.engine.requests import TokenLogprobs
+from molmo_core.generation.engine.requests import Times, TokenLogprobs
 from pipelines.serving.pieces import Piece
 
 _SECRET_BYTES = 32
@@ -96,8 +96,9 @@ class _Receiver(asyncio.Protocol):
             self._known, data = True, self._greeting[_SECRET_BYTES:]
         self._unpacker.feed(data)
         for message in self._unpacker:
-            for number, tokens, finish_reason, logprobs in message:
-                piece = Piece(tokens, finish_reason, logprobs and [TokenLogprobs(*of_token) for of_token in logprobs])
+            for number, tokens, finish_reason, logprobs, times in message:
+                written_out = logprobs and [TokenLogprobs(*of_token) for of_token in logprobs]
+                piece = Piece(tokens, finish_reason, written_out, times and Times(*times))
                 (self._numbers.add if piece.finish_reason is None else self._numbers.discard)(number)
                 self._inbox.hand_out(number, piece)
 

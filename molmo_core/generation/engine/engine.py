@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
+import time
 from collections.abc import Sequence as Items
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from molmo_core.generation.engine.decoding import Decoder, GraphDecoder, PlainDe
 from molmo_core.generation.engine.grammars import Grammars, GrammarState
 from molmo_core.generation.engine.paged import PagedCache
 from molmo_core.generation.engine.pages import PagePool, page_keys
-from molmo_core.generation.engine.requests import End, EngineStats, Event, Failed, Request, SamplingParams, Token, TokenLogprobs
+from molmo_core.generation.engine.requests import End, EngineStats, Event, Failed, Request, SamplingParams, Times, Token, TokenLogprobs
 from molmo_core.generation.engine.runner import Runner
 from molmo_core.generation.engine.sampler import Row, choose, logprobs_of
 from molmo_core.generation.engine.scheduler import Chunk, Plan, Scheduler, Sequence
@@ -63,6 +64,8 @@ class _Answer:
     sequence: Sequence
     seed: int
     grammar: GrammarState | None
+    started: float | None = None
+    """When a step first read its prompt."""
 
 
 class Engine:
@@ -187,6 +190,10 @@ class Engine:
         )
 
     def _prefill(self, chunks: Items[Chunk], events: list[tuple[Request, Event]]) -> None:
+        now = time.monotonic()
+        for chunk in chunks:
+            answer = self._answers[chunk.sequence.request]
+            answer.started = answer.started or now
         try:
             logits = self.runner.prefill(chunks)
         except Exception as error:  # of whatever a prompt holds or the device raises: goes to its request, the others continue
@@ -264,6 +271,8 @@ class Engine:
         self, sequence: Sequence, count: int, token: int, finite: bool, logprobs: TokenLogprobs | None, events: list[tuple[Request, Event]]
     ) -> None:
         """Hands out token number `count` of an answer, and its end."""
+        if sequence.request.times is None:
+            self._note_times(sequence)
         if not finite:
             self._end(sequence, Failed(ValueError("the model's logits are not numbers (its weights, or the numbers' range)")), events)
             return
@@ -283,6 +292,12 @@ class Engine:
             self._end(sequence, End("stop"), events)
         elif count == params.max_tokens:
             self._end(sequence, End("length"), events)
+
+    def _note_times(self, sequence: Sequence) -> None:
+        """Its first token is there."""
+        request, started, now = sequence.request, self._answers[sequence.request].started, time.monotonic()
+        if started is not None:
+            request.times = Times(started - request.arrived, now - started, 0.0)
 
     def _row(self, sequence: Sequence) -> Row:
         params, answer = sequence.request.params, self._answers[sequence.request]

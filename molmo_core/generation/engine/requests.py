@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -90,6 +91,17 @@ class SamplingParams:
         )  # fmt: skip
 
 
+class Times(NamedTuple):
+    """Where the time until the first token of an answer went, in seconds of the engine's process."""
+
+    queue: float
+    """From the request's arrival until the first step that read its prompt."""
+    prefill: float
+    """From there until the host had the first token."""
+    vision: float
+    """Of this, the device's work on media; 0: there are none, or they had been looked at before."""
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """One prompt and how to answer it."""
@@ -99,6 +111,10 @@ class Request:
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     begun: tuple[int, ...] = ()
     """Tokens of the answer that were generated elsewhere: it goes on behind them, and they count."""
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
+    """On the clock of `time.monotonic`."""
+    times: Times | None = None
+    """Set by the engine when it gives the first token."""
 
 
 class TokenLogprobs(NamedTuple):

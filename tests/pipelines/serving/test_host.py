@@ -22,7 +22,7 @@ class Count:
     """A request for the answer 1, 2, ..., n."""
 
     def __init__(self, n):
-        self.n, self.given = n, 0
+        self.n, self.given, self.times = n, 0, None
 
 
 class Counting:
