@@ -67,7 +67,7 @@ class ChatService:
         """The same for a request to continue texts."""
         request = read(CompletionRequest, body)
         await self._check(request, request.n * len(request.prompt))
-        self._check_text(request.prompt, "prompt")
+        self._check_text(request.prompt, "prompt", each=True)
         prompts = [await asyncio.to_thread(self._raw, text) for text in request.prompt]
         return self._begin(request, CompletionFormat(request, self._logprobs), prompts, request.n, "prompt", strip=False)
 
@@ -88,7 +88,8 @@ class ChatService:
         else:
             inputs = await self._conversation(request.turns, "messages")
         tokens = inputs["input_ids"].tolist()
-        strings = [self._logprobs.text(token) for token in tokens] if request.return_token_strs else None
+        # In a thread: there may be a quarter of a million.
+        strings = await asyncio.to_thread(lambda: [self._logprobs.text(token) for token in tokens]) if request.return_token_strs else None
         return {"count": len(tokens), "max_model_len": self.context, "tokens": tokens, "token_strs": strings}
 
     async def detokenize(self, body: Any) -> dict[str, str]:
@@ -121,10 +122,13 @@ class ChatService:
                 field = "structured_outputs" if request.structured_outputs else request.FORM
                 raise bad_request(f"'{field}': {error}.", field, "invalid_grammar") from None
 
-    def _check_text(self, texts: Sequence[str], field: str) -> None:
-        size = sum(len(text.encode()) for text in texts)
-        if size > self._max_text:
-            message = f"The text has {size:,} bytes; this server takes {self._max_text:,} (the model's context is {self.context} tokens)."
+    def _check_text(self, texts: Sequence[str], field: str, each: bool = False) -> None:
+        """Raises ApiError if there is too much text; `each` is a prompt of its own."""
+        sizes = [len(text.encode()) for text in texts]
+        total, longest = sum(sizes), max(sizes, default=0) if each else sum(sizes)
+        if longest > self._max_text or total > self._config.max_text_bytes:
+            size, limit = (longest, self._max_text) if longest > self._max_text else (total, self._config.max_text_bytes)
+            message = f"The text has {size:,} bytes; this server takes {limit:,} (the model's context is {self.context} tokens)."
             raise bad_request(message, field, "context_length_exceeded")
 
     async def _conversation(self, turns: Sequence[Turn], field: str) -> Inputs:

@@ -131,30 +131,30 @@ class Frontend:
         self._service.check_model(name)
         return self._entry()
 
-    @api.post("/v1/chat/completions", **takes(ChatRequest))
+    @api.post("/v1/chat/completions", **takes(ChatRequest, streams=True))
     async def chat_completions(self, request: Request) -> Response:
         """Continues a conversation. With `stream`: server-sent events."""
         return await self._answered(request, self._service.start)
 
-    @api.post("/v1/completions", **takes(CompletionRequest))
+    @api.post("/v1/completions", **takes(CompletionRequest, streams=True))
     async def completions(self, request: Request) -> Response:
         """Continues texts. With `stream`: server-sent events."""
         return await self._answered(request, self._service.complete)
 
-    @api.post("/v1/responses", **takes(ResponsesRequest))
+    @api.post("/v1/responses", **takes(ResponsesRequest, streams=True))
     async def responses(self, request: Request) -> Response:
         """Continues a conversation, in the form of OpenAI's responses. With `stream`: server-sent events."""
         return await self._answered(request, self._service.respond)
 
     @api.post("/tokenize", **takes(TokenizeRequest))
-    async def tokenize(self, request: Request) -> dict[str, Any]:
+    async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or a conversation."""
-        return await self._prepared(request, self._service.tokenize)
+        return JSONResponse(await self._prepared(request, self._service.tokenize))
 
     @api.post("/detokenize", **takes(DetokenizeRequest))
-    async def detokenize(self, request: Request) -> dict[str, Any]:
+    async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
-        return await self._prepared(request, self._service.detokenize)
+        return JSONResponse(await self._prepared(request, self._service.detokenize))
 
     async def _answered(self, request: Request, start: Callable[[Any], Awaitable[Answer]]) -> Response:
         answer = await self._prepared(request, start)

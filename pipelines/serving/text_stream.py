@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 _INCOMPLETE = "�"  # what a tokenizer decodes the first bytes of a multi-byte character to
 SETTLE_AFTER = 32
 """Tokens decoded together: long answers are not decoded from the beginning for every token."""
+_OPEN = 8
+"""Of these, tokens in which a character may have begun that is not complete; it has four bytes at most."""
 
 
 class TextStream:
@@ -59,19 +61,32 @@ class TextStream:
         self._text = self._settled + self._decode(self._pending)
         if self._strip and not self._settled:
             self._text = self._text.lstrip()  # models begin an answer with the blank that follows the role
-        if len(self._pending) >= SETTLE_AFTER and not self._text.endswith(_INCOMPLETE):
-            self._settled, self._pending = self._text, []
+        if len(self._pending) >= SETTLE_AFTER:
+            self._settle()
         end = self._stop() if self._tokens >= self._min_tokens else None
         if end is not None:
             self.stopped = True
             self._text = self._text[:end]
             return self._send(end)
-        certain = len(self._text.rstrip(_INCOMPLETE)) if self._text.endswith(_INCOMPLETE) else len(self._text)
+        # However many bytes of a character there are, they are decoded to one mark: those before it stay.
+        certain = len(self._text) - self._text.endswith(_INCOMPLETE)
         return self._send(certain - self._held_back(self._text[:certain]))
 
     def finish(self) -> str:
         """The rest, at the end of the answer."""
         return self._send(len(self._text))
+
+    def _settle(self) -> None:
+        """Fixes text that further tokens do not change. Bytes that are no text must not make the rest longer and longer."""
+        if not self._text.endswith(_INCOMPLETE):
+            self._settled, self._pending = self._text, []
+            return
+        whole = self._decode(self._pending)
+        for cut in range(len(self._pending) - _OPEN, len(self._pending) - _OPEN - 4, -1):
+            rest = self._decode(self._pending[cut:])
+            if self._decode(self._pending[:cut]) + rest == whole:
+                self._settled, self._pending = self._text[: len(self._text) - len(rest)], self._pending[cut:]
+                return
 
     def _stop(self) -> int | None:
         """Where the earliest stop string ends the text."""
@@ -92,8 +107,8 @@ class TextStream:
         """Characters at the end that may be the beginning of a stop string."""
         longest = 0
         for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(text)), longest, -1):
-                if text.endswith(stop[:size]):
-                    longest = size
-                    break
+            at = max(self.sent, len(text) - len(stop) + 1)
+            while (at := text.find(stop[0], at)) >= 0 and not stop.startswith(text[at:]):
+                at += 1
+            longest = max(longest, len(text) - at if at >= 0 else 0)
         return longest

@@ -100,9 +100,10 @@ def _edit(logits: torch.Tensor, row: Row) -> None:
     if answer and (params.presence_penalty or params.frequency_penalty):
         tokens, counts = torch.tensor(answer, device=logits.device).unique(return_counts=True)
         logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
-    for token, bias in params.logit_bias.items():
-        if 0 <= token < size:
-            logits[token] += bias
+    if params.logit_bias:
+        biases = [(token, bias) for token, bias in params.logit_bias.items() if 0 <= token < size]
+        tokens = torch.tensor([token for token, _ in biases], dtype=torch.int64, device=logits.device)
+        logits.index_add_(0, tokens, torch.tensor([bias for _, bias in biases], dtype=logits.dtype, device=logits.device))
     if len(answer) < params.min_tokens:
         ends = torch.tensor(list(row.ends), dtype=torch.int64, device=logits.device)
         longer = logits.index_fill(0, ends, -torch.inf)

@@ -17,6 +17,7 @@ BODIES: tuple[type[Strict], ...] = (ChatRequest, CompletionRequest, ResponsesReq
 _SCHEMAS = "#/components/schemas/"
 _REASONS = {
     400: "Something in the request; the message names the field",
+    401: "No API key, or a wrong one",
     404: "Another model",
     413: "The body is larger than this server takes",
     429: "The queue is full; try again in a moment",
@@ -52,10 +53,12 @@ class Api(FastAPI):
         return self.openapi_schema
 
 
-def takes(body: type[Strict]) -> dict[str, Any]:
-    """What a route says of the body that it reads, and of its refusals."""
+def takes(body: type[Strict], streams: bool = False) -> dict[str, Any]:
+    """What a route says of the body that it reads, of its answers (server-sent events, if it `streams`), and of its refusals."""
     content = {"application/json": {"schema": {"$ref": _SCHEMAS + body.__name__}}}
-    return {"openapi_extra": {"requestBody": {"required": True, "content": content}}, "responses": refusals(*_REASONS)}
+    answer = {"application/json": {"schema": {"type": "object"}}} | ({"text/event-stream": {}} if streams else {})
+    responses = {200: {"description": "The answer", "content": answer}, **refusals(*_REASONS)}
+    return {"openapi_extra": {"requestBody": {"required": True, "content": content}}, "responses": responses}
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -104,7 +104,7 @@ class ResponsesRequest(Sampling):
     include: list[Literal["message.output_text.logprobs"]] = Field(default_factory=list)
     text: TextConfig | None = None
     stream_options: StreamOptions | None = None
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(default_factory=dict, max_length=16)
     """Comes back with the answer."""
 
     tools: Annotated[Any, Only([])] = None

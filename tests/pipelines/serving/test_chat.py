@@ -15,6 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from molmo_core.generation.engine.requests import SamplingParams
+from pipelines.serving.api.completions import CompletionRequest
+from pipelines.serving.api.forms import JSONSchema, StructuredOutputs
+from pipelines.serving.api.responses import InputMessage, ResponsesRequest, TextConfig
+from pipelines.serving.api.tokenise import DetokenizeRequest, TokenizeRequest
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError
@@ -35,16 +39,18 @@ def request(*messages, **fields):
     return {"model": "m", "messages": list(messages) or [TEXT], **fields}
 
 
-async def answered(service, body):
-    answer = await service.start(body)
+async def answered(service, body, method="start"):
+    answer = await getattr(service, method)(body)
+    if isinstance(answer, dict):
+        return answer
     if not answer.streamed:
         return await answer.whole()
     await answer.begin()
     return [event async for event in answer.events()]
 
 
-def ask(service, body):
-    return asyncio.run(answered(service, body))
+def ask(service, body, method="start"):
+    return asyncio.run(answered(service, body, method))
 
 
 def refusal(service, body) -> ApiError:
@@ -97,6 +103,26 @@ def test_a_stop_string_ends_the_work(scripted):
     assert body["choices"][0]["message"]["content"] == "on"
     assert body["choices"][0]["finish_reason"] == "stop"
     assert asked[0][1].cancelled
+
+
+def test_whoever_leaves_ends_all_answers(scripted):
+    """The stream is closed after the first event of text."""
+    service, _ = scripted()
+    words = tokens(service, "on the mat")
+    for n in (1, 3):
+        service, asked = scripted(*(Piece([word], None) for word in words), Piece([], "stop"))
+
+        async def leave(service=service, n=n):
+            answer = await service.start(request(stream=True, n=n))
+            await answer.begin()
+            events = answer.events()
+            while 'content": "on' not in await anext(events):
+                pass
+            await events.aclose()
+
+        asyncio.run(leave())
+        assert len(asked) == n
+        assert all(pieces.cancelled for _, pieces in asked)
 
 
 def test_what_fails_in_a_stream_is_an_event(scripted):
@@ -222,22 +248,16 @@ def test_bodies_of_another_shape(scripted, body):
 
 
 ANY_TEXT = st.text(st.characters() | st.characters(categories=["Cs"]), max_size=8)
-FIELDS = [*ChatRequest.model_fields, *Message.model_fields, *StreamOptions.model_fields, *ImageURL.model_fields]
-FIELDS += [
-    "type",
-    "text",
-    "image_url",
-    "name",
-    "refusal",
-    "annotations",
-    "audio",
-    "tool_calls",
-    "n",
-    "logit_bias",
-    "tools",
-    "user",
-    "metadata",
-]
+KINDS = {
+    "start": (ChatRequest, {"model": "m", "messages": [TEXT]}),
+    "complete": (CompletionRequest, {"model": "m", "prompt": "a"}),
+    "respond": (ResponsesRequest, {"model": "m", "input": "a"}),
+    "tokenize": (TokenizeRequest, {"prompt": "a"}),
+    "detokenize": (DetokenizeRequest, {"tokens": [5]}),
+}
+NESTED = [Message, StreamOptions, ImageURL, InputMessage, TextConfig, JSONSchema, StructuredOutputs]
+FIELDS = sorted({name for kind in [*NESTED, *(kind for kind, _ in KINDS.values())] for name in kind.model_json_schema()["properties"]})
+FIELDS += ["type", "text", "image_url", "video_url", "file_id", "name", "5", "properties", "enum", "$ref"]
 URLS = ["data:image/png;base64,", "data:image/gif;base64,R0lGODlh", "https://example.com"]
 SCALARS = (
     st.none()
@@ -247,7 +267,22 @@ SCALARS = (
     | st.floats()
     | ANY_TEXT
     | st.sampled_from(
-        ["m", "user", "assistant", "text", "image_url", "auto", "data:image/png;base64,", "data:image/gif;base64,R0lGODlh", *SPECIALS]
+        [
+            "m",
+            "user",
+            "assistant",
+            "text",
+            "image_url",
+            "input_text",
+            "output_text",
+            "input_image",
+            "json_schema",
+            "json_object",
+            "auto",
+            "data:image/png;base64,",
+            "data:image/gif;base64,R0lGODlh",
+            *SPECIALS,
+        ]
     )
 )
 VALUES = st.recursive(
@@ -281,10 +316,10 @@ def fuzzed(golden_config):
     return ChatService(ServeConfig(model="m", name="m", max_images=2), golden_config, lambda *_: One())
 
 
-def outcome(service, body) -> ApiError | None:
+def outcome(service, body, method="start") -> ApiError | None:
     """Answered with something that can be sent, or refused."""
     try:
-        assert json.dumps(ask(service, body), ensure_ascii=False).encode()
+        assert json.dumps(ask(service, body, method), ensure_ascii=False).encode()
     except ApiError as error:
         return error
     return None
@@ -301,6 +336,22 @@ def check_refusal(error: ApiError | None) -> None:
 @given(st.one_of(BODIES, VALUES))
 def test_no_body_is_the_fault_of_the_server(fuzzed, body):
     check_refusal(outcome(fuzzed, body))
+
+
+@st.composite
+def bodies(draw):
+    """A method, and a body in which some fields are anything."""
+    method = draw(st.sampled_from(sorted(KINDS)))
+    kind, base = KINDS[method]
+    names = st.sampled_from(sorted(kind.model_json_schema()["properties"]))
+    return method, base | draw(st.dictionaries(names, VALUES, max_size=3))
+
+
+@settings(max_examples=500, deadline=None)
+@given(bodies())
+def test_no_field_is_the_fault_of_the_server(fuzzed, asked):
+    method, body = asked
+    check_refusal(outcome(fuzzed, body, method))
 
 
 JSON_BYTES = VALUES.map(lambda value: json.dumps(value).encode())

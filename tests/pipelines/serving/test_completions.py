@@ -51,6 +51,15 @@ def test_several_texts_and_answers(scripted):
     assert [len(request[0]["input_ids"]) for request, _ in asked] == [2, 2, *[len(asked[2][0][0]["input_ids"])] * 2]
 
 
+def test_each_text_has_the_room_of_one(scripted):
+    service, _ = scripted_words(scripted, " blue")
+    long = "ab " * 500
+    assert len(complete(service, prompt=[long] * 20, max_tokens=1)["choices"]) == 20
+    service, _ = scripted(max_text_bytes=10_000)
+    with pytest.raises(ApiError, match="30,000 bytes; this server takes 10,000"):
+        complete(service, prompt=[long] * 20)
+
+
 def test_logprobs_as_lists(scripted):
     service, _ = scripted_words(scripted, " blue sky")
     whole = complete(service, logprobs=2)["choices"][0]["logprobs"]

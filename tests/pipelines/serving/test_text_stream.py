@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.serving.text_stream import TextStream
+from pipelines.serving.text_stream import SETTLE_AFTER, TextStream
 
 
 def decode_bytes(tokens: list[int]) -> str:
@@ -20,6 +20,21 @@ def stream(text: str, stops: list[str]) -> tuple[list[str], TextStream]:
 @given(st.text(max_size=30) | st.text(min_size=30, max_size=90))
 def test_pieces_join_to_the_text(text):
     assert "".join(stream(text, [])[0]) == text.lstrip()
+
+
+@given(st.lists(st.integers(0, 255), max_size=150) | st.lists(st.sampled_from([0x80, 0xF0, 0x9F, 0x99, 0x82, 0x61]), max_size=150))
+def test_bytes_that_are_no_text(tokens):
+    """As if all were decoded at once, whatever they are; and only little is decoded again for every token."""
+    decoded = []
+
+    def decode(tokens):
+        decoded.append(len(tokens))
+        return decode_bytes(tokens)
+
+    text_stream = TextStream(decode, strip=False)
+    pieces = [text_stream.push(token) for token in tokens]
+    assert "".join([*pieces, text_stream.finish()]) == decode_bytes(tokens)
+    assert max(decoded, default=0) <= 2 * SETTLE_AFTER
 
 
 @given(st.text(alphabet="abc", max_size=30), st.lists(st.text(alphabet="abc", min_size=1, max_size=3), min_size=1, max_size=3))
