@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from molmo_core.generation.sampling import SamplingConfig, next_token, seeded
 from molmo_core.inputs import as_batch, default_positions, last_positions
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.outputs import OLMoGenerateOutput
+from molmo_core.preprocessing.point_reader import read_points
 
 PAD_TOKEN_ID = -1
 # Keys of a batch that only training uses; `model.generate(**batch)` may carry them.
@@ -42,7 +43,8 @@ def generate(
     Args:
         model: a model in eval mode; `model.tokenizer` gives the end token and the text.
         input_ids: [B, S] prompts, padded on the right with -1; or one example [S], as a preprocessor gives it.
-        images, inputs: the other inputs of `model.forward` by name. What only training uses (labels, loss masks) is ignored.
+        images, inputs: the other inputs of `model.forward` by name. What only training uses (labels, loss masks) is ignored; `metadata`
+            (of one example, or a list) tells where the points of a MolmoPoint are, for the text.
         max_new_tokens: tokens a row gets at most.
         min_new_tokens: no end token before that many.
         do_sample: draw tokens (temperature, top_p, top_k) instead of taking the most probable one; the first one, too.
@@ -57,6 +59,7 @@ def generate(
     sampling = SamplingConfig(do_sample, temperature, top_p, top_k)
     if num_beams < 1 or (num_beams > 1 and not sampling.greedy):
         raise ValueError(f"num_beams={num_beams}: beam search needs at least 1 beam and do_sample=False")
+    metadata = inputs.get("metadata")
     batch = prompt_batch(model, {"input_ids": input_ids, "images": images, **inputs})
     if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
         raise ValueError(f"min_new_tokens={min_new_tokens}, max_new_tokens={max_new_tokens}: need 0 <= min <= max and max >= 1")
@@ -65,10 +68,12 @@ def generate(
     decoder = Decoder(model, max_new_tokens)
     if num_beams > 1:
         search = _search(decoder, batch, BeamSearch(num_beams, ends.tokens, pad), ends)
-        texts = _texts(model, search.tokens[:, 0], ends)
+        first = torch.arange(len(search.tokens)) * num_beams
+        texts = _texts(model, search.tokens[:, 0], ends, decoder.places(first), metadata)
         return OLMoGenerateOutput(search.tokens[:, 0], texts, search.scores[:, 0], search.tokens, search.scores, decoder.internal)
     tokens, scores = _sample(decoder, batch, sampling, ends, seed)
-    return OLMoGenerateOutput(tokens, _texts(model, tokens, ends), scores, internal=decoder.internal)
+    texts = _texts(model, tokens, ends, decoder.places(torch.arange(len(tokens))), metadata)
+    return OLMoGenerateOutput(tokens, texts, scores, internal=decoder.internal)
 
 
 def prompt_batch(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +105,11 @@ class Decoder:
         """What the model found out besides tokens."""
         state = self._cache.state
         return self._found if state is None else {**(self._found or {}), **state.internal()}
+
+    def places(self, rows: torch.Tensor) -> list[list[int]]:
+        """What each token of these rows that was fed back stands for, -1: text; of models without points nothing."""
+        found = (self.internal or {}).get("point_places")
+        return [[] for _ in rows] if found is None else found[rows.to(found.device)].tolist()
 
     def prefill(self, batch: dict[str, Any]) -> torch.Tensor:
         """Logits [B, E] float32 after the last valid token of every prompt."""
@@ -137,6 +147,8 @@ class Decoder:
         stand in the first part.
         """
         valid = input_ids != PAD_TOKEN_ID
+        if self._cache.state is not None:
+            self._cache.state.begin()
         self._mask = torch.cat([self._mask[:, : self._length], valid, self._mask[:, self._length :]], dim=1)
         self._length += valid.shape[1]
         output = self._model(
@@ -222,10 +234,24 @@ def _end_tokens(model: Any, eos_token_id: int | Sequence[int] | None, device: to
     return torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), dtype=torch.int64, device=device)
 
 
-def _texts(model: Any, tokens: torch.Tensor, ends: _Ends) -> list[str]:
+def answer_text(model: Any, tokens: Sequence[int], places: Sequence[int] = (), metadata: Mapping[str, Any] | None = None) -> str:
+    """The text of an answer.
+
+    Args:
+        model: that gave it.
+        tokens: without the end token.
+        places: what those that are points stand for (see `Decoder.places`).
+        metadata: what the preprocessor says of the prompt: points are written with coordinates if it is known where they are.
+    """
+    reader = model.config.answer_reader(model.tokenizer, metadata or {})
+    return model.tokenizer.decode(tokens if reader is None else read_points(reader, tokens, places))
+
+
+def _texts(model: Any, tokens: torch.Tensor, ends: _Ends, places: list[list[int]], metadata: Any) -> list[str]:
     end_tokens = set(ends.tokens.tolist())
     texts = []
-    for row in tokens.tolist():
+    about = metadata if isinstance(metadata, list) else [metadata] * len(tokens)
+    for row, chosen, known in zip(tokens.tolist(), places, about, strict=True):
         end = next((i for i, token in enumerate(row) if token in end_tokens), len(row))
-        texts.append(model.tokenizer.decode(row[:end]))
+        texts.append(answer_text(model, row[:end], chosen, known))
     return texts

@@ -54,6 +54,9 @@ class PointState:
         self.places: list[torch.Tensor] = []
         """What each fed token stands for, int64 [B]: image token (or `NO_MORE_POINTS`), patch or cell; -1: it is text."""
 
+    def begin(self) -> None:
+        self._started, self.places = False, []
+
     def observe(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Logits of the tokens that follow.
 

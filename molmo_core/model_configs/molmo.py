@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from molmo_core.config import ConfigError
@@ -14,6 +15,7 @@ from molmo_core.tokens import ImageTokenIds, TokenLayout
 
 if TYPE_CHECKING:
     from molmo_core.preprocessing.collator import MMCollator
+    from molmo_core.preprocessing.point_reader import PointTextReader
     from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
     from molmo_core.preprocessing.tokenizer import Tokenizer
 
@@ -85,6 +87,15 @@ class MolmoConfig(BaseModelConfig):
         from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
 
         return MolmoPreprocessor, {}
+
+    def answer_reader(self, tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> PointTextReader | None:
+        """What makes text of the tokens of an answer that stand for points; None: an answer is text.
+
+        Args:
+            tokenizer: of this model.
+            metadata: what the preprocessor says of the prompt.
+        """
+        return None
 
     def build_collator(
         self, sequence_length: int | None, pad_mode: Literal["to_max"] | None = None, include_metadata: bool = True

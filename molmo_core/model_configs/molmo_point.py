@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from molmo_core.config import ConfigError
@@ -14,7 +15,10 @@ from molmo_core.preprocessing.point_tokens import PointStyle
 from molmo_core.tokens import PointTokenIds, TokenLayout
 
 if TYPE_CHECKING:
+    from molmo_core.preprocessing.point_places import PointPlaces
+    from molmo_core.preprocessing.point_reader import PointTextReader
     from molmo_core.preprocessing.preprocessor import MolmoPreprocessor
+    from molmo_core.preprocessing.tokenizer import Tokenizer
 
 
 def _llm() -> LlmConfig:
@@ -85,6 +89,30 @@ class MolmoPointConfig(PointConfig, MolmoConfig):
             raise ConfigError("MolmoPoint pools with image_pooling_2d=attention_meanq and pooling_attention_mask=true")
         if not self.sort_points and self.mask_patches == "always":
             raise ConfigError("mask_patches=always forbids points out of order: with sort_points=false set it to never")
+
+    def answer_reader(self, tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> PointTextReader:
+        from molmo_core.preprocessing.point_reader import PointTextReader
+
+        return PointTextReader(tokenizer, self.point_places(metadata))
+
+    def point_places(self, metadata: Mapping[str, Any]) -> PointPlaces | None:
+        """What can be pointed at in a prompt, by the sizes of its images or the times of its frames; None: nothing.
+
+        Args:
+            metadata: what the preprocessor says of it (at inference): `image_sizes` [(width, height)] or `frame_times`, seconds.
+        """
+        from molmo_core.preprocessing.point_places import PointPlaces
+
+        times, sizes, config = metadata.get("frame_times"), metadata.get("image_sizes"), self.mm_preprocessor
+        cells = self.patch_location is not None
+        if times:
+            pooling = (config.video_pooling_h, config.video_pooling_w)
+            return dataclasses.replace(PointPlaces.of_frames(times, self.image_settings(), pooling), cells=cells)
+        if not sizes or config.crop_mode == "resize":
+            return None
+        several = config.max_multi_image_crops if len(sizes) > 1 else None
+        settings = dataclasses.replace(self.image_settings(), max_crops=several or config.max_crops)
+        return dataclasses.replace(PointPlaces.of_images(sizes, settings), cells=cells)
 
     @property
     def point_tokens(self) -> PointTokenIds:

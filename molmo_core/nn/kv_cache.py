@@ -14,6 +14,9 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 class RowState(Protocol):
     """What a model keeps of the rows of a cache besides keys and values."""
 
+    def begin(self) -> None:
+        """More of the prompts comes: nothing was generated yet."""
+
     def reorder(self, rows: torch.Tensor) -> None:
         """Makes row i continue what row `rows[i]` was."""
 

@@ -34,6 +34,8 @@ class PointPlaces:
     """int64 [tokens, k], patches of each image token, -1 = absent."""
     times: np.ndarray | None = None
     """float64 [T], seconds, of frames; None: images."""
+    cells: bool = True
+    """Points have cells."""
 
     @classmethod
     def of_images(cls, sizes: Sequence[tuple[int, int]], settings: ImageSettings) -> PointPlaces:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from molmo_core.generation.generate import PAD_TOKEN_ID, Decoder, prompt_batch
+from molmo_core.generation.generate import PAD_TOKEN_ID, Decoder, answer_text, prompt_batch
 
 Example = dict[str, Any]
 Collate = Callable[[list[Example]], dict[str, Any]]
@@ -43,8 +43,9 @@ def answer(model: Any, groups: Sequence[Sequence[Example]], collate: Collate, ma
     decoder = Decoder(model, ids.shape[1] + max_new_tokens)
     decoder.prefill(prompt_batch(model, collate(prefixes)))
     decoder.reorder(torch.tensor([i for i, _ in rows], device=model.device))
-    tokens = _greedy(decoder, decoder.extend(ids, positions), model.tokenizer.eos_token_id, max_new_tokens)
-    texts = iter([model.tokenizer.decode(row) for row in tokens])
+    answers = _greedy(decoder, decoder.extend(ids, positions), model.tokenizer.eos_token_id, max_new_tokens)
+    known = [example.get("metadata") for _, example in rows]
+    texts = iter([answer_text(model, tokens, places, about) for (tokens, places), about in zip(answers, known)])
     return [[next(texts) for _ in group] for group in groups]
 
 
@@ -74,9 +75,10 @@ def _rests(rows: Sequence[tuple[Example, int]], device: torch.device) -> tuple[t
     return ids.to(device), positions.to(device)
 
 
-def _greedy(decoder: Decoder, logits: torch.Tensor, end: int, max_new_tokens: int) -> list[list[int]]:
-    """The most probable continuation of every row, without the end token."""
+def _greedy(decoder: Decoder, logits: torch.Tensor, end: int, max_new_tokens: int) -> list[tuple[list[int], list[int]]]:
+    """The most probable continuation of every row, without the end token, and what those of its tokens that are points stand for."""
     answers: list[list[int]] = [[] for _ in range(len(logits))]
+    places: list[list[int]] = [[] for _ in range(len(logits))]
     rows = list(range(len(logits)))  # which answer each row of the cache belongs to
     going = [True] * len(rows)
     for count in range(max_new_tokens):
@@ -93,9 +95,13 @@ def _greedy(decoder: Decoder, logits: torch.Tensor, end: int, max_new_tokens: in
             decoder.reorder(index)
             tokens, rows, going = tokens[index], [rows[i] for i in kept], [True] * len(kept)
         logits = decoder.step(tokens)
-    return answers
+        for i, chosen in enumerate(decoder.places(torch.arange(len(rows)))):
+            places[rows[i]] = chosen
+    return list(zip(answers, places))
 
 
 def _separately(model: Any, groups: Sequence[Sequence[Example]], collate: Collate, limit: int) -> list[list[str]]:
-    texts = iter(model.generate(**collate([example for group in groups for example in group]), max_new_tokens=limit).text)
+    examples = [example for group in groups for example in group]
+    known = [example.get("metadata") for example in examples]
+    texts = iter(model.generate(**collate(examples), metadata=known, max_new_tokens=limit).text)
     return [[next(texts) for _ in group] for group in groups]

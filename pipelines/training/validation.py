@@ -105,7 +105,8 @@ class Sampler(Hook):
         prompts = [prompt.inputs for _, prompt in self.samples]
         self.model.eval()
         with autocast(self.precision, self.model.device):
-            texts = self.model.generate(**self.collate(prompts), max_new_tokens=self.settings.max_new_tokens).text
+            known = [example.get("metadata") for example in prompts]
+            texts = self.model.generate(**self.collate(prompts), metadata=known, max_new_tokens=self.settings.max_new_tokens).text
         back_to_training(self.model)
         results = []
         for (i, prompt), text in zip(self.samples, texts, strict=True):

@@ -3,15 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from molmo_core.config import ConfigError
-from molmo_core.generation.generate import Decoder, prompt_batch
+from molmo_core.generation.generate import Decoder, answer_text, prompt_batch
 from molmo_core.model_configs.molmo_point import MolmoPointConfig
 from molmo_core.models.molmo_point import MolmoPoint
+from molmo_core.preprocessing.point_places import points_of
 from molmo_core.preprocessing.point_tokens import chosen_points
+from molmo_core.preprocessing.points import extract_points
+from molmo_core.tokens import NO_MORE_POINTS
 from tests.molmo_core.models.golden_point import cases, inputs_here, load_config, load_point_model, name_here
 
 SETS = ("a", "c")
@@ -199,3 +203,52 @@ def test_a_configuration_is_what_it_was(folder: Path, tmp_path: Path) -> None:
     config = load_config(folder)
     config.save(tmp_path / "config.yaml")
     assert MolmoPointConfig.load(tmp_path / "config.yaml") == config
+
+
+def known_about(folder: Path, case: str) -> tuple[dict[str, object], list[tuple[int, int]]]:
+    """What a preprocessor says of a golden prompt, and (width, height) of its images or frames."""
+    images = np.load(folder / "images.npz")
+    names = {"image_prompt": ["image0"], "multi_prompt": ["image2", "image3"], "video_prompt": ["video"]}[case]
+    sizes = [(images[name].shape[-2], images[name].shape[-3]) for name in names]
+    return ({"frame_times": [0.0, 0.5, 1.0]}, sizes * 3) if case == "video_prompt" else ({"image_sizes": sizes}, sizes)
+
+
+def test_published_coordinates(folder: Path, model: MolmoPoint) -> None:
+    published = cases(load_file(folder / "generated.safetensors"))
+    for case, want in published.items():
+        metadata, sizes = known_about(folder, case)
+        places = model.config.point_places(metadata)
+        for kind in ("free", "forced"):
+            found = [point for point in points_of(want[f"{kind}_points"].numpy(), places) if point is not None]
+            rows = [[x * sizes[block][0], y * sizes[block][1]] for block, x, y in found]
+            blocks = [[places.times[block]] if places.times is not None else [block] * (len(sizes) > 1) for block, _, _ in found]
+            ours = np.array([[*block, *row] for block, row in zip(blocks, rows)])
+            np.testing.assert_allclose(ours, want[f"{kind}_coordinates_raw"].numpy(), rtol=1e-9)
+
+
+def test_text_with_coordinates(folder: Path, model: MolmoPoint) -> None:
+    """The published points, as text of Molmo2's form: ids as published, coordinates rounded to thousandths."""
+    for case, want in cases(load_file(folder / "generated.safetensors")).items():
+        metadata, sizes = known_about(folder, case)
+        tokens, triples = want["forced_tokens"][0].tolist(), iter(want["forced_points"].tolist())
+        places, row = [], [-1, -1, -1]
+        for token in tokens:
+            if token not in model.tokenizer.point_token_ids:
+                places.append(-1)
+                continue
+            column = model.tokenizer.point_token_ids.index(token)
+            row = next(triples, [NO_MORE_POINTS, -1, -1]) if column == 0 else row
+            places.append(row[column])
+        text = answer_text(model, tokens[:-1], places, metadata)
+        assert text.endswith('">cups</points>')
+        points = extract_points(text, 1, 1)
+        expected = want["forced_coordinates"]
+        there = [point is not None for point in points_of(want["forced_points"].numpy(), model.config.point_places(metadata))]
+        # Where a point is nowhere, the published numbers of later ones shift; here each keeps its own.
+        assert [p.id for p in points] == [number for number, found in enumerate(there, 1) if found]
+        for point, published in zip(points, expected, strict=True):
+            block = 0 if case == "image_prompt" else int(published[1] * 2) if case == "video_prompt" else int(published[1])
+            width, height = sizes[block]
+            assert abs(point.x * width - published[-2]) <= width / 1000
+            assert abs(point.y * height - published[-1]) <= height / 1000
+            assert point.block == (published[1] if case == "video_prompt" else block + 1)

@@ -75,7 +75,7 @@ def test_image_tokens_that_see_the_question_are_read_with_it(golden, mode, monke
     config = BaseModelConfig.load("configs/models/demo.yaml", [*overrides, f"bi_directional_attn={mode or 'null'}"])
     model = config.build_model().eval()
     read = []
-    monkeypatch.setattr(answering, "_greedy", lambda _, logits, *__: read.append(logits) or [[0]] * len(logits))
+    monkeypatch.setattr(answering, "_greedy", lambda _, logits, *__: read.append(logits) or [([0], [])] * len(logits))
     alone = []
     monkeypatch.setattr(answering, "_separately", lambda *_: alone.append(True) or [["x"] * 4])
     (group,) = prompts(model, images=1, questions=4)
