@@ -15,6 +15,7 @@ import collections
 import http.client
 import io
 import json
+import socket
 import sys
 import tempfile
 import threading
@@ -35,7 +36,6 @@ from pipelines import cluster
 from pipelines.serving import client
 from pipelines.serving.app import serving
 from pipelines.serving.config import ServeConfig
-from pipelines.serving.port import free_port
 
 LONGEST_S = 60.0
 """No answer takes so long."""
@@ -67,6 +67,12 @@ def main() -> int:
             report = fuzz(url, arguments)
     print(json.dumps(report))
     return int(bool(report["wrong"] or report["neighbour"]["wrong"] or report["restarted"]))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def save_random_model(folder: Path) -> None:

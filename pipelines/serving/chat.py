@@ -157,7 +157,7 @@ class ChatService:
         return Answer(form, Choices(choices), sum(lengths), request.stream, metadata[0])
 
     def _pieces(self, inputs: Inputs, params: SamplingParams) -> Pieces:
-        return spans.watched(self._generate(inputs, params), len(inputs["input_ids"]), params)
+        return spans.watched(self._generate(inputs, params), self.name, len(inputs["input_ids"]), params)
 
     def _text(self, request: Sampling, strip: bool) -> TextStream:
         return TextStream(self._tokenizer.decode, request.stop, request.include_stop_str_in_output, request.min_tokens, strip)

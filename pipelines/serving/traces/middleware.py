@@ -52,7 +52,7 @@ def tracer(config: ServeConfig) -> Tracer | None:
     """What traces a server of this configuration; None: it has no traces."""
     if config.trace_endpoint is None or not config.trace_sample:
         return None
-    return Tracer(config.trace_endpoint, config.trace_sample, config.trace_content, config.served_name)
+    return Tracer(config.trace_endpoint, config.trace_sample, config.trace_content)
 
 
 def _headers(scope: Scope) -> dict[str, str]:

@@ -55,10 +55,13 @@ def span(name: str) -> Iterator[None]:
         trace.add(name, begun, time.time_ns())
 
 
-def watched(pieces: Pieces, prompt_tokens: int, params: SamplingParams) -> Pieces:
-    """An answer whose times are put into the trace of its request, if there is one."""
+def watched(pieces: Pieces, model: str, prompt_tokens: int, params: SamplingParams) -> Pieces:
+    """An answer of a model whose times are put into the trace of its request, if there is one."""
     trace = current.get()
-    return pieces if trace is None else _Watched(pieces, trace, prompt_tokens, params)
+    if trace is None:
+        return pieces
+    trace.model(model)
+    return _Watched(pieces, trace, prompt_tokens, params)
 
 
 def asked(body: Any) -> None:
@@ -80,11 +83,10 @@ class Tracer:
         endpoint: where to, e.g. http://collector:4318/v1/traces. What it wants to be told is in OTEL_EXPORTER_OTLP_HEADERS.
         sample: share of the requests that are traced.
         content: whether texts and pictures are in the spans.
-        model: what clients call it.
     """
 
-    def __init__(self, endpoint: str, sample: float, content: bool, model: str) -> None:
-        self._model, self._content = model, content
+    def __init__(self, endpoint: str, sample: float, content: bool) -> None:
+        self._content = content
         self._exporter = Exporter(endpoint)
         # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say more about this process.
         resource = Resource.create({"service.name": "molmo-pipelines"}).merge(Resource.create())
@@ -98,13 +100,11 @@ class Tracer:
         attributes = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "molmo-pipelines",
-            "gen_ai.request.model": self._model,
-            "gen_ai.response.model": self._model,
             "http.request.method": "POST",
             "url.path": path,
         }
-        root = self._spans.start_span(f"{operation} {self._model}", context, otel.SpanKind.SERVER, attributes)
-        return Trace(self._spans, root, self._content, self._exporter.for_mlflow) if root.is_recording() else None
+        root = self._spans.start_span(operation, context, otel.SpanKind.SERVER, attributes)
+        return Trace(self._spans, root, operation, self._content, self._exporter.for_mlflow) if root.is_recording() else None
 
     def close(self) -> None:
         """Sends what is left, for at most `export.CLOSE_S` seconds."""
@@ -115,8 +115,8 @@ class Tracer:
 class Trace:
     """The spans of one request."""
 
-    def __init__(self, spans: otel.Tracer, root: otel.Span, content: bool, for_mlflow: bool) -> None:
-        self._spans, self._root = spans, root
+    def __init__(self, spans: otel.Tracer, root: otel.Span, operation: str, content: bool, for_mlflow: bool) -> None:
+        self._spans, self._root, self._operation = spans, root, operation
         self.content, self.for_mlflow = content, for_mlflow
         self.status = 0
         """HTTP's; 0: nothing was sent."""
@@ -124,6 +124,11 @@ class Trace:
         self._reasons: list[str] = []
         self._tokens = 0
         self._error: BaseException | None = None
+
+    def model(self, name: str) -> None:
+        """Who answers."""
+        self._root.update_name(f"{self._operation} {name}")
+        self.attributes |= {"gen_ai.request.model": name, "gen_ai.response.model": name}
 
     def add(
         self, name: str, begun: int, ended: int, parent: otel.Span | None = None, attributes: Mapping[str, int] | None = None

@@ -91,7 +91,7 @@ def application(tracer, *pieces, stop_early=False):
     app.add_middleware(Traced, tracer=lambda: tracer)
 
     async def parts():
-        watched = spans.watched(Pieces(*pieces), 11, PARAMS)
+        watched = spans.watched(Pieces(*pieces), "m", 11, PARAMS)
         texts = []
         while True:
             piece = await watched.__anext__()
@@ -149,7 +149,7 @@ ANSWER = [Piece([5], None, times=Times(0.25, 0.5, 0.125)), Piece([6, 7], "stop")
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_gives_its_spans(receiver, stream):
-    tracer = Tracer(receiver.url, 1.0, False, "m")
+    tracer = Tracer(receiver.url, 1.0, False)
     assert ask(application(tracer, *ANSWER), {"stream": stream, "messages": []}).status_code == 200
     tracer.close()
     found = receiver.spans()
@@ -178,7 +178,7 @@ def test_a_request_gives_its_spans(receiver, stream):
 
 
 def test_an_answer_that_a_stop_string_ends_has_its_times(receiver):
-    tracer = Tracer(receiver.url, 1.0, False, "m")
+    tracer = Tracer(receiver.url, 1.0, False)
     ask(application(tracer, *ANSWER, stop_early=True))
     tracer.close()
     found = receiver.spans()
@@ -187,7 +187,7 @@ def test_an_answer_that_a_stop_string_ends_has_its_times(receiver):
 
 
 def test_what_a_client_says_of_its_trace_is_kept(receiver):
-    tracer = Tracer(receiver.url, 1.0, False, "m")
+    tracer = Tracer(receiver.url, 1.0, False)
     ask(application(tracer, *ANSWER), traceparent=f"00-{'ab' * 16}-{'cd' * 8}-01")
     tracer.close()
     root = receiver.spans()["chat m"][0]
@@ -197,7 +197,7 @@ def test_what_a_client_says_of_its_trace_is_kept(receiver):
 
 def test_errors(receiver):
     """A refusal is the client's to know; a failure is marked."""
-    tracer = Tracer(receiver.url, 1.0, False, "m")
+    tracer = Tracer(receiver.url, 1.0, False)
     assert ask(application(tracer, queue_full())).status_code == 429
     assert ask(application(tracer, OSError("lost"))).status_code == 500
     tracer.close()
@@ -207,7 +207,7 @@ def test_errors(receiver):
 
 
 def test_a_sample(receiver):
-    tracer = Tracer(receiver.url, 0.5, False, "m")
+    tracer = Tracer(receiver.url, 0.5, False)
     app = application(tracer, *ANSWER)
     traced = [f"00-{i:032x}-{1:016x}-01" for i in (1 << 62, (1 << 64) - 1)]  # the ratio counts in the last 8 bytes of the trace's id
     for parent in traced:
@@ -221,7 +221,7 @@ def test_texts_and_pictures_only_where_they_are_wanted(receiver, monkeypatch):
     body = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "no"}, {"role": "user", "content": "and?"}]}
 
     def traced(wanted):
-        tracer = Tracer(receiver.url, 1.0, wanted, "m")
+        tracer = Tracer(receiver.url, 1.0, wanted)
         ask(application(tracer, *ANSWER), body)
         tracer.close()
         return attributes(receiver.spans()["chat m"][0])
@@ -244,7 +244,7 @@ def test_texts_and_pictures_only_where_they_are_wanted(receiver, monkeypatch):
 
 def test_headers_of_the_environment_are_sent(receiver, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-mlflow-experiment-id=1,authorization=Bearer%20secret")
-    tracer = Tracer(receiver.url, 1.0, False, "m")
+    tracer = Tracer(receiver.url, 1.0, False)
     ask(application(tracer, *ANSWER))
     tracer.close()
     headers, _ = receiver.received.get(timeout=10)
@@ -253,7 +253,7 @@ def test_headers_of_the_environment_are_sent(receiver, monkeypatch):
 
 def test_large_media_are_only_named(receiver):
     large = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64," + "a" * 3_000_000}}
-    tracer = Tracer(receiver.url, 1.0, True, "m")
+    tracer = Tracer(receiver.url, 1.0, True)
     ask(application(tracer, *ANSWER), {"messages": [{"role": "user", "content": [large]}]})
     tracer.close()
     (message,) = json.loads(attributes(receiver.spans()["chat m"][0])["gen_ai.input.messages"])
@@ -264,7 +264,7 @@ def test_a_receiver_that_is_not_there_costs_a_line(receiver, caplog, monkeypatch
     monkeypatch.setattr(export, "CLOSE_S", 0.5)
     receiver.server.shutdown()
     receiver.server.server_close()
-    tracer = Tracer(receiver.url, 1.0, False, "m")
+    tracer = Tracer(receiver.url, 1.0, False)
     app = application(tracer, *ANSWER)
     with caplog.at_level(logging.WARNING):
         for _ in range(20):
