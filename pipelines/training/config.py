@@ -102,6 +102,19 @@ class SamplesConfig(BaseConfig):
 
 
 @dataclasses.dataclass
+class ProfileConfig(BaseConfig):
+    """A trace of what the first rank does."""
+
+    steps: tuple[Annotated[int, Field(ge=2, le=2**31 - 1)], Size]
+    """First and last step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps[0] > self.steps[1]:
+            raise ConfigError(f"profile.steps={list(self.steps)}: the first step comes after the last")
+
+
+@dataclasses.dataclass
 class TrainConfig(BaseConfig):
     """`python -m jobs.train`. A run of the same `name` and `storage` resumes where it stopped."""
 
@@ -160,6 +173,10 @@ class TrainConfig(BaseConfig):
     """A loss or gradient that is infinite or not a number: the step is not taken, and the run stops, or goes on (10 in a row stop it)."""
     on_spike: Literal["report", "skip"] = "report"
     """A loss more than 6 standard deviations above the mean of the last 128: reported; with `skip` the step is not taken, either."""
+
+    stuck_after: Positive = 600.0
+    """Seconds without the end of a step after which each rank says where it stands."""
+    profile: ProfileConfig | None = None
 
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log_interval: Size = 20

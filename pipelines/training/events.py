@@ -42,6 +42,30 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unusual:
+    """A step that was left out, or whose loss leaps."""
+
+    step: int
+    text: str
+    examples: list[str]
+    """All of its global batch, as `dataset[row]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stuck:
+    """No step has ended on a rank for some time."""
+
+    rank: int
+    step: int
+    """The last that ended."""
+    seconds: float
+    stack: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}: no step has ended for {self.seconds:.0f} s, after step {self.step}. It is here:\n{self.stack}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Saved:
     """The checkpoint of step `step` is whole and in its place."""
 
@@ -77,4 +101,4 @@ class Failed:
     error: Exception
 
 
-Event = Note | Started | Step | Metrics | Samples | Saved | Stopped | Done | Failed
+Event = Note | Started | Step | Metrics | Samples | Unusual | Stuck | Saved | Stopped | Done | Failed

@@ -14,6 +14,7 @@ import torch
 
 from pipelines.training.config import TrainConfig
 from pipelines.training.errors import NonFiniteError
+from pipelines.training.events import Event, Unusual
 from pipelines.training.hooks import Hook, Later, Step
 
 WINDOW = 128
@@ -30,16 +31,18 @@ Examples = Callable[[dict[Any, Any]], list[str]]
 class Health(Hook):
     """Leaves out what would harm, says so, and ends the run where that was asked for."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, examples: Examples, say: Callable[[str], None], where: Callable[[], str]):
+    def __init__(
+        self, config: TrainConfig, device: torch.device, examples: Examples, send: Callable[[Event], None], where: Callable[[], str]
+    ):
         """
         Args:
             config: `on_non_finite`, `on_spike`.
             device: of the model.
             examples: names the examples of all ranks in a step, given this rank's state of the loader before it.
-            say: takes a line for people.
+            send: hears of every such step.
             where: says what has been saved, for errors.
         """
-        self.config, self.examples, self.say, self.where = config, examples, say, where
+        self.config, self.examples, self.send, self.where = config, examples, send, where
         self.skipped = 0
         """Steps left out, of the whole run."""
         self._in_a_row = 0
@@ -85,19 +88,19 @@ class Health(Hook):
                 self._not_finite(step, loss, norms)
             elif spike:
                 what = "It was left out." if left_out else "It was taken."
-                line = f"step {step.number}: loss {loss:.4g} is {sigmas:.1f} standard deviations above the mean {mean:.4g} of the last"
-                self.say(f"{line} {WINDOW} steps. {what} {named(self.examples(step.batch))}")
+                line = f"loss {loss:.4g} is {sigmas:.1f} standard deviations above the mean {mean:.4g} of the last {WINDOW} steps. {what}"
+                self.send(Unusual(step.number, line, self.examples(step.batch)))
 
     def _not_finite(self, step: Step, loss: float, norms: Iterable[float]) -> None:
         parts = ", ".join(f"{group} {norm:.4g}" for group, norm in zip(step.norms, norms, strict=True))
-        line = f"step {step.number}: loss {loss:.4g}, gradient norm {parts}. The step was not taken"
-        names = named(self.examples(step.batch))
-        advice = "Lower the learning rate or look at these examples."
+        line = f"loss {loss:.4g}, gradient norm {parts}. The step was not taken"
+        examples = self.examples(step.batch)
+        end = f"{self.where()}. Lower the learning rate or look at these examples. {named(examples)}"
         if self.config.on_non_finite == "stop":
-            raise NonFiniteError(f"{line}; {self.where()}. {advice} {names}")
+            raise NonFiniteError(f"step {step.number}: {line}; {end}")
         if self._in_a_row >= MOST_SKIPPED:
-            raise NonFiniteError(f"{line}, and {MOST_SKIPPED - 1} before it were not; {self.where()}. {advice} {names}")
-        self.say(f"{line}; training continues. {names}")
+            raise NonFiniteError(f"step {step.number}: {line}, nor were the {MOST_SKIPPED - 1} before it; {end}")
+        self.send(Unusual(step.number, f"{line}; training continues.", examples))
 
 
 def named(examples: list[str]) -> str:

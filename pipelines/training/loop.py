@@ -20,8 +20,11 @@ from pipelines.training.hooks import Hook, Step
 from pipelines.training.meter import Meter
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import all_sum, autocast, build, gathered, rank, world_size
+from pipelines.training.preemption import Preemption
+from pipelines.training.profiler import Profiler
 from pipelines.training.progress import Reporter
 from pipelines.training.storage import Storage
+from pipelines.training.stuck import StuckWatch
 from pipelines.training.validation import Sampler, Validator
 
 Batch = dict[str, torch.Tensor]
@@ -34,7 +37,7 @@ def train_worker(job: dict[str, Any]) -> None:
     Args:
         job: `config` (TrainConfig), `loader` (makes the batches, see `TrainLoader`) and `inbox` (see `progress`).
     """
-    reporter = Reporter(job["inbox"] if rank() == 0 else None)
+    reporter = Reporter(job["inbox"] if rank() == 0 else None, alarms=job["inbox"])
     try:
         train(job["config"], job["loader"], reporter)
     except (ConfigError, TrainingError) as error:
@@ -55,6 +58,8 @@ class Known(NamedTuple):
     """1: the run is to stop."""
     written: float
     """1: this rank has written its part of a checkpoint."""
+    ask: float
+    """1: it is time to ask Ray about preemption."""
 
 
 def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
@@ -65,8 +70,14 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
     sizes = {"global_batch_size": config.global_batch_size, "sequence_length": config.sequence_length}
     loader = make_loader(config.data, config.model, **sizes, seed=config.seed, rank=rank(), world_size=world_size())
     meter = Meter(model, device)
-    checkpointer = Checkpointer(model, optimizer, Storage(config.storage, config.name), config.checkpoint, reporter.send)
-    hooks: list[Hook] = [Health(config, device, lambda before: examples(loader, before), reporter.note, checkpointer.newest)]
+    storage, preemption = Storage(config.storage, config.name), Preemption()
+    checkpointer = Checkpointer(model, optimizer, storage, config.checkpoint, reporter.send)
+    hooks: list[Hook] = [
+        StuckWatch(config.stuck_after, reporter.alarm),
+        Health(config, device, lambda before: examples(loader, before), reporter.send, checkpointer.newest),
+    ]
+    if config.profile is not None:
+        hooks.append(Profiler(config.profile, storage, reporter.note))
     if config.validation is not None:
         hooks.append(Validator(config, make_loader, model, device, reporter.send))
     if config.samples is not None:
@@ -90,7 +101,7 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
             meter.has_batch()
 
             # The divisor is the weight of the whole global batch, the same for all ranks and micro-batches; FSDP averages over ranks.
-            here = Known(loss_weight(batch), *meter.counts(batch), float(reporter.stop_requested), float(checkpointer.poll()))
+            here = Known(loss_weight(batch), *meter.counts(batch), reporter.stop_requested, checkpointer.poll(), preemption.due())
             known = Known(*all_sum(torch.tensor(here, dtype=torch.float64)).tolist())
             if known.weight == 0:
                 raise ConfigError(f"step {number}: no token of the global batch has a loss weight. {named(examples(loader, before))}")
@@ -125,7 +136,10 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
             stopped = known.stop > 0
             if known.written == world_size():
                 checkpointer.wait()
-            if number % config.checkpoint.interval == 0 or step.last or stopped:
+            notice = preemption.ask() if known.ask else None
+            if notice is not None:
+                reporter.note(notice)
+            if number % config.checkpoint.interval == 0 or step.last or stopped or notice is not None:
                 saved = {"step": number, "tokens": meter.tokens, "loader": merged(loader.state_dict())}
                 checkpointer.begin(saved | {"hooks": {type(hook).__name__: hook.state() for hook in hooks}})
             reporter.heartbeat(number)

@@ -54,10 +54,10 @@ def start_inbox() -> Any:
 
 
 class Reporter:
-    """The workers' end. Only the first worker has an inbox; on the others everything is silent."""
+    """The workers' end. Only the first worker speaks (`inbox`), all of them in an alarm."""
 
-    def __init__(self, inbox: Any | None):
-        self.inbox = inbox
+    def __init__(self, inbox: Any | None, alarms: Any | None = None):
+        self.inbox, self.alarms = inbox, alarms
         self.stop_requested = False
         self._pending: Any | None = None
         self._last = 0.0
@@ -70,6 +70,11 @@ class Reporter:
 
     def note(self, text: str) -> None:
         self.send(Note(text))
+
+    def alarm(self, event: Event) -> None:
+        """Sends an event from any worker, from any thread."""
+        if self.alarms is not None:
+            self.alarms.put.remote(event)
 
     def heartbeat(self, step: int) -> None:
         """Reports progress, at most twice a second, and learns whether the run should stop."""

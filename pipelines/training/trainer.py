@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -19,14 +20,15 @@ from pipelines.evaluation.picture import draw_answers
 from pipelines.model_folder import fixed_model, model_folder
 from pipelines.training.belonging import check_belonging
 from pipelines.training.config import TrainConfig, pinned
-from pipelines.training.events import Done, Event, Failed, Metrics, Note, Samples, Saved, Started, Step, Stopped
+from pipelines.training.events import Done, Event, Failed, Metrics, Note, Samples, Saved, Started, Step, Stopped, Stuck, Unusual
 from pipelines.training.fit import Fit
+from pipelines.training.health import named
 from pipelines.training.memory import check_memory
 from pipelines.training.pictures import training_curves
 from pipelines.training.progress import ProgressBar, start_inbox
 from pipelines.training.recorder import Recorder
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.storage import absolute
+from pipelines.training.storage import absolute, step_name
 
 POLL_S = 0.2
 
@@ -177,6 +179,10 @@ class Driver:
                     self._metrics(step, values)
                 case Samples(step, results):
                     self._samples(step, results)
+                case Unusual():
+                    self._unusual(event)
+                case Stuck():
+                    self.bar.print(str(event))
                 case Saved():
                     self._saved(event)
                 case Stopped(step):
@@ -186,6 +192,14 @@ class Driver:
                     self.step, self.model = step, model
                 case Failed(error):
                     raise error
+
+    def _unusual(self, unusual: Unusual) -> None:
+        file = f"unusual/{step_name(unusual.step)}.json"
+        self.bar.print(f"step {unusual.step}: {unusual.text} {named(unusual.examples)}")
+        try:
+            self.storage.write(file, json.dumps(dataclasses.asdict(unusual), indent=1))
+        except OSError as error:
+            self.bar.print(f"{self.storage.url}/{file} cannot be written: {error.strerror or error}")
 
     def _saved(self, saved: Saved) -> None:
         self.step = saved.step

@@ -35,7 +35,7 @@ SHARD, METADATA, STATE = "__0_0.distcp", ".metadata", "state.json"
 
 class Recorder(list):
     stop_requested = False
-    send = list.append
+    send = alarm = list.append
 
     def note(self, text):
         self.append(Note(text))
@@ -348,7 +348,7 @@ def dying(method):
 class Reporter:
     stop_requested = False
     def send(self, event): pass
-    note = heartbeat = send
+    note = alarm = heartbeat = send
 
 for kind, name in ((shards._Summed, "write"), (Storage, "write"), (Storage, "publish"), (Storage, "delete")):
     setattr(kind, name, dying(getattr(kind, name)))

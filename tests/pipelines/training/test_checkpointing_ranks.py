@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 class Recorder(list):
     stop_requested = False
-    send = list.append
+    send = alarm = list.append
 
     def note(self, text):
         self.append(Note(text))

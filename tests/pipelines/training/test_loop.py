@@ -35,6 +35,8 @@ class Recorder:
     def note(self, text):
         self.send(Note(text))
 
+    alarm = send
+
     def heartbeat(self, step):
         pass
 
