@@ -6,6 +6,8 @@ of greatest logit, whatever the sampling of the text. Nothing here waits for the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from molmo_core.nn.pointing import MASKED, NOT_SELECTABLE, PointEmbedding, PointPredictor, PointSources
@@ -75,6 +77,25 @@ class PointState:
         logits[:, self.ids.patch] = torch.where(patch_next, force, -force).to(logits.dtype)
         logits[:, self.ids.cell] = torch.where(cell_next, force, -force).to(logits.dtype)
         return logits
+
+    def text(self) -> None:
+        """The next tokens are text; `feed` would do, too."""
+        self._kind = torch.full_like(self._kind, _TEXT)
+        self.places.append(torch.full_like(self.token, -1))
+
+    def resume(self, tokens: Sequence[int], places: Sequence[int]) -> None:
+        """Of one row: goes on behind tokens of an answer that were generated before, and what each stands for."""
+        kinds = {self.ids.token: _TOKEN, self.ids.patch: _PATCH, self.ids.cell: _CELL}
+        for token, place in zip(tokens, places):
+            kind = kinds[token] if place >= 0 else _TEXT
+            if kind == _TOKEN and place == NO_MORE_POINTS:
+                self.ended = torch.ones_like(self.ended)
+            elif kind == _TOKEN:
+                self.before, self.token = self.token, torch.full_like(self.token, place)
+            elif kind == _PATCH:
+                self.slot = torch.full_like(self.slot, place)
+            self._kind, self._started = torch.full_like(self._kind, kind), True
+            self.places.append(torch.full_like(self.token, place))
 
     def feed(self, tokens: torch.Tensor) -> torch.Tensor:
         """What is added to the embeddings of the next tokens int64 [B]: [B, d]. Chooses what they stand for."""

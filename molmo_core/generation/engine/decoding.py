@@ -10,6 +10,7 @@ import torch
 
 from molmo_core.generation.engine.graphs import DecodeGraphs
 from molmo_core.generation.engine.paged import DecodeAttention, PagedCache
+from molmo_core.generation.engine.points import Points
 from molmo_core.generation.engine.scheduler import Sequence as Work
 from molmo_core.nn.llm import Pass
 
@@ -27,8 +28,8 @@ class Decoder(Protocol):
 class PlainDecoder:
     """Anywhere: the tokens come from the host."""
 
-    def __init__(self, model: Any, cache: PagedCache):
-        self.model, self.cache = model, cache
+    def __init__(self, model: Any, cache: PagedCache, points: Points | None = None):
+        self.model, self.cache, self.points = model, cache, points
         self.device = next(model.parameters()).device
 
     def step(self, sequences: Sequence[Work]) -> torch.Tensor:
@@ -40,8 +41,10 @@ class PlainDecoder:
         lengths = np.array([sequence.computed + 1 for sequence in sequences], np.int32)
         attention = DecodeAttention(self.cache, self._tensor(tables), self._tensor(lengths))
         x = self.model.embed_tokens(self._tensor(tokens)[:, None])
-        hidden = self.model.run(Pass(x, self._tensor(positions)[:, None]), attention).hidden
-        return self.model.transformer.logits(hidden[:, -1]).float()
+        x = x if self.points is None else self.points.fed(sequences, x)
+        hidden = self.model.run(Pass(x, self._tensor(positions)[:, None]), attention).hidden[:, -1]
+        logits = self.model.transformer.logits(hidden).float()
+        return logits if self.points is None else self.points.allowed(sequences, hidden, logits)
 
     def keep(self, tokens: torch.Tensor) -> None:
         """Nothing: the next step takes them from the sequences."""

@@ -136,9 +136,13 @@ class Engine:
             for token in request.begun:
                 grammar.push(token)
         whole, horizon, size = self.model.FILLS_CACHE, self.runner.horizon(prompt), self.limits.page_size
-        keys = [] if whole else page_keys(ids, prompt.positions, horizon, prompt.digest, self.runner.first_medium(prompt), size)
+        unshared = whole or (self.runner.points is not None and bool(prompt.digest))  # points need the states of all image tokens
+        keys = [] if unshared else page_keys(ids, prompt.positions, horizon, prompt.digest, self.runner.first_medium(prompt), size)
         sequence = Sequence(request, [*ids.tolist(), *request.begun], len(ids), horizon, keys, whole, prompt)
         self.scheduler.add(sequence)
+        if self.runner.points is not None:
+            places = (*request.begun_places, *[-1] * (len(request.begun) - len(request.begun_places)))
+            self.runner.points.begin(sequence, ids, places)
         self._answers[request] = _Answer(sequence, secrets.randbits(63) if params.seed is None else params.seed, grammar)
 
     def abort(self, request: Request) -> None:
@@ -146,6 +150,8 @@ class Engine:
         answer = self._answers.pop(request, None)
         if answer is not None:
             self.scheduler.remove(answer.sequence)
+            if self.runner.points is not None:
+                self.runner.points.end(answer.sequence)
 
     @torch.inference_mode()
     def warm_up(self, batches: Items[int] = ()) -> None:
@@ -234,9 +240,11 @@ class Engine:
         choice = choose(logits, rows)
         logprobs = logprobs_of(raw, choice.tokens, wanted)
         tokens, finite = torch.stack((choice.tokens, choice.finite.long())).tolist()
+        points = self.runner.points
+        places = [-1] * len(tokens) if points is None else points.chosen(sequences, tokens)
         for i, sequence in enumerate(sequences):
             sequence.tokens.append(tokens[i])
-            self._give(sequence, sequence.count, tokens[i], bool(finite[i]), logprobs[i], events)
+            self._give(sequence, sequence.count, tokens[i], bool(finite[i]), logprobs[i], events, places[i])
 
     def _launch(self, logits: torch.Tensor, sequences: list[Sequence]) -> None:
         """Chooses the next tokens on the device; the host will read them later, and until then knows only that there is one."""
@@ -268,7 +276,14 @@ class Engine:
                 self._give(sequence, launched.counts[i], tokens[i], bool(finite[i]), None, events)
 
     def _give(
-        self, sequence: Sequence, count: int, token: int, finite: bool, logprobs: TokenLogprobs | None, events: list[tuple[Request, Event]]
+        self,
+        sequence: Sequence,
+        count: int,
+        token: int,
+        finite: bool,
+        logprobs: TokenLogprobs | None,
+        events: list[tuple[Request, Event]],
+        place: int = -1,
     ) -> None:
         """Hands out token number `count` of an answer, and its end."""
         if sequence.request.times is None:
@@ -287,7 +302,7 @@ class Engine:
         if token in self._ends(params):
             self._end(sequence, End("stop"), events)
             return
-        events.append((sequence.request, Token(token, logprobs)))
+        events.append((sequence.request, Token(token, logprobs, place)))
         if grammar is not None and grammar.complete:
             self._end(sequence, End("stop"), events)
         elif count == params.max_tokens:
@@ -317,6 +332,8 @@ class Engine:
         width, dtype = model.config.llm.head_width, cache.keys[0].dtype
         # The kernel's products are exact in half precision only; experts in float16 wait for the host, which a graph cannot.
         half = dtype == torch.bfloat16 or (dtype == torch.float16 and model.config.llm.block_type != "moe")
+        if self.runner.points is not None:  # what is fed back is chosen between two steps
+            return PlainDecoder(model, cache, self.runner.points)
         if limits.graphs and model.device.type == "cuda" and half and width >= 16 and width & (width - 1) == 0:
             longest = -(-model.config.llm.max_sequence_length // limits.page_size)
             return GraphDecoder(model, cache, limits.max_running, min(longest, pages))

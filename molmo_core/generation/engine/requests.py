@@ -111,6 +111,8 @@ class Request:
     params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     begun: tuple[int, ...] = ()
     """Tokens of the answer that were generated elsewhere: it goes on behind them, and they count."""
+    begun_places: tuple[int, ...] = ()
+    """What each of these stands for (`Token.place`); missing at the end: text."""
     arrived: float = dataclasses.field(default_factory=time.monotonic)
     """On the clock of `time.monotonic`."""
     times: Times | None = None
@@ -130,6 +132,8 @@ class Token(NamedTuple):
 
     id: int
     logprobs: TokenLogprobs | None = None
+    place: int = -1
+    """What it stands for, if it is a token of a point (MolmoPoint): image token, patch or cell; -1: it is text."""
 
 
 class End(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from molmo_core.generation.engine.blocks import Blocks, compile_vision
 from molmo_core.generation.engine.features import FeatureCache, media_digest
 from molmo_core.generation.engine.paged import PagedCache, PromptAttention
+from molmo_core.generation.engine.points import Points
 from molmo_core.generation.engine.scheduler import Chunk
 from molmo_core.generation.engine.scheduler import Sequence as Work
 from molmo_core.nn.attention import Mask, SequenceLayout
@@ -51,6 +52,7 @@ class Runner:
         self.model, self.device = model, parameter.device
         self.cache = PagedCache(model.config.llm, pages, page_size, parameter.dtype, self.device)
         self.features = FeatureCache(feature_bytes)
+        self.points = Points(model) if hasattr(model.config, "point_tokens") else None
         self._blocks = Blocks(model, dynamic=True)
         if parameter.is_cuda:
             compile_vision(model)
@@ -110,7 +112,13 @@ class Runner:
             if end == len(sequence.tokens):
                 sequence.state.embedded, sequence.state.done = None, 0
         last = self._tensor(np.array([chunk.end - chunk.start - 1 for chunk in chunks]))
-        return self.model.transformer.logits(hidden[torch.arange(len(chunks), device=self.device), last]).float()
+        newest = hidden[torch.arange(len(chunks), device=self.device), last]
+        logits = self.model.transformer.logits(newest).float()
+        if self.points is None:
+            return logits
+        for row, (sequence, start, end) in zip(hidden, chunks):
+            self.points.read(sequence, start, row[: end - start])
+        return self.points.allowed([chunk.sequence for chunk in chunks], newest, logits)
 
     def _embed(self, sequence: Work) -> None:
         """Embeds prompt and answer; what the model has computed for good on the way goes to the pages."""
@@ -122,6 +130,9 @@ class Runner:
             "position_ids": self._tensor(positions_of(sequence))[None],
             "response_mask": answer,
         }
+        targets = None if self.points is None else self.points.targets(sequence)
+        if targets is not None:
+            given["point_target_ids"] = self._tensor(targets)[None]
         cache = KVCache() if self.model.FILLS_CACHE and prompt.digest else None
 
         def look(*arguments: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -132,6 +143,8 @@ class Runner:
             return found
 
         embedded = self.model.embed(self.model.inputs(given), cache, look)
+        if self.points is not None:
+            self.points.embedded(sequence, embedded.kept.sources)
         prompt.done = 0 if cache is None else cache.length
         if cache is not None and prompt.done:
             pages, offsets = self._places([Chunk(sequence, 0, prompt.done)], prompt.done)
