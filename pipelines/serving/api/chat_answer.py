@@ -19,6 +19,7 @@ class ChatFormat:
         self._id, self._created = identity("chatcmpl")
         self._chat = chat
         self._logprobs = logprobs
+        self._points = [0] * chat.n  # that were told of each answer
 
     def whole(self, texts: Sequence[Text], usage: dict[str, int]) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -33,7 +34,10 @@ class ChatFormat:
         """The events of one part."""
         delta: dict[str, Any] = {"content": part.text} if part.text else {}
         if part.points:
-            delta["points"] = part.points
+            # OpenAI's client joins lists by the `index` of their entries, as those of tool calls.
+            told = self._points[part.index]
+            delta["points"] = [{"index": told + i, **point} for i, point in enumerate(part.points)]
+            self._points[part.index] += len(part.points)
         if delta or part.logprobs:
             yield self._chunk(part.index, delta, logprobs=self._of(part))
         if part.finish_reason:

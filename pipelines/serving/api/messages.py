@@ -72,6 +72,8 @@ class Message(Strict):
     function_call: Annotated[Any, Only()] = None
     points: NoEffect = None
     """Points of an answer that is sent back: its text holds them."""
+    parsed: NoEffect = None
+    """What OpenAI's client made of an answer of a form."""
 
     def turn(self, where: str) -> Turn:
         """The message as a turn; its text parts are joined by a line break."""

@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import functools
 import io
 import json
 
 import pytest
+from openai.lib.streaming._deltas import accumulate_delta
 from PIL import Image
 
 from pipelines.serving.pieces import Piece
@@ -106,3 +108,5 @@ def test_points_of_a_streamed_answer(scripted):
             points.append(point["x"])
             assert text.endswith(("</point>", "</points>")) or "</point" in delta["content"]
     assert (text, points) == (V1, [320.0, 0.0, 640.0])
+    joined = functools.reduce(accumulate_delta, deltas, {})
+    assert [(point["index"], point["x"]) for point in joined["points"]] == [(0, 320.0), (1, 0.0), (2, 640.0)]

@@ -8,9 +8,11 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from typing import Literal
 
 import numpy as np
 import openai
+import pydantic
 import pytest
 import ray
 from PIL import Image
@@ -192,6 +194,36 @@ def test_an_answer_of_a_form(api):
     assert ask(api, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}).choices[0].message.content in ("yes", "no")
     with pytest.raises(openai.BadRequestError, match="'structured_outputs': grammar"):
         ask(api, extra_body={"structured_outputs": {"regex": "("}})
+
+
+class Colour(pydantic.BaseModel):
+    colour: Literal["red", "blue"]
+
+
+def test_answers_that_the_client_parses(api):
+    """Its helpers send the schema of a class, and join the chunks of a stream."""
+    body = client.request("tiny", "which?", picture(0), max_tokens=200)
+    parsed = api.chat.completions.parse(**body, response_format=Colour).choices[0].message.parsed
+    assert parsed.colour in ("red", "blue")
+    assert api.responses.parse(model="tiny", input="which?", text_format=Colour, max_output_tokens=200).output_parsed.colour
+    with api.chat.completions.stream(**body, response_format=Colour) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == parsed
+
+
+def test_points(api):
+    """In pixels of the picture, which has 64 of them on each side; its streams are joined by the client."""
+    tags = '<point x="50.0" y="25.0" alt="a">a</point> and <points x1="0.0" y1="0.0" x2="100.0" y2="75.0" alt="b">b</points>'
+    expected = [(32.0, 16.0, "a"), (0.0, 0.0, "b"), (64.0, 48.0, "b")]
+    body = client.request("tiny", "point", picture(0), max_tokens=200, extra_body={"structured_outputs": {"choice": [tags]}})
+    answer = api.chat.completions.create(**body)
+    assert answer.choices[0].message.content == tags
+    assert [(point["x"], point["y"], point["label"]) for point in answer.choices[0].message.points] == expected
+    with api.chat.completions.stream(**body) as stream:
+        final = stream.get_final_completion()
+    assert [(point["x"], point["y"], point["label"]) for point in final.choices[0].message.points] == expected
+    own = final.choices[0].message.model_dump()
+    again = [*body["messages"], own, {"role": "user", "content": "Sure?"}]
+    assert api.chat.completions.create(model="tiny", messages=again, max_tokens=1).choices
 
 
 def test_stop_string(api):

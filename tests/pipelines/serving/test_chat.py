@@ -176,6 +176,7 @@ def test_own_message_as_history(scripted):
     for content in ("red", ""):
         own = ask(service, request())["choices"][0]["message"] | {"content": content}
         extra = {"annotations": [], "audio": None, "tool_calls": None, "function_call": None, "reasoning": None, "reasoning_content": ""}
+        extra |= {"points": [{"index": 0, "x": 1.5, "label": None}], "parsed": {"colour": "red"}}
         for message in (own, {**own, **extra}, {**own, "tool_calls": [], "refusal": ""}):
             assert ask(service, request(TEXT, message, TEXT))["choices"][0]["finish_reason"] == "stop"
     assert len(asked) == 8
