@@ -52,7 +52,7 @@ class BrokenMedia:
             case _:
                 mime = rng.choice(["image/png", "video/mp4", "text/html", "image/svg+xml", "application/octet-stream", "", "IMAGE/PNG"])
         text = base64.b64encode(data).decode()
-        if rng.random() < 0.1:
+        if text and rng.random() < 0.1:
             text = _flipped(rng, text.encode()).decode("latin-1")
         return kind, f"data:{mime};base64,{text}"
 

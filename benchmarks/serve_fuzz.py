@@ -14,6 +14,7 @@ import argparse
 import collections
 import http.client
 import io
+import itertools
 import json
 import socket
 import sys
@@ -95,14 +96,14 @@ def fuzz(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
     slowest = 0.0
     begun = time.monotonic()
     with Neighbour(url) as neighbour, ThreadPoolExecutor(arguments.at_once) as pool:
-        for request, (status, problem, seconds) in pool.map(
-            lambda request: (request, send(url, request)), source.requests(arguments.requests)
-        ):
-            statuses[request.kind][status] += 1
-            slowest = max(slowest, seconds)
-            if problem:
-                wrong.append(f"{request.kind} {request.path}: {problem}: {request.body[:300]!r}")
-                print(wrong[-1], file=sys.stderr, flush=True)
+        requests = source.requests(arguments.requests)
+        while some := list(itertools.islice(requests, 500)):
+            for request, (status, problem, seconds) in zip(some, pool.map(lambda request: send(url, request), some)):
+                statuses[request.kind][status] += 1
+                slowest = max(slowest, seconds)
+                if problem:
+                    wrong.append(f"{request.kind} {request.path}: {problem}: {request.body[:300]!r}")
+                    print(wrong[-1], file=sys.stderr, flush=True)
     return {
         "requests": sum(sum(counter.values()) for counter in statuses.values()),
         "seconds": round(time.monotonic() - begun, 1),
@@ -135,8 +136,10 @@ def fault(status: int, content_type: str, body: bytes) -> str | None:
     """What is wrong with an answer."""
     if status == 200:
         if content_type == "text/event-stream":
-            if not body.endswith(b"data: [DONE]\n\n") and b"event: response.completed" not in body:
-                return "the stream has no end"
+            if not body.endswith(b"data: [DONE]\n\n") and not any(
+                b"event: response." + end in body for end in (b"completed", b"incomplete")
+            ):
+                return f"the stream has no end: {body[-300:]!r}"
             return f"an error in the stream: {body[-300:]!r}" if b'data: {"error"' in body else None
         return None if isinstance(json.loads(body), dict) else "not an object"
     if not 400 <= status < 500:
@@ -205,8 +208,8 @@ def serve_processes() -> dict[str, float]:
     for process in psutil.Process().children(recursive=True):
         try:
             title = " ".join(process.cmdline())
-            if title.startswith("ray::Serve") or title.startswith("ray::Proxy"):
-                found[f"{process.pid} {title.split()[0]}"] = process.memory_info().rss / 2**20
+            if title.startswith(("ray::Serve", "ray::Proxy")):  # and, behind a dot, what it does just now
+                found[f"{process.pid} {title.partition('.')[0]}"] = process.memory_info().rss / 2**20
         except psutil.Error:
             continue
     return found
