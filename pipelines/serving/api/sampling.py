@@ -58,7 +58,9 @@ class Sampling(Strict):
     """Above 0: less of what the answer holds already."""
     frequency_penalty: Penalty = 0.0
     """Above 0: less of what the answer holds already, for each time it does."""
-    logit_bias: dict[TokenName, Bias] = Field(default_factory=dict, max_length=MAX_BIASES)
+    logit_bias: dict[TokenName, Bias] = Field(
+        default_factory=dict, max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}
+    )
     """Added to the logits of tokens, by their ids."""
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     """The same request with the same seed gives the same answer, whoever else is served."""
