@@ -3,12 +3,14 @@
 import asyncio
 import io
 import os
+import random
 import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from molmo_core.registry import BaseModelConfig
 from pipelines.serving.errors import ApiError
 from pipelines.serving.media import pool as pool_module
 from pipelines.serving.media.features import Limits, Task, Unusable, media_features
@@ -133,3 +135,30 @@ def test_a_full_queue_and_who_leaves_it(pool, task, tmp_path):
 
     before, after = asyncio.run(scenario())
     assert before == after, "the one that left never ran"
+
+
+def test_broken_videos(golden):
+    """Bytes changed and cut off: features or a reason, whatever becomes of the decoders."""
+    model = BaseModelConfig.load(golden / "video-olmo/per-frame/config.yaml").build_preprocessor(for_inference=True)
+    file = (golden / "video-olmo" / "video.mp4").read_bytes()
+    draw = random.Random(0)
+    files = [file]
+    for _ in range(60):
+        broken = bytearray(file[: draw.randint(1, len(file))] if draw.random() < 0.2 else file)
+        for _ in range(draw.choice([1, 4, 60])):
+            broken[draw.randrange(len(broken))] = draw.randrange(256)
+        files.append(bytes(broken))
+    limits = Limits(1 << 20, 10**6, 10_000, 600)
+    run = MediaPool(2, len(files), 20)
+
+    async def all_of():
+        return await asyncio.gather(*(run(Task(each, False, model.settings, model.frame_settings, limits)) for each in files))
+
+    try:
+        results = asyncio.run(all_of())
+    finally:
+        run.close()
+    assert results[0].size == (96, 64)
+    reasons = [result for result in results if isinstance(result, Unusable)]
+    assert {result.code for result in reasons} == {"invalid_video"}
+    assert 5 < len(reasons) < len(files)
