@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from jobs.command import ConfigPath, Overrides, job
-from pipelines.serving.config import FRONTEND_CPUS, ServeConfig
+from pipelines.serving.config import ServeConfig
 
 EXAMPLE = """\
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages": [{{"role": "user", "content": [
@@ -40,17 +40,18 @@ def serve(config: ServeConfig, show: bool = False) -> None:
 
     check_port(config.host, config.port)  # before a cluster starts for nothing
     key_digests(config)
-    fixed_model(config.model)
+    for one in config.each:
+        fixed_model(one.model)
     # Only now what takes seconds to import: mistakes are shown at once.
     from pipelines import cluster
     from pipelines.serving.app import serving
 
-    print(f"Loading {config.model} ...", flush=True)
-    needed = config.replicas * config.cpus_per_replica + config.frontends * FRONTEND_CPUS
-    with cluster.connect(num_cpus=cluster.cpus_for(needed)), serving(config) as url:
+    print(f"Loading {', '.join(one.model for one in config.each)} ...", flush=True)
+    with cluster.connect(num_cpus=cluster.cpus_for(config.cpus)), serving(config) as url:
         with stop_requested() as stop:
-            print(f"Ready: {config.served_name} at {url}/v1 (Ctrl-C stops it), and a page to try it on at {url}/. For example:\n")
-            print(EXAMPLE.format(url=url, name=config.served_name) + "\n", flush=True)
+            names = ", ".join(one.served_name for one in config.each)
+            print(f"Ready: {names} at {url}/v1 (Ctrl-C stops it), and a page to try it on at {url}/. For example:\n")
+            print(EXAMPLE.format(url=url, name=config.each[0].served_name) + "\n", flush=True)
             if show and not webbrowser.open(f"{url}/"):
                 print(f"There is no browser to open here; the page is {url}/", flush=True)
             while not stop.wait(1.0):

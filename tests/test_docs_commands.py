@@ -30,10 +30,10 @@ CONFIGS: dict[str, type[BaseConfig]] = {
     "serve": ServeConfig,
 }
 ROUTES = (
-    "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/ready",
+    "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/ready", "/metrics",
 )  # fmt: skip
 # Commands of others that the pages may show; what they do is not ours to check.
-OTHERS = {"cp", "kubectl", "pip", "git", "cd", "export", "source", "kill", "mlflow", "nvidia-smi", "vllm"}
+OTHERS = {"cp", "serve", "kubectl", "pip", "git", "cd", "export", "source", "kill", "mlflow", "nvidia-smi", "vllm"}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

@@ -38,9 +38,12 @@ Inputs = dict[str, Any]
 class ChatService:
     """Answers requests to one model."""
 
-    def __init__(self, config: ServeConfig, model: Any, generate: Generate, prepare: Run = in_thread) -> None:
-        """`model`: its configuration; `generate` begins an answer; `prepare` makes features of a medium."""
+    def __init__(
+        self, config: ServeConfig, model: Any, generate: Generate, prepare: Run = in_thread, names: Sequence[str] | None = None
+    ) -> None:
+        """`model`: its configuration; `generate` begins an answer; `prepare` makes features of a medium; `names`: of all models here."""
         self.name = config.served_name
+        self._names = [self.name] if names is None else names
         self.context: int = model.llm.max_sequence_length
         self._vocabulary: int = model.llm.embedding_size or model.llm.vocab_size
         self._config = config
@@ -106,7 +109,8 @@ class ChatService:
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 if a request names another model."""
         if name is not None and name != self.name:
-            message = f"The model {shown(name)} does not exist; this server has '{self.name}'."
+            there = ", ".join(f"'{one}'" for one in self._names)
+            message = f"The model {shown(name)} does not exist; this server has {there}."
             raise ApiError(404, message, "model", "model_not_found")
 
     async def _check(self, request: Sampling, answers: int) -> None:

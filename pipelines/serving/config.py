@@ -29,29 +29,26 @@ class Example(BaseConfig):
 
 
 @dataclasses.dataclass
-class ServeConfig(BaseConfig):
-    """`python -m jobs.serve`: one model behind an OpenAI-style API."""
+class ServedModel(BaseConfig):
+    """A model and its replicas."""
 
     model: str = ""
     """`models:/name@alias`, `models:/name/version` or a checkpoint folder."""
     name: str | None = None
     """What clients call the model; None = its name in the registry, or the folder's name."""
-    host: str = "127.0.0.1"
-    """Address to listen on. On others than this machine's own there must be API keys."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    api_keys_file: str | None = None
-    """File with the keys that clients must send, one a line, readable by its owner only; None = those of the environment variable
-    MOLMO_API_KEYS, if it is set."""
+    follow_alias: bool = False
+    """When the alias moves, replicas of the version that it names then take over, without a failed request. There must be room for the
+    new ones beside the old ones."""
+    system_messages: bool = False
+    """The model was trained on records with system messages: their words join the first question, as there. Else they are refused."""
 
     replicas: Annotated[int, Field(ge=1, le=1024)] = 1
     """Copies of the model."""
-    frontends: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Processes that read requests, decode images and tokenise."""
+    max_replicas: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """With more requests than `replicas` have places in their batches, up to so many are started; None = no more than `replicas`."""
     cpus_per_replica: Annotated[float, Field(ge=0, le=1024)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0, le=64)] = 0.0
     """1: the model runs on a GPU; 0: on the CPU."""
-    system_messages: bool = False
-    """The model was trained on records with system messages: their words join the first question, as there. Else they are refused."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
@@ -62,6 +59,43 @@ class ServeConfig(BaseConfig):
     """Requests that wait in a replica beyond those in work; the next one is refused with 429."""
     max_new_tokens: Annotated[int, Field(ge=1, le=10_000_000)] = 200
     """Length of an answer when the request sets none."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("model",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.follow_alias and "@" not in self.model:
+            raise ConfigError(f"serve: follow_alias: {self.model!r} has no alias (models:/name@alias)")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ConfigError(f"serve: max_replicas={self.max_replicas} is less than replicas={self.replicas}")
+
+    @property
+    def served_name(self) -> str:
+        """The name that requests use."""
+        registered = re.fullmatch(r"models:/([^/@]+).*", self.model)
+        return self.name or (registered[1] if registered else Path(self.model).resolve().name)
+
+    @property
+    def most_replicas(self) -> int:
+        """How many there may be."""
+        return self.max_replicas or self.replicas
+
+
+@dataclasses.dataclass
+class ServeConfig(ServedModel):
+    """`python -m jobs.serve`: a model, or several, behind an OpenAI-style API."""
+
+    models: list[ServedModel] = dataclasses.field(default_factory=list)
+    """Several models, in place of `model` and the settings of its replicas, each with its own."""
+    host: str = "127.0.0.1"
+    """Address to listen on. On others than this machine's own there must be API keys."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    api_keys_file: str | None = None
+    """File with the keys that clients must send, one a line, readable by its owner only; None = those of the environment variable
+    MOLMO_API_KEYS, if it is set."""
+    frontends: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes that read requests, decode images and tokenise."""
+
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 32 << 20
     max_text_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 256 << 10
     """Text of all messages of a request. What cannot fit the model's context is refused in any case, before it is tokenised."""
@@ -90,6 +124,8 @@ class ServeConfig(BaseConfig):
 
     timeout_s: Annotated[float, Field(ge=0.1, le=7 * 24 * 3600)] = 600.0
     """Longest time from a prepared request to the end of its answer, streamed or not."""
+    drain_s: Annotated[float, Field(ge=0, le=7 * 24 * 3600)] = 60.0
+    """How long a process that is stopped or replaced may go on with its answers."""
 
     examples: list[Example] = dataclasses.field(default_factory=list)
     """Examples to click on the page at `/`; none = a few about a drawing."""
@@ -108,16 +144,26 @@ class ServeConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model:
-            raise ConfigError("serve: model must be given (for example model=models:/molmo-demo@champion)")
         for host in self.allowed_media_hosts:
             host_and_port(host)
+        if bool(self.model) == bool(self.models):
+            raise ConfigError("serve: either model or models must be given (for example model=models:/molmo-demo@champion)")
+        if not all(one.model for one in self.models):
+            raise ConfigError("serve: models: each of them has a `model`")
+        names = [one.served_name for one in self.each]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"serve: models: two of them have the same name ({', '.join(names)}); set `name`")
 
     @property
-    def served_name(self) -> str:
-        """The name that requests use."""
-        registered = re.fullmatch(r"models:/([^/@]+).*", self.model)
-        return self.name or (registered[1] if registered else Path(self.model).resolve().name)
+    def each(self) -> list[ServeConfig]:
+        """The configuration for each of the models, as if it were the only one."""
+        return [dataclasses.replace(self, models=[], **vars(one)) for one in self.models] or [self]
+
+    @property
+    def cpus(self) -> float:
+        """Of all processes, in Ray's count; new replicas may have to start beside the old ones."""
+        models = sum(one.most_replicas * one.cpus_per_replica * (2 if one.follow_alias else 1) for one in self.each)
+        return models + self.frontends * FRONTEND_CPUS * 2
 
     @property
     def url(self) -> str:

@@ -4,12 +4,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
@@ -29,9 +31,10 @@ from pipelines.serving.errors import ApiError, as_api_error, clipped, queue_full
 from pipelines.serving.json_body import parse_body
 from pipelines.serving.keys import KeyGuard
 from pipelines.serving.media.pool import MediaPool
+from pipelines.serving.metrics import Counted, FrontendMetrics, Reporter
 from pipelines.serving.pieces import Pieces
 from pipelines.serving.playground import HEADERS, PageFile
-from pipelines.serving.remote import RemotePieces
+from pipelines.serving.remote import RemotePieces, process_name
 from pipelines.serving.traces.middleware import Traced, tracer
 from pipelines.serving.traces.spans import asked
 from pipelines.serving.wire import Inbox
@@ -46,8 +49,9 @@ READY_S = 1.0
 Result = TypeVar("Result")
 
 api = Api(title="Molmo", docs_url=None, redoc_url=None)
-api.add_middleware(Traced, tracer=lambda: serve.get_replica_context().servable_object.tracer)  # type: ignore[attr-defined]
-api.add_middleware(KeyGuard, digests=lambda: serve.get_replica_context().servable_object.keys)  # type: ignore[attr-defined]
+api.add_middleware(Traced, tracer=lambda: _this().tracer)
+api.add_middleware(KeyGuard, digests=lambda: _this().keys)
+api.add_middleware(Counted, metrics=lambda: _this().metrics)
 
 
 @api.exception_handler(ApiError)
@@ -67,26 +71,50 @@ async def _no_route(request: Request, error: HTTPException) -> JSONResponse:
     return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
 
 
+def _this() -> "Frontend":
+    return serve.get_replica_context().servable_object  # type: ignore[return-value]
+
+
 @serve.ingress(api)
 class Frontend:
-    """The API of one served model."""
+    """The API of the served models."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: ServeConfig, model: str, replicas: DeploymentHandle, page: dict[str, PageFile], keys: list[bytes]
+        self,
+        config: ServeConfig,
+        served: list[tuple[ServeConfig, str, DeploymentHandle]],
+        collector: DeploymentHandle,
+        page: dict[str, PageFile],
+        keys: list[bytes],
+        beside: list[DeploymentHandle],
     ) -> None:
+        """
+        Args:
+            config: of the server.
+            served: of each model its configuration, its place (with its version fixed) and its replicas.
+            collector: of the metrics.
+            page: files of the page.
+            keys: digests of the API keys.
+            beside: deployments that only have to be there.
+        """
         self._limit = config.max_body_bytes
-        self._replicas = replicas
+        self._replicas = [replicas for _, _, replicas in served]
         self._inbox = Inbox()
         self._timeout_s = config.timeout_s
         self._created = int(time.time())
         self._preparing = self._held = 0
         self._page = page
-        self.keys = keys
-        """Digests of the API keys."""
-        self.tracer = tracer(config)
-        model_config = BaseModelConfig.load(model_folder(model))
+        self.keys: list[bytes] = keys
+        self.tracer: Any = tracer(config)
         self._media = MediaPool(config.media_workers, config.max_queued_media, config.media_timeout_s)
-        self._service = ChatService(config, model_config, self._generate, self._media)
+        self.metrics: FrontendMetrics = FrontendMetrics()
+        self._reporter = Reporter(collector, process_name(), self.metrics.registry)
+        prepare = self.metrics.timed(self._media)
+        self._services: dict[str, ChatService] = {}
+        names = [one.served_name for one, _, _ in served]
+        for one, place, replicas in served:
+            generate = partial(self._generate, one.served_name, replicas)
+            self._services[one.served_name] = ChatService(one, BaseModelConfig.load(model_folder(place)), generate, prepare, names)
         await self._inbox.open(ray.util.get_node_ip_address())
 
     @api.get("/", include_in_schema=False)
@@ -112,58 +140,65 @@ class Frontend:
 
     @api.get("/ready")
     async def ready(self) -> dict[str, str]:
-        """A replica has the model loaded and answers. It does not pass the queue of the requests."""
+        """A replica of each model has it loaded and answers. This does not pass the queue of the requests."""
         try:
             async with asyncio.timeout(READY_S):
-                await self._replicas.load.remote()
+                for replicas in self._replicas:
+                    await replicas.load.remote()
         except Exception as error:  # of whatever keeps a replica from answering
             raise unavailable("No replica of the model answers.", "not_ready") from error
         return {"status": "ready"}
 
+    @api.get("/metrics", response_class=Response)
+    async def metrics_of_all(self) -> Response:
+        """Numbers of all processes for Prometheus. Nobody is asked for them, so they are there however busy the model is."""
+        return Response(self._reporter.exposition(), media_type=CONTENT_TYPE)
+
     @api.get("/v1/models")
     async def models(self) -> dict[str, Any]:
-        """The model that is served."""
-        return {"object": "list", "data": [self._entry()]}
+        """The models that are served."""
+        return {"object": "list", "data": [self._entry(service) for service in self._services.values()]}
 
     @api.get("/v1/models/{name:path}", responses=refusals(404))
     async def model(self, name: str) -> dict[str, Any]:
-        """The same, by its name."""
-        self._service.check_model(name)
-        return self._entry()
+        """One of them, by its name."""
+        service = self._of(name)
+        service.check_model(name)
+        return self._entry(service)
 
     @api.post("/v1/chat/completions", **takes(ChatRequest, streams=True))
     async def chat_completions(self, request: Request) -> Response:
         """Continues a conversation. With `stream`: server-sent events."""
-        return await self._answered(request, self._service.start)
+        return await self._answered(request, ChatService.start)
 
     @api.post("/v1/completions", **takes(CompletionRequest, streams=True))
     async def completions(self, request: Request) -> Response:
         """Continues texts. With `stream`: server-sent events."""
-        return await self._answered(request, self._service.complete)
+        return await self._answered(request, ChatService.complete)
 
     @api.post("/v1/responses", **takes(ResponsesRequest, streams=True))
     async def responses(self, request: Request) -> Response:
         """Continues a conversation, in the form of OpenAI's responses. With `stream`: server-sent events."""
-        return await self._answered(request, self._service.respond)
+        return await self._answered(request, ChatService.respond)
 
     @api.post("/tokenize", **takes(TokenizeRequest))
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or a conversation."""
-        return JSONResponse(await self._prepared(request, self._service.tokenize))
+        return JSONResponse(await self._prepared(request, ChatService.tokenize))
 
     @api.post("/detokenize", **takes(DetokenizeRequest))
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
-        return JSONResponse(await self._prepared(request, self._service.detokenize))
+        return JSONResponse(await self._prepared(request, ChatService.detokenize))
 
-    async def _answered(self, request: Request, start: Callable[[Any], Awaitable[Answer]]) -> Response:
+    async def _answered(self, request: Request, start: Callable[[ChatService, Any], Awaitable[Answer]]) -> Response:
         answer = await self._prepared(request, start)
         if not answer.streamed:
             return JSONResponse(await answer.whole())
         await answer.begin()
         return StreamingResponse(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    async def _prepared(self, request: Request, start: Callable[[Any], Awaitable[Result]]) -> Result:
+    async def _prepared(self, request: Request, start: Callable[[ChatService, Any], Awaitable[Result]]) -> Result:
         """What becomes of a body: read, checked, decoded and tokenised, among not too many at a time."""
         if self._preparing >= PREPARING:
             raise queue_full()
@@ -172,14 +207,19 @@ class Frontend:
         try:
             await self._read(request, body)
             asked(parsed := await parse_body(body))
-            return await start(parsed)
+            return await start(self._of(parsed.get("model") if isinstance(parsed, dict) else None), parsed)
         finally:
             self._preparing -= 1
             self._held -= len(body)
 
-    def _entry(self) -> dict[str, Any]:
-        entry = {"id": self._service.name, "object": "model", "created": self._created, "owned_by": "molmo-pipelines"}
-        return {**entry, "max_model_len": self._service.context}
+    def _of(self, name: Any) -> ChatService:
+        """The service of a model. If there is none of that name it is the first one, which says what is wrong with a request."""
+        first = next(iter(self._services.values()))
+        return self._services.get(name, first) if isinstance(name, str) else first
+
+    def _entry(self, service: ChatService) -> dict[str, Any]:
+        entry = {"id": service.name, "object": "model", "created": self._created, "owned_by": "molmo-pipelines"}
+        return {**entry, "max_model_len": service.context}
 
     async def _read(self, request: Request, body: bytearray) -> None:
         async for part in request.stream():
@@ -193,8 +233,10 @@ class Frontend:
 
     def __del__(self) -> None:
         self._media.close()
+        self._reporter.close()
         if self.tracer is not None:
             self.tracer.close()
 
-    def _generate(self, example: Mapping[str, Any], params: SamplingParams) -> Pieces:
-        return RemotePieces(self._replicas, self._inbox, example, params, self._timeout_s)
+    def _generate(self, name: str, replicas: DeploymentHandle, example: Mapping[str, Any], params: SamplingParams) -> Pieces:
+        watch = self.metrics.begin(name, len(example["input_ids"]))
+        return RemotePieces(replicas, self._inbox, example, params, self._timeout_s, watch)

@@ -1,4 +1,4 @@
-"""Whether a server can listen at an address: asked before a cluster starts. Light."""
+"""Ports to listen on: whether one is free (asked before a cluster starts), and which one is. Light."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def check_port(host: str, port: int) -> None:
         except OSError as error:
             reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
             raise ConfigError(f"serve: {host}:{port} {reason}; choose another, e.g. port={port + 1}") from None
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, cast
 
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from molmo_core.generation.engine.requests import SamplingParams
 from pipelines.serving.errors import ApiError, timed_out, unavailable
+from pipelines.serving.metrics import AnswerWatch
 from pipelines.serving.pieces import Piece
 from pipelines.serving.wire import ConnectionLost, Inbox
 
@@ -29,13 +31,20 @@ class RemotePieces:
         replicas: handle of the deployment (`Replica`).
         inbox: where its tokens arrive.
         timeout_s: longest time to the end of the answer.
+        watch: is told of its parts.
     """
 
     def __init__(
-        self, replicas: DeploymentHandle[Any], inbox: Inbox, example: Mapping[str, Any], params: SamplingParams, timeout_s: float
+        self,
+        replicas: DeploymentHandle[Any],
+        inbox: Inbox,
+        example: Mapping[str, Any],
+        params: SamplingParams,
+        timeout_s: float,
+        watch: AnswerWatch,
     ) -> None:
         self._replicas, self._inbox, self._example, self._params = replicas, inbox, example, params
-        self._timeout_s = timeout_s
+        self._timeout_s, self._watch = timeout_s, watch
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._tokens: list[int] = []
         self._attempts = 0
@@ -48,7 +57,7 @@ class RemotePieces:
         self._number = self._inbox.expect(self._parts.put_nowait)
         where = self._inbox.address, self._number
         self._response = cast(DeploymentResponse[None], self._replicas.answer.remote(self._example, self._params, self._tokens, *where))
-        self._call = asyncio.ensure_future(_watch(self._response, self._parts))
+        self._call = asyncio.ensure_future(_follow(self._response, self._parts))
 
     async def __anext__(self) -> Piece:
         """What has come since the last part."""
@@ -63,6 +72,7 @@ class RemotePieces:
             self.cancel()
             raise
         self._tokens += piece.tokens
+        self._watch.part(len(piece.tokens), piece.finish_reason is not None)
         if piece.finish_reason is not None:
             self._end()
         return piece
@@ -85,6 +95,7 @@ class RemotePieces:
             if self._attempts == ATTEMPTS:
                 raise unavailable(f"{ATTEMPTS} replicas of the model were lost during this answer; try again.", "replica_lost") from error
             self._inbox.forget(self._number)
+            self._watch.lost()
             self._begin()
             return None
         if isinstance(error, (BackPressureError, DeploymentUnavailableError)):
@@ -106,7 +117,13 @@ class RemotePieces:
         self.cancel()  # whoever wanted it is gone
 
 
-async def _watch(response: DeploymentResponse[None], parts: _Parts) -> None:
+def process_name() -> str:
+    """Of the replica of a deployment that this process is."""
+    replica = serve.get_replica_context().replica_id
+    return f"{replica.deployment_id.name}-{replica.unique_id}"
+
+
+async def _follow(response: DeploymentResponse[None], parts: _Parts) -> None:
     """Tells of a call that fails; one that succeeds has sent the end of its answer."""
     try:
         await response

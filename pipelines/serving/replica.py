@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from ray.serve.handle import DeploymentHandle
 
 from molmo_core.checkpoint import load_model
 from molmo_core.generation.engine.engine import Engine, EngineLimits
@@ -14,7 +15,9 @@ from molmo_core.generation.engine.requests import Request, SamplingParams
 from pipelines.model_folder import model_folder
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.host import Host
+from pipelines.serving.metrics import EngineMetrics, Reporter
 from pipelines.serving.pieces import Piece
+from pipelines.serving.remote import process_name
 from pipelines.serving.wire import Address, Outboxes
 
 __all__ = ["Piece", "Replica"]
@@ -23,13 +26,21 @@ __all__ = ["Piece", "Replica"]
 class Replica:
     """One copy of the model."""
 
-    def __init__(self, config: ServeConfig, model: str) -> None:
-        """`model`: the checkpoint, with its version fixed (an alias may move while replicas start)."""
+    def __init__(self, config: ServeConfig, model: str, collector: DeploymentHandle[Any] | None = None) -> None:
+        """
+        Args:
+            config: of the server.
+            model: the checkpoint, with its version fixed (an alias may move while replicas start).
+            collector: who is told of this replica's numbers (`metrics.Collector`); None outside of Serve.
+        """
         device = "cuda" if config.gpus_per_replica else "cpu"
         engine = Engine(load_model(model_folder(model), getattr(torch, config.dtype), device), EngineLimits(config.max_batch_size))
         engine.warm_up()
         self._host = Host(engine, config.max_batch_size + config.max_queued_requests, config.batch_wait_ms / 1000)
         self._outboxes = Outboxes()
+        self._reporter = None
+        if collector is not None:
+            self._reporter = Reporter(collector, process_name(), EngineMetrics(config.served_name, lambda: engine.stats()._asdict()))
 
     async def answer(self, example: dict[str, Any], params: SamplingParams, begun: Sequence[int], to: Address, number: int) -> None:
         """Generates the answer to one preprocessed prompt; returns when it has ended. Cancelling this stops the work on it.
@@ -59,3 +70,5 @@ class Replica:
 
     def __del__(self) -> None:
         self._host.close()
+        if self._reporter is not None:
+            self._reporter.close()

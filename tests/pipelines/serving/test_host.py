@@ -13,6 +13,7 @@ from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, queue_full
 from pipelines.serving.host import Host
+from pipelines.serving.metrics import FrontendMetrics
 from pipelines.serving.remote import RemotePieces
 from pipelines.serving.replica import Replica
 from pipelines.serving.wire import Inbox
@@ -234,8 +235,11 @@ def test_a_replica_answers_as_its_model(replica, tiny_model):
     preprocess = tiny_model.config.build_preprocessor(for_inference=True, is_training=False)
     limit = 6
 
+    metrics = FrontendMetrics()
     inbox, handle = Inbox(), SimpleNamespace(answer=SimpleNamespace(remote=lambda *call: asyncio.ensure_future(replica.answer(*call))))
-    service = ChatService(ServeConfig(model="m", name="m"), tiny_model.config, lambda *call: RemotePieces(handle, inbox, *call, 600))
+    service = ChatService(
+        ServeConfig(model="m", name="m"), tiny_model.config, lambda *call: RemotePieces(handle, inbox, *call, 600, metrics.begin("m", 1))
+    )
 
     async def ask(text, **settings):
         body = {"model": "m", "messages": [{"role": "user", "content": text}], "max_tokens": limit, "seed": 1, **settings}

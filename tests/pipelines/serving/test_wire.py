@@ -7,6 +7,7 @@ import pytest
 
 from molmo_core.generation.engine.requests import SamplingParams, TokenLogprobs
 from pipelines.serving.errors import ApiError, queue_full
+from pipelines.serving.metrics import FrontendMetrics
 from pipelines.serving.pieces import Piece
 from pipelines.serving.remote import ATTEMPTS, RemotePieces
 from pipelines.serving.wire import Address, ConnectionLost, Inbox, Outboxes
@@ -115,7 +116,7 @@ def answered(fail, count=6, timeout_s=10, taken=None):
     async def main():
         inbox, replicas = Inbox(), Replicas(fail)
         await inbox.open("127.0.0.1")
-        pieces, tokens = RemotePieces(replicas, inbox, {}, SamplingParams(max_tokens=count), timeout_s), []
+        pieces, tokens = RemotePieces(replicas, inbox, {}, SamplingParams(max_tokens=count), timeout_s, FrontendMetrics().begin("m", 1)), []
         try:
             piece = Piece([], None)
             while piece.finish_reason is None and (taken is None or len(tokens) < taken):
