@@ -17,7 +17,7 @@ from batches import RandomLoader, tiny_config
 from pipelines.training import loop
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.errors import TrainingError
-from pipelines.training.events import Note, Started
+from pipelines.training.events import Metrics, Note, Started, Unusual
 
 pytestmark = pytest.mark.slow
 
@@ -54,20 +54,32 @@ def rank_of_two(rank, folder, port):
         shard.write_bytes(content)
     dist.barrier()
     told.append(start(folder, steps=3))
+    told.append(start(folder, steps=5, loader=OneRankPoisoned, on_non_finite="skip"))
     Path(folder, f"{rank}.json").write_text(json.dumps({"starts": told, "left": left}))
     os._exit(0)
 
 
-def start(folder, steps):
+class OneRankPoisoned(RandomLoader):
+    """In step 4 a pixel of the second rank is not a number."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if self.rank == 1 and self.positions[self.owned[0]] == 4:
+                batch["images"][0, 0, 0, 0] = float("nan")
+            yield batch
+
+
+def start(folder, steps, loader=RandomLoader, **changes):
     """Trains to a step."""
-    config = tiny_config(folder, name="run", steps=steps, num_workers=2, checkpoint=CheckpointConfig(interval=1, keep=None))
+    settings = {"name": "run", "steps": steps, "num_workers": 2, "checkpoint": CheckpointConfig(interval=1, keep=None)}
     events, error = Recorder(), None
     try:
-        loop.train(config, RandomLoader, events)
+        loop.train(tiny_config(folder, **settings | changes), loader, events)
     except TrainingError as caught:
         error = str(caught)
     notes, started = [e.text for e in events if isinstance(e, Note)], [e.step for e in events if isinstance(e, Started)]
-    return {"error": error, "notes": notes, "started": started}
+    unusual = [[e.step, e.examples] for e in events if isinstance(e, Unusual)]
+    return {"error": error, "notes": notes, "started": started, "unusual": unusual}
 
 
 def test_what_befalls_one_rank_is_known_to_both(tmp_path):
@@ -76,8 +88,8 @@ def test_what_befalls_one_rank_is_known_to_both(tmp_path):
     mp.spawn(rank_of_two, (str(tmp_path), port), nprocs=2)
     for rank in range(2):
         told = json.loads((tmp_path / f"{rank}.json").read_text())
-        first, full, damaged = told["starts"]
-        assert first == {"error": None, "notes": [], "started": [0]}
+        first, full, damaged, poisoned = told["starts"]
+        assert first == {"error": None, "notes": [], "started": [0], "unusual": []}
         assert full["started"] == [2]
         assert "step_000003 cannot be written: " in full["error"]
         assert "step_000002 and what was saved before it are whole" in full["error"]
@@ -85,3 +97,41 @@ def test_what_befalls_one_rank_is_known_to_both(tmp_path):
         assert damaged["error"] is None
         assert damaged["started"] == [1]
         assert ["__1_0.distcp: its content has changed" in note for note in damaged["notes"]] == [True]
+        assert poisoned["unusual"] == [[4, ["random[0.4]", "random[1.4]", "random[2.4]", "random[3.4]"]]]
+        assert poisoned["error"] is None
+
+
+def rank_of_some(rank, world, folder, port, steps):
+    """Goes on with a run, on `world` ranks; the first one's losses are in `losses_<steps>.json`."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    ray.train.torch.get_device = lambda: torch.device("cpu")
+    events = Recorder()
+    loop.train(tiny_config(folder, name="moved", steps=steps, num_workers=world, global_batch_size=6), RandomLoader, events)
+    if rank == 0:
+        losses = {event.step: event.values["loss"] for event in events if isinstance(event, Metrics)}
+        Path(folder, f"losses_{steps}.json").write_text(json.dumps(losses))
+    dist.barrier()
+    os._exit(0)
+
+
+def test_a_run_moves_from_two_ranks_to_one_and_to_three(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+
+    def alone(name, steps):
+        events = Recorder()
+        loop.train(tiny_config(tmp_path, name=name, steps=steps, global_batch_size=6), RandomLoader, events)
+        return {event.step: event.values["loss"] for event in events if isinstance(event, Metrics)}
+
+    expected, found = alone("alone", 6), {}
+    for world, steps in ((2, 2), (1, 4), (3, 6)):
+        if world == 1:
+            found |= alone("moved", steps)
+            continue
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        mp.spawn(rank_of_some, (world, str(tmp_path), port, steps), nprocs=world)
+        found |= {int(step): loss for step, loss in json.loads((tmp_path / f"losses_{steps}.json").read_text()).items()}
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
