@@ -109,7 +109,7 @@ class Asker:
             example = self._preprocess({**media, "messages": [{"role": "user", "content": question}], "placeholders": False})
         except ValueError as error:
             raise ConfigError(f"the model cannot read this: {error}") from None
-        example.pop("metadata", None)
+        reader = self.model.config.answer_reader(self.model.tokenizer, example.pop("metadata", None) or {})
         llm, prompt = self.model.config.llm, len(example["input_ids"])
         room = llm.max_sequence_length - prompt
         if room < 1:
@@ -125,9 +125,12 @@ class Asker:
         while engine.active:
             for _, event in engine.step():
                 match event:
-                    case Token(token):
-                        yield stream.push(token)
+                    case Token(token, _, place):
+                        for written in [token] if reader is None else reader.push(token, place):
+                            yield stream.push(written)
                     case End():
+                        for written in [] if reader is None else reader.finish():
+                            yield stream.push(written)
                         yield stream.finish()
                     case Failed(failure):
                         raise failure

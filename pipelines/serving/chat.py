@@ -47,6 +47,7 @@ class ChatService:
         self.context: int = model.llm.max_sequence_length
         self._vocabulary: int = model.llm.embedding_size or model.llm.vocab_size
         self._config = config
+        self._model = model
         self._generate = generate
         self._tokenizer = model.build_tokenizer()
         self._grammars = Grammars(self._tokenizer)
@@ -154,7 +155,13 @@ class ChatService:
         params = [[request.params(limit, i) for i in range(n)] for limit in limits]
         metadata = [inputs.pop("metadata") for inputs in prompts]
         choices = [
-            Choice(p * n + i, self._pieces(inputs, params[p][i]), self._text(request, strip), PointReader(metadata[p]))
+            Choice(
+                p * n + i,
+                self._pieces(inputs, params[p][i]),
+                self._text(request, strip),
+                PointReader(metadata[p]),
+                self._model.answer_reader(self._tokenizer, metadata[p]),
+            )
             for p, inputs in enumerate(prompts)
             for i in range(n)
         ]

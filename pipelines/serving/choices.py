@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 from molmo_core.generation.engine.requests import TokenLogprobs
+from molmo_core.preprocessing.point_reader import PointTextReader
 from pipelines.serving.pieces import Piece, Pieces
 from pipelines.serving.points import PointReader
 from pipelines.serving.text_stream import TextStream
@@ -40,7 +41,10 @@ class _Held(NamedTuple):
 class Choice:
     """One answer."""
 
-    def __init__(self, index: int, pieces: Pieces, text: TextStream, points: PointReader) -> None:
+    def __init__(
+        self, index: int, pieces: Pieces, text: TextStream, points: PointReader, answer_reader: PointTextReader | None = None
+    ) -> None:
+        """`answer_reader`: makes text of tokens that stand for points; None: all tokens are text."""
         self.index = index
         self.tokens = 0
         """Generated so far."""
@@ -48,6 +52,7 @@ class Choice:
         self._pieces = pieces
         self._text = text
         self._points = points
+        self._answer_reader = answer_reader
         self._held: collections.deque[_Held] = collections.deque()
 
     async def next(self) -> Part:
@@ -58,6 +63,8 @@ class Choice:
             finish_reason = "stop"
             self._pieces.cancel()
         elif finish_reason:
+            for written in () if self._answer_reader is None else self._answer_reader.finish():
+                text += self._text.push(written)
             text += self._text.finish()
         self.ended = finish_reason is not None
         return Part(self.index, text, self._released(), self._points.push(text), finish_reason)
@@ -73,12 +80,17 @@ class Choice:
         for i, token in enumerate(piece.tokens):
             self.tokens += 1
             start = self._text.length
-            text += self._text.push(token)
+            for written in self._written(token, piece.places[i] if piece.places else -1):
+                text += self._text.push(written)
             if piece.logprobs is not None:
                 self._held.append(_Held(start, self._text.length, token, piece.logprobs[i]))
             if self._text.stopped:
                 break
         return text
+
+    def _written(self, token: int, place: int) -> list[int]:
+        """The tokens of text that a token becomes."""
+        return [token] if self._answer_reader is None else self._answer_reader.push(token, place)
 
     def _released(self) -> list[tuple[int, TokenLogprobs]]:
         """Log-probabilities of tokens whose text was sent; at the end those of text that a stop string cut off are dropped."""

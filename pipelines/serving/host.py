@@ -60,16 +60,17 @@ class _Ticket:
             return
         given = [event for event in events if isinstance(event, Token)]
         tokens, logprobs = [token.id for token in given], [token.logprobs for token in given if token.logprobs is not None]
+        places = [token.place for token in given] if any(token.place >= 0 for token in given) else None
         times = None if self.told else self.request.times
         self.told = True
         match events[-1]:
             case Failed(error):
                 self.ended.set_exception(error)
             case End(reason):
-                self.give(Piece(tokens, reason, logprobs or None, times))
+                self.give(Piece(tokens, reason, logprobs or None, times, places))
                 self.ended.set_result(None)
             case _:
-                self.give(Piece(tokens, None, logprobs or None, times))
+                self.give(Piece(tokens, None, logprobs or None, times, places))
 
 
 class Host:

@@ -18,6 +18,8 @@ class Piece(NamedTuple):
     """One for each token, if the request asks for them."""
     times: Times | None = None
     """With the first token: where the time until then went."""
+    places: list[int] | None = None
+    """What each token stands for (`Token.place`), if one of them is a token of a point."""
 
 
 class Pieces(Protocol):

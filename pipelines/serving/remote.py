@@ -47,6 +47,7 @@ class RemotePieces:
         self._timeout_s, self._watch = timeout_s, watch
         self._deadline = asyncio.get_running_loop().time() + timeout_s
         self._tokens: list[int] = []
+        self._places: list[int] = []
         self._attempts = 0
         self._ended = False
         self._begin()
@@ -56,7 +57,8 @@ class RemotePieces:
         self._parts: _Parts = asyncio.Queue()
         self._number = self._inbox.expect(self._parts.put_nowait)
         where = self._inbox.address, self._number
-        self._response = cast(DeploymentResponse[None], self._replicas.answer.remote(self._example, self._params, self._tokens, *where))
+        begun = self._tokens, self._places
+        self._response = cast(DeploymentResponse[None], self._replicas.answer.remote(self._example, self._params, begun, *where))
         self._call = asyncio.ensure_future(_follow(self._response, self._parts))
 
     async def __anext__(self) -> Piece:
@@ -72,6 +74,7 @@ class RemotePieces:
             self.cancel()
             raise
         self._tokens += piece.tokens
+        self._places += piece.places or [-1] * len(piece.tokens)
         self._watch.part(len(piece.tokens), piece.finish_reason is not None)
         if piece.finish_reason is not None:
             self._end()
@@ -136,4 +139,7 @@ def _joined(pieces: list[Piece]) -> Piece:
         return pieces[0]
     tokens, logprobs = [t for piece in pieces for t in piece.tokens], [p for piece in pieces for p in piece.logprobs or ()]
     times = next((piece.times for piece in pieces if piece.times is not None), None)
-    return Piece(tokens, pieces[-1].finish_reason, logprobs or None, times)
+    places = None
+    if any(piece.places for piece in pieces):
+        places = [place for piece in pieces for place in piece.places or [-1] * len(piece.tokens)]
+    return Piece(tokens, pieces[-1].finish_reason, logprobs or None, times, places)

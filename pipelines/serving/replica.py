@@ -42,13 +42,15 @@ class Replica:
         if collector is not None:
             self._reporter = Reporter(collector, process_name(), EngineMetrics(config.served_name, lambda: engine.stats()._asdict()))
 
-    async def answer(self, example: dict[str, Any], params: SamplingParams, begun: Sequence[int], to: Address, number: int) -> None:
+    async def answer(
+        self, example: dict[str, Any], params: SamplingParams, begun: tuple[Sequence[int], Sequence[int]], to: Address, number: int
+    ) -> None:
         """Generates the answer to one preprocessed prompt; returns when it has ended. Cancelling this stops the work on it.
 
         Args:
             example: model inputs.
             params: how to answer.
-            begun: tokens of the answer that another replica has generated; it goes on behind them.
+            begun: tokens of the answer that another replica has generated, and what each stands for; it goes on behind them.
             to: the frontend that the tokens are sent to, as parts of the answer `number`.
 
         Raises:
@@ -58,7 +60,7 @@ class Replica:
         outbox = await self._outboxes.to(to)
         async with outbox.work():
             outbox.send(number, Piece([], None))  # from here on the frontend notices if this process ends
-            await self._host.answer(Request(example, params, tuple(begun)), partial(outbox.send, number))
+            await self._host.answer(Request(example, params, tuple(begun[0]), tuple(begun[1])), partial(outbox.send, number))
 
     async def load(self) -> dict[str, int]:
         """Answers in work, requests that wait, tokens generated since the start (`Host.load`)."""

@@ -96,9 +96,9 @@ class _Receiver(asyncio.Protocol):
             self._known, data = True, self._greeting[_SECRET_BYTES:]
         self._unpacker.feed(data)
         for message in self._unpacker:
-            for number, tokens, finish_reason, logprobs, times in message:
+            for number, tokens, finish_reason, logprobs, times, places in message:
                 written_out = logprobs and [TokenLogprobs(*of_token) for of_token in logprobs]
-                piece = Piece(tokens, finish_reason, written_out, times and Times(*times))
+                piece = Piece(tokens, finish_reason, written_out, times and Times(*times), places)
                 (self._numbers.add if piece.finish_reason is None else self._numbers.discard)(number)
                 self._inbox.hand_out(number, piece)
 

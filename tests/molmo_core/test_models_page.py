@@ -17,7 +17,7 @@ SNIPPETS = re.findall(r"## (\w+)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE, re
 
 
 def test_every_model_has_a_snippet() -> None:
-    assert [name for name, _ in SNIPPETS] == ["Molmo", "MolmoE", "VideoOlmo", "HeMolmo", "Molmo2"]
+    assert [name for name, _ in SNIPPETS] == ["Molmo", "MolmoE", "VideoOlmo", "HeMolmo", "Molmo2", "MolmoPoint"]
 
 
 @pytest.mark.parametrize(("name", "code"), SNIPPETS, ids=[name for name, _ in SNIPPETS])
