@@ -26,12 +26,13 @@ class Stream(NamedTuple):
     """What went wrong."""
 
 
-def streams(url: str, bodies: list[dict[str, Any]], processes: int) -> list[Stream]:
-    """Sends all requests at once and reads their answers to the end."""
+def streams(url: str, bodies: list[dict[str, Any]], processes: int, at_once: int | None = None) -> list[Stream]:
+    """Sends all requests, at most `at_once` at a time (None = all at once), and reads their answers to the end."""
     start = time.time() + 2 + 0.02 * len(bodies)  # all processes are ready by then
     parts = [bodies[i::processes] for i in range(processes)]
+    places = -(-(at_once or len(bodies)) // processes)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(_client, url, part, start) for part in parts if part]
+        jobs = [pool.submit(_client, url, part, start, places) for part in parts if part]
         return [stream for job in jobs for stream in job.result()]
 
 
@@ -51,16 +52,22 @@ def cpu_seconds(root: psutil.Process) -> dict[str, float]:
     return seconds
 
 
-def _client(url: str, bodies: list[dict[str, Any]], start: float) -> list[Stream]:
+def _client(url: str, bodies: list[dict[str, Any]], start: float, places: int) -> list[Stream]:
     encoded = [json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode() for body in bodies]
-    return asyncio.run(_all(url, encoded, start))
+    return asyncio.run(_all(url, encoded, start, places))
 
 
-async def _all(url: str, bodies: list[bytes], start: float) -> list[Stream]:
+async def _all(url: str, bodies: list[bytes], start: float, places: int) -> list[Stream]:
+    free = asyncio.Semaphore(places)
+
+    async def one(body: bytes) -> Stream:
+        async with free:
+            return await _one(session, url, body)
+
     timeout = aiohttp.ClientTimeout(total=None, sock_read=300)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.sleep(max(0.0, start - time.time()))
-        return await asyncio.gather(*(_one(session, url, body) for body in bodies))
+        return await asyncio.gather(*map(one, bodies))
 
 
 async def _one(session: aiohttp.ClientSession, url: str, body: bytes) -> Stream:
