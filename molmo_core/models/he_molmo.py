@@ -13,7 +13,7 @@ import torch
 
 from molmo_core.inputs import Inputs
 from molmo_core.model_configs.he_molmo import HeMolmoConfig
-from molmo_core.models.image_features import FeatureTarget, add_features, share_low_embedding
+from molmo_core.models.image_features import FeatureTarget, add_features, share_low_embedding, token_positions
 from molmo_core.models.molmo import Embedded, Look, Molmo
 from molmo_core.nn.attention import Attention, Whole
 from molmo_core.nn.kv_cache import KVCache
@@ -80,6 +80,11 @@ class HeMolmo(TokenScoring, Molmo):
         numbers = ("low_res_tokens_idx", "high_res_tokens_idx", "high_res_pos_ids")
         return inputs._replace(features={**inputs.features, **{name: inputs.features[name].long() for name in numbers}})
 
+    def feature_targets(self, inputs: Inputs, crops: int) -> list[FeatureTarget]:
+        """Of the low resolution, and the candidates, whose tokens are chosen later."""
+        low, high = (inputs.features[name].long() for name in ("low_res_tokens_idx", "high_res_tokens_idx"))
+        return [FeatureTarget(low, token_id=self.config.image_tokens.low), FeatureTarget(high)]
+
     def embed(self, inputs: Inputs, cache: KVCache | None = None, look: Look | None = None) -> Embedded:
         """Both passes' embeddings: the first pass runs here. What it has done for good stays in the cache (see `may_reuse_first_pass`)."""
         cache = cache if self.may_reuse_first_pass(inputs) else None
@@ -89,13 +94,12 @@ class HeMolmo(TokenScoring, Molmo):
         if self.vision_backbone is None:
             raise ValueError("images were given to a text-only model (vision_backbone is null)")
         config, ids, low_id, given = self.config, inputs.input_ids, self.config.image_tokens.low, inputs.features
+        targets = self.feature_targets(inputs, inputs.images.shape[1])
         (low, low_present), (high, high_present) = (look or self.vision_backbone)(
-            inputs.images, inputs.image_masks, given["low_res_tokens_idx"], given["high_res_tokens_idx"]
+            inputs.images, inputs.image_masks, *(target.pooled_idx for target in targets)
         )
         high = high * high_present[..., None]
-        x = add_features(
-            self.embed_tokens(inputs.token_ids), ids, low, low_present, FeatureTarget(given["low_res_tokens_idx"], token_id=low_id)
-        )
+        x = add_features(self.embed_tokens(inputs.token_ids), ids, low, low_present, targets[0])
         tokens = Pass(x, inputs.positions, inputs.real, inputs.response)
         first = self._first_pass(tokens, inputs, cache)
         length = first.blocks.hidden.shape[1]
@@ -199,10 +203,3 @@ class HeMolmo(TokenScoring, Molmo):
         ones = torch.ones(ids.shape, dtype=torch.float32, device=ids.device)
         factors = torch.where(selection.valid, selection.importance - 1, 0.0)
         return tokens._replace(scale=ones.scatter_add(1, slots.clamp(min=0), factors))
-
-
-def token_positions(where: torch.Tensor, n: int) -> torch.Tensor:
-    """Positions of the true entries of each row: bool [B, S] -> int64 [B, n], in order, padded with -1."""
-    order = (~where).int().argsort(dim=1, stable=True)[:, :n]
-    order = torch.nn.functional.pad(order, (0, n - order.shape[1]))
-    return order.masked_fill(torch.arange(n, device=where.device) >= where.sum(1, keepdim=True), -1)

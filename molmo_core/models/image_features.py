@@ -19,13 +19,13 @@ class FeatureTarget(NamedTuple):
     token_id: int | None = None
     """The features belong, in order, to the tokens with this id ..."""
     positions: torch.Tensor | None = None
-    """... or to these positions, int64 [B, n]."""
+    """... or to these positions, int64 [B, n]. Neither: what becomes of them is decided later."""
 
 
 def add_features(
     x: torch.Tensor, input_ids: torch.Tensor, features: torch.Tensor, valid: torch.Tensor, target: FeatureTarget
 ) -> torch.Tensor:
-    """Adds image features to the embeddings of their tokens.
+    """Adds image features to the embeddings of their tokens. Nothing here waits for a GPU.
 
     Args:
         x: [B, S, d].
@@ -35,23 +35,55 @@ def add_features(
         target: where they go.
 
     Raises:
-        ValueError: a row has another number of tokens than of features.
+        ValueError: a row has another number of tokens than of features (on the CPU only: see `check_target`).
     """
-    length = x.shape[1]
-    if target.positions is not None:
-        rows = torch.arange(x.shape[0], device=x.device)[:, None]
-        flat = (rows * length + target.positions)[valid]
-    else:
+    positions = target.positions
+    if positions is None:
         tokens = torch.eq(input_ids, target.token_id)  # type: ignore[arg-type]
-        found, given = tokens.sum(1), valid.sum(1)
-        if not torch.equal(found, given):
-            row = int((found != given).nonzero()[0, 0])
-            raise ValueError(
-                f"row {row}: {int(found[row])} image tokens (id {target.token_id}) in input_ids, but {int(given[row])} image features; "
-                "images, pooled_patches_idx and input_ids must come from the same preprocessing (was the sequence cut inside an image?)"
-            )
-        flat = tokens.flatten().nonzero()[:, 0]
-    return x.flatten(0, 1).index_add(0, flat, features[valid].to(x.dtype)).view_as(x)
+        if x.device.type == "cpu":
+            _check_counts(tokens, valid, target)
+        # The features of a row go to its tokens one after the other.
+        positions = token_positions(tokens, valid.shape[1]).gather(1, (valid.cumsum(1) - 1).clamp(min=0))
+        valid = valid & (positions >= 0)
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    flat = torch.where(valid, rows * x.shape[1] + positions, 0).flatten()  # what is dropped adds 0
+    added = torch.where(valid[..., None], features, 0).to(x.dtype).flatten(0, 1)
+    return x.flatten(0, 1).index_add(0, flat, added).view_as(x)
+
+
+def token_positions(where: torch.Tensor, n: int) -> torch.Tensor:
+    """Positions of the true entries of each row: bool [B, S] -> int64 [B, n], in order, padded with -1."""
+    order = (~where).int().argsort(dim=1, stable=True)[:, :n]
+    order = torch.nn.functional.pad(order, (0, n - order.shape[1]))
+    return order.masked_fill(torch.arange(n, device=where.device) >= where.sum(1, keepdim=True), -1)
+
+
+def check_target(input_ids: torch.Tensor, target: FeatureTarget, patches: int) -> None:
+    """Checks on the CPU what a GPU would not tell: that the patches are there, and that each token has its feature.
+
+    Args:
+        input_ids: int64 [B, S].
+        target: its index tensor, too, on the CPU.
+        patches: of all crops of a row.
+
+    Raises:
+        ValueError: which row, and the numbers.
+    """
+    idx = target.pooled_idx
+    if idx.numel() and int(idx.max()) >= patches:
+        raise ValueError(f"a token reads patch {int(idx.max())}, but the images have {patches} (crops · patches)")
+    if target.token_id is not None:
+        _check_counts(input_ids == target.token_id, (idx >= 0).any(-1), target)
+
+
+def _check_counts(tokens: torch.Tensor, valid: torch.Tensor, target: FeatureTarget) -> None:
+    found, given = tokens.sum(1), valid.sum(1)
+    if not torch.equal(found, given):
+        row = int((found != given).nonzero()[0, 0])
+        raise ValueError(
+            f"row {row}: {int(found[row])} image tokens (id {target.token_id}) in input_ids, but {int(given[row])} image features; "
+            "images, pooled_patches_idx and input_ids must come from the same preprocessing (was the sequence cut inside an image?)"
+        )
 
 
 def tokens_of_input_idx(image_input_idx: torch.Tensor, crops: int, grid: tuple[int, int]) -> FeatureTarget:

@@ -21,8 +21,8 @@ class Decoder(Protocol):
     def step(self, sequences: Sequence[Work]) -> torch.Tensor:
         """Logits float32 [B, E] behind the newest token of each; valid until the next step."""
 
-    def keep(self, tokens: torch.Tensor) -> None:
-        """The tokens int64 [B] that were chosen from the logits of the last step."""
+    def keep(self, sequences: Sequence[Work], tokens: torch.Tensor) -> None:
+        """The newest tokens int64 [B] of sequences, which the host does not know yet."""
 
 
 class PlainDecoder:
@@ -46,8 +46,8 @@ class PlainDecoder:
         logits = self.model.transformer.logits(hidden).float()
         return logits if self.points is None else self.points.allowed(sequences, hidden, logits)
 
-    def keep(self, tokens: torch.Tensor) -> None:
-        """Nothing: the next step takes them from the sequences."""
+    def keep(self, sequences: Sequence[Work], tokens: torch.Tensor) -> None:
+        raise NotImplementedError("the tokens of a plain step come from the host")
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -62,39 +62,40 @@ class GraphDecoder:
     def __init__(self, model: Any, cache: PagedCache, rows: int, pages: int):
         """`rows`: of the largest batch; `pages`: of the longest sequence."""
         self.graphs = DecodeGraphs(model, cache, rows, pages)
-        self._rows: dict[Work, int] = {}
-        pinned = self.graphs.state.tokens.is_cuda
-        self._staged = [torch.zeros(rows, 4 + pages, dtype=torch.int32, pin_memory=pinned) for _ in range(self.STAGES)]
+        self._newest = torch.zeros(rows, dtype=torch.int64, device=self.graphs.state.tokens.device)
+        """By slot, of the answers whose newest token the host may not know."""
+        pinned = self._newest.is_cuda
+        self._staged = [torch.zeros(rows * (4 + pages), dtype=torch.int32, pin_memory=pinned) for _ in range(self.STAGES)]
         self._turn = 0
 
     def step(self, sequences: Sequence[Work]) -> torch.Tensor:
         state, size = self.graphs.state, self.graphs.size_of(len(sequences))
         self._turn = (self._turn + 1) % self.STAGES
-        staged, width = self._staged[self._turn], 4 + max(len(sequence.pages) for sequence in sequences)
+        width = 4 + max(len(sequence.pages) for sequence in sequences)
+        staged = self._staged[self._turn][: size * width].view(size, width)  # contiguous: else the copy would wait for the device
         array = staged.numpy()
-        array[len(sequences) : size, :width] = 0
+        array[len(sequences) : size] = 0
         array[len(sequences) : size, 3] = 1  # padding has one token, in page 0
         for i, sequence in enumerate(sequences):
             row = array[i]
-            # A token that the host does not know yet is where the last step left it.
-            pending = sequence.tokens[-1] < 0
-            row[0], row[1] = (self._rows[sequence] if pending else -1), sequence.tokens[-1]
+            row[0], row[1] = sequence.slot, sequence.tokens[-1]
             row[2], row[3] = newest_position(sequence), sequence.computed + 1
             row[4 : 4 + len(sequence.pages)] = sequence.pages
-            row[4 + len(sequence.pages) : width] = 0
-        sent = staged[:size, :width].to(state.tokens.device, non_blocking=True)
-        source = sent[:, 0].long()
-        state.tokens[:size] = torch.where(source >= 0, state.tokens[source.clamp(min=0)], sent[:, 1].long())
+            row[4 + len(sequence.pages) :] = 0
+        sent = staged.to(state.tokens.device, non_blocking=True)
+        known = sent[:, 1].long()
+        state.tokens[:size] = torch.where(known >= 0, known, self._newest[sent[:, 0].long()])
         state.positions[:size] = sent[:, 2].long()
         state.lengths[:size] = sent[:, 3]
         state.tables[:size, : width - 4] = sent[:, 4:]
-        self._rows = {sequence: i for i, sequence in enumerate(sequences)}
         return self.graphs.run(len(sequences))
 
-    def keep(self, tokens: torch.Tensor) -> None:
-        self.graphs.state.tokens[: len(tokens)] = tokens
+    def keep(self, sequences: Sequence[Work], tokens: torch.Tensor) -> None:
+        slots = torch.tensor([sequence.slot for sequence in sequences])
+        slots = slots.pin_memory() if tokens.is_cuda else slots
+        self._newest[slots.to(tokens.device, non_blocking=True)] = tokens
 
 
 def newest_position(sequence: Work) -> int:
     """Rotary position of the newest token of an answer."""
-    return sequence.state.next_position + sequence.count - 1
+    return sequence.prompt.next_position + sequence.count - 1

@@ -15,7 +15,7 @@ import torch
 from molmo_core.generation.engine.decoding import Decoder, GraphDecoder, PlainDecoder
 from molmo_core.generation.engine.grammars import Grammars, GrammarState
 from molmo_core.generation.engine.paged import PagedCache
-from molmo_core.generation.engine.pages import PagePool, page_keys
+from molmo_core.generation.engine.pages import PagePool
 from molmo_core.generation.engine.requests import End, EngineStats, Event, Failed, Request, SamplingParams, Times, Token, TokenLogprobs
 from molmo_core.generation.engine.runner import Runner
 from molmo_core.generation.engine.sampler import Row, choose, logprobs_of
@@ -83,8 +83,8 @@ class Engine:
         self.runner = Runner(model, pages, limits.page_size, limits.feature_bytes)
         self.scheduler = Scheduler(PagePool(pages, limits.page_size), limits.max_running, limits.prefill_tokens)
         self.decoder = self._decoder(pages)
-        self._launched: _Launched | None = None
-        self.grammars = Grammars(model.tokenizer)
+        self._launched: list[_Launched] = []
+        self.grammars = Grammars(lambda: model.tokenizer)
         self._answers: dict[Request, _Answer] = {}
         self.tokens = 0
         """Tokens generated so far."""
@@ -101,7 +101,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Numbers for whoever watches; any thread may ask."""
-        scheduler, features = self.scheduler, self.runner.features
+        scheduler, features = self.scheduler, self.runner.media.cache
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -125,9 +125,8 @@ class Engine:
         """
         params = request.params
         grammar = None if params.grammar is None else self.grammars.start(params.grammar)
-        prompt = self.runner.prompt(request.example)
-        ids, config = prompt.example["input_ids"], self.model.config
-        longest = len(ids) + params.max_tokens
+        prompt, config = self.runner.prompt(request.example), self.model.config
+        longest = len(prompt) + params.max_tokens
         if longest > config.llm.max_sequence_length:
             raise ValueError(f"prompt and answer may be {longest:,} tokens, but the model takes {config.llm.max_sequence_length:,}")
         if len(request.begun) >= params.max_tokens:
@@ -135,14 +134,11 @@ class Engine:
         if grammar is not None:
             for token in request.begun:
                 grammar.push(token)
-        whole, horizon, size = self.model.FILLS_CACHE, self.runner.horizon(prompt), self.limits.page_size
-        unshared = whole or (self.runner.points is not None and bool(prompt.digest))  # points need the states of all image tokens
-        keys = [] if unshared else page_keys(ids, prompt.positions, horizon, prompt.digest, self.runner.first_medium(prompt), size)
-        sequence = Sequence(request, [*ids.tolist(), *request.begun], len(ids), horizon, keys, whole, prompt)
+        sequence = Sequence(request, [*prompt.example["input_ids"].tolist(), *request.begun], len(prompt), prompt)
         self.scheduler.add(sequence)
         if self.runner.points is not None:
             places = (*request.begun_places, *[-1] * (len(request.begun) - len(request.begun_places)))
-            self.runner.points.begin(sequence, ids, places)
+            self.runner.points.begin(sequence, prompt.example["input_ids"], places)
         self._answers[request] = _Answer(sequence, secrets.randbits(63) if params.seed is None else params.seed, grammar)
 
     def abort(self, request: Request) -> None:
@@ -174,26 +170,22 @@ class Engine:
     def step(self) -> list[tuple[Request, Event]]:
         """Reads prompts and computes one more token for every answer in work; what happened, in order."""
         events: list[tuple[Request, Event]] = []
-        if self._launched is not None and not self._may_run_ahead():
+        if self._launched and not self._may_run_ahead():
             self._read(events)
         plan = self.scheduler.plan()
+        before, self._launched = self._launched, []
         if plan.prefill:
             self._prefill(plan.prefill, events)
-        before, self._launched = self._launched, None
         if plan.decode:
             self._decode(plan.decode, events)
-        if before is not None:
-            self._deliver(before, events)
+        for launched in before:
+            self._deliver(launched, events)
         return events
 
     def _may_run_ahead(self) -> bool:
-        """Whether the next step needs nothing of what the last one gave: nobody to admit, no page missing, no logits to edit."""
-        scheduler = self.scheduler
-        return (
-            not scheduler.may_admit
-            and scheduler.pool.available >= len(scheduler.running)
-            and all(scheduler.is_decoding(s) and not _needs_host(s.request) for s in scheduler.running)
-        )
+        """Whether the next step needs no token of the last one: pages enough that nobody is computed again, and no logits to edit."""
+        running = self.scheduler.running
+        return self.scheduler.pool.available >= len(running) and not any(_needs_host(sequence.request) for sequence in running)
 
     def _prefill(self, chunks: Items[Chunk], events: list[tuple[Request, Event]]) -> None:
         now = time.monotonic()
@@ -214,8 +206,8 @@ class Engine:
         self.scheduler.done(Plan(list(chunks), []))
         ready = [i for i, chunk in enumerate(chunks) if chunk.end == len(chunk.sequence.tokens)]
         if ready:
-            index = torch.tensor(ready, device=logits.device)
-            self._choose(logits[index], [chunks[i].sequence for i in ready], events)
+            finished = logits if len(ready) == len(chunks) else logits[torch.tensor(ready, device=logits.device)]
+            self._next(finished, [chunks[i].sequence for i in ready], events)
 
     def _decode(self, sequences: list[Sequence], events: list[tuple[Request, Event]]) -> None:
         try:
@@ -226,6 +218,10 @@ class Engine:
                 self._end(sequence, Failed(error), events)
             return
         self.scheduler.done(Plan([], sequences))
+        self._next(logits, sequences, events)
+
+    def _next(self, logits: torch.Tensor, sequences: list[Sequence], events: list[tuple[Request, Event]]) -> None:
+        """The next tokens from logits [B, E]: at once, or when the next step was launched."""
         later = self.limits.overlap and isinstance(self.decoder, GraphDecoder)
         if later and not any(_needs_host(sequence.request) for sequence in sequences):
             self._launch(logits, sequences)
@@ -249,7 +245,7 @@ class Engine:
     def _launch(self, logits: torch.Tensor, sequences: list[Sequence]) -> None:
         """Chooses the next tokens on the device; the host will read them later, and until then knows only that there is one."""
         choice = choose(logits, [self._row(sequence) for sequence in sequences])
-        self.decoder.keep(choice.tokens)
+        self.decoder.keep(sequences, choice.tokens)
         chosen, ready = torch.stack((choice.tokens, choice.finite.long())), None
         host = torch.empty(chosen.shape, dtype=torch.int64, pin_memory=chosen.is_cuda)
         host.copy_(chosen, non_blocking=True)
@@ -258,13 +254,13 @@ class Engine:
             ready.record()
         for sequence in sequences:
             sequence.tokens.append(UNKNOWN)
-        self._launched = _Launched(list(sequences), [sequence.count for sequence in sequences], host, ready)
+        self._launched.append(_Launched(list(sequences), [sequence.count for sequence in sequences], host, ready))
 
     def _read(self, events: list[tuple[Request, Event]]) -> None:
-        """Hands out the tokens of the launched step."""
-        launched, self._launched = self._launched, None
-        if launched is not None:
-            self._deliver(launched, events)
+        """Hands out the tokens of what was launched."""
+        launched, self._launched = self._launched, []
+        for one in launched:
+            self._deliver(one, events)
 
     def _deliver(self, launched: _Launched, events: list[tuple[Request, Event]]) -> None:
         if launched.ready is not None:
@@ -329,12 +325,10 @@ class Engine:
 
     def _decoder(self, pages: int) -> Decoder:
         model, cache, limits = self.model, self.runner.cache, self.limits
-        width, dtype = model.config.llm.head_width, cache.keys[0].dtype
-        # The kernel's products are exact in half precision only; experts in float16 wait for the host, which a graph cannot.
-        half = dtype == torch.bfloat16 or (dtype == torch.float16 and model.config.llm.block_type != "moe")
         if self.runner.points is not None:  # what is fed back is chosen between two steps
             return PlainDecoder(model, cache, self.runner.points)
-        if limits.graphs and model.device.type == "cuda" and half and width >= 16 and width & (width - 1) == 0:
+        # Experts in float16 wait for the host, which a graph cannot.
+        if limits.graphs and cache.has_kernels and (cache.keys[0].dtype == torch.bfloat16 or model.config.llm.block_type != "moe"):
             longest = -(-model.config.llm.max_sequence_length // limits.page_size)
             return GraphDecoder(model, cache, limits.max_running, min(longest, pages))
         return PlainDecoder(model, cache)

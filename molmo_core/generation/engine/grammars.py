@@ -6,6 +6,7 @@ import collections
 import json
 import re
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,7 +59,8 @@ class GrammarState:
 class Grammars:
     """Compiles grammars for a tokenizer. Any thread may call it."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Callable[[], Tokenizer]):
+        """`tokenizer`: asked for when the first grammar comes; a model without one generates, too."""
         self._text_tokenizer = tokenizer
         self._tokenizer: LLTokenizer | None = None
         self._compiled: collections.OrderedDict[Grammar, LLMatcher] = collections.OrderedDict()
@@ -94,7 +96,7 @@ class Grammars:
         if self._tokenizer is None:
             from llguidance import LLTokenizer
 
-            tokenizer = self._text_tokenizer
+            tokenizer = self._text_tokenizer()
             self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=tokenizer.first_special_id, eos_token=tokenizer.eos_token_id)
         return self._tokenizer
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from molmo_core.nn.attention import Attention, Mask, attend
 from molmo_core.nn.configs import LlmConfig
+
+if TYPE_CHECKING:
+    from molmo_core.generation.engine.prompt_kernel import PromptTables
 
 
 class PagedCache:
@@ -25,6 +30,13 @@ class PagedCache:
         """Bytes of one page over all layers."""
         return 2 * config.n_layers * config.kv_heads * page_size * config.head_width * dtype.itemsize
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels read these pages: on a GPU, in half precision (their products are not exact in others)."""
+        keys, width, size = self.keys[0], self.keys[0].shape[-1], self.page_size
+        powers = all(n >= 16 and n & (n - 1) == 0 for n in (width, size))
+        return keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16) and powers
+
     def write(self, layer: int, pages: torch.Tensor, offsets: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores k, v [B, H_kv, S, D] at (page, offset), int64 [B, S]."""
         self.keys[layer][pages, :, offsets] = k.transpose(1, 2)
@@ -35,36 +47,56 @@ class PagedCache:
         return tuple(store[layer][tables].transpose(1, 2).flatten(2, 3) for store in (self.keys, self.values))  # type: ignore[return-value]
 
 
+class PromptPart(NamedTuple):
+    """The tokens of one prompt among those of a step."""
+
+    rows: slice
+    pages: torch.Tensor
+    """int64 [n]: the pages of the sequence, these tokens included."""
+    end: int
+    """Tokens of the sequence, these included."""
+    mask: Mask
+    """Over all of them, or None = causal."""
+
+
 @dataclasses.dataclass
 class PromptAttention:
-    """Attention of chunks of prompts: to what is in their pages already, and among themselves.
-
-    Blocks run over all chunks as one row [1, B * S], whose attention falls apart into those of the chunks.
-    """
+    """Attention of the tokens of several prompts, one row [1, T]: each to those of its own sequence, earlier ones included."""
 
     cache: PagedCache
     pages: torch.Tensor
-    """int64 [B, S]: the page of each new token (0: padding)."""
+    """int64 [1, T]: the page of each new token (0: padding)."""
     offsets: torch.Tensor
-    """int64 [B, S]: its place in the page."""
-    past: torch.Tensor | None
-    """int64 [B, n]: pages that hold what came before; None: nothing did."""
-    mask: Mask
-    """Over past and new tokens, or None = causal."""
+    """int64 [1, T]: its place in the page."""
+    parts: Sequence[PromptPart]
+    """Of the prompts, one after the other; empty if there are tables."""
+    tables: PromptTables | None = None
+    """For the kernel that reads the pages."""
+    two_ways: bool = False
+    """Some tokens see ahead (tables only)."""
 
     def of(self, layer: int) -> Attention:
         """The attention of one layer, whose number it knows itself."""
         return lambda _, q, k, v: self(layer, q, k, v)
 
-    @torch.compiler.disable  # compiled blocks end here and begin again: what is compiled sees one shape only, whatever the mask is
+    @torch.compiler.disable  # compiled blocks end here and begin again: what is compiled sees one shape only, whoever sees whom
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [1, H, B * S, D], k, v [1, H_kv, B * S, D] -> [1, H, B * S, D]."""
-        q, k, v = (t[0].unflatten(1, self.pages.shape).transpose(0, 1) for t in (q, k, v))
+        """q [1, H, T, D], k, v [1, H_kv, T, D] -> [1, H, T, D]."""
+        if self.tables is not None:
+            from molmo_core.generation.engine.prompt_kernel import prompt_attention, write_pages  # Triton is there with a GPU only
+
+            keys, values = self.cache.keys[layer], self.cache.values[layer]
+            write_pages(k, v, keys, values, self.pages, self.offsets)
+            return prompt_attention(q, k, v, keys, values, self.tables, self.two_ways)
         self.cache.write(layer, self.pages, self.offsets, k, v)
-        if self.past is not None:
-            past_k, past_v = self.cache.read(layer, self.past)
-            k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
-        return attend(q, k, v, self.mask).transpose(0, 1).flatten(1, 2)[None]
+        out = torch.zeros_like(q)  # padding gets 0
+        for rows, pages, end, mask in self.parts:
+            if end > rows.stop - rows.start:
+                own_k, own_v = (t[:, :, :end] for t in self.cache.read(layer, pages[None]))
+            else:
+                own_k, own_v = k[:, :, rows], v[:, :, rows]
+            out[:, :, rows] = attend(q[:, :, rows], own_k, own_v, mask)
+        return out
 
 
 @dataclasses.dataclass

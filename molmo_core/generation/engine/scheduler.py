@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from molmo_core.generation.engine.pages import PagePool
 from molmo_core.generation.engine.requests import Request
+
+
+class PromptRules(Protocol):
+    """What planning has to know of a prompt."""
+
+    whole: bool
+    """It has to be computed in one piece."""
+
+    @property
+    def horizon(self) -> np.ndarray | None:
+        """int64 [prompt]: the last token that each one or an earlier one sees; None: itself."""
+
+    @property
+    def keys(self) -> list[bytes]:
+        """Of its full pages; empty: its pages are not shared."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -20,16 +35,12 @@ class Sequence:
     tokens: list[int]
     """Prompt and answer; the last one is not in the cache yet."""
     prompt_length: int
-    horizon: np.ndarray | None
-    """int64 [prompt]: the last token that this one or an earlier one sees; None: causal."""
-    keys: list[bytes]
-    """Of the full pages of the prompt; empty: its pages are not shared."""
-    whole: bool
-    """The prompt has to be computed in one piece."""
-    state: Any = None
-    """Of the runner."""
+    prompt: Any
+    """What is known of the prompt: `PromptRules`, and what the runner needs."""
     pages: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
+    slot: int = -1
+    """Its place on the device, one of `max_running`, while it runs."""
 
     @property
     def count(self) -> int:
@@ -60,12 +71,12 @@ class Scheduler:
         Args:
             pool: the pages.
             max_running: sequences in work at most.
-            prefill_tokens: tokens of prompts that a step computes at most, with those that pad each chunk to the longest one (a prompt
-                that must not be cut may be longer).
+            prefill_tokens: tokens of prompts that a step computes at most (a prompt that must not be cut may be longer).
         """
         self.pool, self.max_running, self.prefill_tokens = pool, max_running, prefill_tokens
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.running: list[Sequence] = []
+        self._slots = list(reversed(range(max_running)))
         self.preemptions = 0
         self.prompt_tokens = 0
         """Tokens of prompts that were taken into work, and of answers that are computed again."""
@@ -117,17 +128,12 @@ class Scheduler:
         for sequence, start, end in plan.prefill:
             sequence.computed = end
             size = self.pool.page_size
-            for number in range(start // size, min(end // size, len(sequence.keys))):
-                self.pool.publish(sequence.pages[number], sequence.keys[number])
+            for number in range(start // size, min(end // size, len(sequence.prompt.keys))):
+                self.pool.publish(sequence.pages[number], sequence.prompt.keys[number])
 
     def is_decoding(self, sequence: Sequence) -> bool:
         """Whether its prompt is in the cache and its next token is wanted."""
         return sequence.count > 0 and sequence.computed == len(sequence.tokens) - 1
-
-    @property
-    def may_admit(self) -> bool:
-        """Whether somebody waits and there are places."""
-        return bool(self.waiting) and len(self.running) < self.max_running
 
     def _room_for_next(self, sequence: Sequence) -> bool:
         """A page for the next token, at the cost of those who came last; False: the sequence itself had to go."""
@@ -151,11 +157,13 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages, sequence.computed = [], 0
+        if sequence.slot >= 0:
+            self._slots.append(sequence.slot)
+            sequence.slot = -1
 
     def _room(self, chunks: list[Chunk]) -> int:
-        """Tokens of a chunk that is computed beside these; a few short prompts beside a long one would be mostly padding."""
-        most = self.prefill_tokens // (len(chunks) + 1)
-        return most if all(chunk.end - chunk.start <= most for chunk in chunks) else 0
+        """Tokens that can be computed beside these chunks."""
+        return max(0, self.prefill_tokens - sum(chunk.end - chunk.start for chunk in chunks))
 
     def _continue_prompts(self) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -171,7 +179,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_running and (room := self._room(chunks)):
             sequence = self.waiting[0]
             shared = self._shared_pages(sequence)
-            missing = sequence.keys[len(shared) : len(shared) + 1]
+            missing = sequence.prompt.keys[len(shared) : len(shared) + 1]
             if missing and missing[0] in filling:
                 break  # somebody computes this prefix in this very step: one step later it is in the cache
             needed = self.pool.pages_for(len(sequence.tokens)) - len(shared)
@@ -189,14 +197,15 @@ class Scheduler:
                 break
             self.prompt_tokens += len(sequence.tokens)
             self.prefix_tokens += sequence.computed
-            filling.update(sequence.keys[len(shared) :])
+            filling.update(sequence.prompt.keys[len(shared) :])
+            sequence.slot = self._slots.pop()
             self.running.append(sequence)
             chunks.append(chunk)
 
     def _shared_pages(self, sequence: Sequence) -> list[int]:
         """Pages of the prompt's beginning that are in the cache; one token at least is left to compute."""
         most = (sequence.prompt_length - 1) // self.pool.page_size
-        return self.pool.find(sequence.keys[:most])
+        return self.pool.find(sequence.prompt.keys[:most])
 
     def _chunk(self, sequence: Sequence, budget: int, others: bool) -> Chunk:
         """The next tokens of a prompt: all that are left; or, if no other prompt is read in this step, as many as the budget takes,
@@ -224,5 +233,5 @@ class Scheduler:
 
     def _may_cut(self, sequence: Sequence, place: int) -> bool:
         """No token before `place` sees one at or behind it."""
-        horizon = sequence.horizon
-        return not sequence.whole and (horizon is None or place > len(horizon) or int(horizon[place - 1]) < place)
+        horizon = sequence.prompt.horizon
+        return not sequence.prompt.whole and (horizon is None or place > len(horizon) or int(horizon[place - 1]) < place)

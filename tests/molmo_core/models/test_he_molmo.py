@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from molmo_core.config import ConfigError
-from molmo_core.models.he_molmo import HeMolmo, HeMolmoConfig, token_positions
+from molmo_core.models.he_molmo import HeMolmo, HeMolmoConfig
+from molmo_core.models.image_features import token_positions
 
 QUESTIONS = [
     ("Point to the dogs.", '<point x="10.5" y="20.1" alt="dogs">dogs</point>'),

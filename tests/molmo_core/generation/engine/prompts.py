@@ -57,12 +57,14 @@ def family_model(name: str, golden: Path) -> Any:
     return model.eval()
 
 
-def family_prompts(name: str, model: Any, golden: Path) -> list[dict[str, Any]]:
-    """Model inputs of the prompts, without metadata."""
+def family_prompts(name: str, model: Any, golden: Path, videos: bool = True) -> list[dict[str, Any]]:
+    """Model inputs of the prompts, without metadata; those with videos only where a decoder is."""
     preprocess = model.config.build_preprocessor(for_inference=True, is_training=False)
     prompts = []
     for example in FAMILY[name]:
         example = dict(example)
+        if "video" in example and not videos:
+            continue
         if "video" in example:
             example["video"] = str(golden / example["video"])
         prompts.append({k: v for k, v in preprocess(example).items() if k != "metadata"})

@@ -79,7 +79,7 @@ def test_answers_equal_generate(name, kind, golden):
     if not model.FILLS_CACHE and kind == "plenty":
         assert engine.scheduler.prefix_tokens > 0
     if kind == "plenty" and any("images" in example for example in examples):
-        assert engine.runner.features.hits > 0
+        assert engine.runner.media.cache.hits > 0
 
 
 @pytest.fixture

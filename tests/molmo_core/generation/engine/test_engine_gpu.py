@@ -10,6 +10,7 @@ from molmo_core.generation.engine.engine import Engine, EngineLimits
 from molmo_core.generation.engine.requests import Request, SamplingParams, Token
 from molmo_core.models.molmo import Molmo, MolmoConfig
 from molmo_core.nn.linear import Linear
+from tests.molmo_core.generation.engine.prompts import family_model, family_prompts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -39,6 +40,95 @@ def test_attention_over_pages(heads, kv_heads, width, page, parts):
         k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
         exact = F.scaled_dot_product_attention(q[i, :, None].float(), k, v)[:, 0]
         assert relative(out[i], exact) < 0.02
+
+
+def marks(length: int, *groups: tuple[int, int], questions: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Flags of a sequence (see `Prompt.flags`): groups of tokens that see each other, and tokens that all of these look ahead to."""
+    flags = np.full(length, -2, np.int32)
+    for number, (start, end) in enumerate(groups):
+        flags[start:end] = 2 * number
+    flags[slice(*questions)] |= 1
+    return flags
+
+
+PROMPTS = {
+    "causal": [(0, marks(40))],
+    "an image": [(0, marks(200, (5, 190))), (0, marks(33)), (64, marks(100))],
+    "two images": [(0, marks(300, (10, 60), (80, 250))), (150, marks(170))],
+    "a question ahead": [(0, marks(300, (10, 250), questions=(252, 299)))],
+    "behind a prefix": [(128, marks(400, (200, 390))), (1, marks(2))],
+}
+"""First place that is computed, and the flags of the whole sequence."""
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "page"), [(32, 8, 128, 64), (28, 4, 128, 64), (16, 16, 64, 16), (4, 2, 16, 16)])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_attention_of_prompts(name, heads, kv_heads, width, page):
+    from molmo_core.generation.engine.prompt_kernel import ROWS, PromptTables, prompt_attention, write_pages
+
+    torch.manual_seed(0)
+    prompts, nan = PROMPTS[name], float("nan")
+    most = max(-(-len(flags) // page) for _, flags in prompts)
+    tables = (torch.randperm(len(prompts) * most) + 1).view(len(prompts), most)
+    shape = (len(prompts) * most + 1, kv_heads, page, width)
+    # What is in a page but not of an earlier step must not be seen, whatever it is.
+    keys, values = (torch.full(shape, nan, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    rows = sum(len(flags) - start for start, flags in prompts)
+    q = torch.randn(rows + 1, heads, width, dtype=torch.bfloat16, device="cuda").transpose(0, 1)[None]
+    own = [torch.full((1, kv_heads, rows + 1, width), nan, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    pages, offsets = torch.zeros(2, 1, rows + 1, dtype=torch.int64)
+    blocks, exact, row = [], [], 0
+    for i, (start, flags) in enumerate(prompts):
+        end, group = len(flags), flags >> 1
+        query, key = np.arange(start, end)[:, None], np.arange(end)[None]
+        meet = (group[start:, None] == group[None]) | (flags & 1 == 1)[None]
+        seen = (key <= query) | ((group[start:, None] >= 0) & meet)
+        for place in range(start, end, ROWS):
+            stop = min(place + ROWS, end)
+            limit = int(np.flatnonzero(seen[: stop - start].any(0)).max()) + 1
+            blocks.append((i, row + place - start, stop - place, place, limit, start))
+        k, v = torch.randn(2, kv_heads, end, width, dtype=torch.bfloat16, device="cuda")
+        to = slice(row, row + end - start)
+        places = torch.arange(end)
+        for store, mine, all_of_it in ((keys, own[0], k), (values, own[1], v)):
+            store[tables[i, places[:start] // page], :, places[:start] % page] = all_of_it[:, :start].transpose(0, 1)
+            mine[0, :, to] = all_of_it[:, start:]
+        pages[0, to], offsets[0, to] = tables[i, places[start:] // page], places[start:] % page
+        k, v = (t.float().repeat_interleave(heads // kv_heads, 0) for t in (k, v))
+        exact.append(F.scaled_dot_product_attention(q[0, :, to].float(), k, v, torch.from_numpy(seen).cuda()))
+        row += end - start
+    flags = torch.from_numpy(np.concatenate([flags[start:] for start, flags in prompts])).cuda()
+    arguments = PromptTables(torch.tensor(blocks, dtype=torch.int32).cuda(), tables.int().cuda(), flags)
+    out = prompt_attention(q, *own, keys, values, arguments, bool((flags >= 0).any()))
+    assert relative(out[0, :, :rows], torch.cat(exact, 1)) < 0.02
+    assert not out[0, :, rows].any(), "rows of nobody get 0"
+    write_pages(*own, keys, values, pages.cuda(), offsets.cuda())
+    for store, mine in ((keys, own[0]), (values, own[1])):
+        assert torch.equal(store[pages[0, :rows], :, offsets[0, :rows]].transpose(0, 1), mine[0, :, :rows])
+
+
+@pytest.mark.parametrize("kind", ["plenty", "chunks"])
+@pytest.mark.parametrize("name", ["molmo2", "molmo2 within_image", "molmo2 image_to_question", "molmo2 causal"])
+def test_first_tokens_are_those_of_a_forward(name, kind, golden):
+    """Prompts by the kernel, packed and in chunks, vision encoder in one pass: the log-probabilities of a plain forward."""
+    model = family_model(name, golden).cuda().bfloat16()
+    examples = family_prompts(name, model, golden, videos=False)
+    engine = Engine(model, EngineLimits(cache_bytes=64 << 20, page_size=16, prefill_tokens=10_000 if kind == "plenty" else 24))
+    assert engine.runner.cache.has_kernels
+    asked = [Request(example, SamplingParams(max_tokens=1, logprobs=20, ignore_eos=True)) for example in examples]
+    for request in asked:
+        engine.add(request)
+    first = {}
+    while engine.active:
+        for request, event in engine.step():
+            if isinstance(event, Token):
+                first[request] = event.logprobs
+    for request, example in zip(asked, examples):
+        inputs = {k: torch.tensor(v)[None].cuda() for k, v in example.items()}
+        with torch.no_grad():
+            exact = model(**inputs).logits[0, -1].float().log_softmax(-1)
+        ids = [token for token, _ in first[request].top]
+        assert relative(torch.tensor([value for _, value in first[request].top]), exact[ids].cpu()) < 0.02
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2560, 4096), (2560, 9728), (6144, 2560), (19456, 2560), (512, 512), (100, 64)])

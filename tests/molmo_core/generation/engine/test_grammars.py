@@ -162,7 +162,7 @@ def test_a_grammar_that_leads_nowhere_fails_alone(tiny_model, prompts):
 
 
 def test_compiled_grammars_are_kept_within_bounds(tiny_model):
-    grammars = Grammars(tiny_model.tokenizer)
+    grammars = Grammars(lambda: tiny_model.tokenizer)
     for i in range(KEPT + 5):
         grammars.start(Grammar("regex", f"a{i}"))
     grammars.start(Grammar("regex", f"a{KEPT}"))
@@ -172,7 +172,7 @@ def test_compiled_grammars_are_kept_within_bounds(tiny_model):
 def test_media_tokens_and_padding_are_never_allowed(tiny_model):
     tokenizer = tiny_model.tokenizer
     mask = np.zeros(-(-tokenizer.first_special_id // 32), np.int32)
-    Grammars(tokenizer).start(Grammar("regex", r"[\s\S]*")).allow(mask)
+    Grammars(lambda: tokenizer).start(Grammar("regex", r"[\s\S]*")).allow(mask)
     allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
     assert allowed.max() < tokenizer.text_vocab_size
     assert len(allowed) > 256

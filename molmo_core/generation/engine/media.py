@@ -1,0 +1,98 @@
+"""The media of prompts: looked at once, those of all prompts of a step together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from molmo_core.generation.engine.blocks import compile_vision
+from molmo_core.generation.engine.features import FeatureCache
+from molmo_core.generation.engine.prompt import Prompt
+from molmo_core.inputs import Inputs, as_batch
+from molmo_core.models.image_features import check_target
+
+Features = list[tuple[torch.Tensor, torch.Tensor]]
+"""What a vision backbone gives for one prompt."""
+
+
+class _Media(NamedTuple):
+    """Of one prompt, on the CPU."""
+
+    images: np.ndarray
+    """[crops, ...]."""
+    masks: np.ndarray | None
+    """[crops, patches]."""
+    indices: list[np.ndarray]
+    """Each int64 [n, k], into the patches of all its crops."""
+    patches: int
+    """Of all its crops."""
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Media of one kind can be looked at together."""
+        widths = tuple(idx.shape[1] for idx in self.indices)
+        return self.images.shape[1:], self.images.dtype, self.masks is None, widths
+
+
+class MediaEncoder:
+    """The vision backbone of a model, and the features that it gave."""
+
+    def __init__(self, model: Any, cache: FeatureCache, to_device: Callable[[np.ndarray], torch.Tensor]):
+        self.model, self.cache, self._to_device = model, cache, to_device
+        if next(model.parameters()).is_cuda:
+            compile_vision(model)
+
+    def features(self, prompts: Iterable[Prompt]) -> dict[bytes, Features]:
+        """Features of all media of these prompts, by their digest.
+
+        Raises:
+            ValueError: indices that do not fit images or tokens.
+        """
+        found: dict[bytes, Features] = {}
+        new: dict[tuple[Any, ...], dict[bytes, _Media]] = {}
+        for prompt in prompts:
+            if not prompt.digest or prompt.digest in found:
+                continue
+            known = self.cache.get(prompt.digest)
+            if known is not None:
+                found[prompt.digest] = known
+                continue
+            media = self._media(prompt)
+            new.setdefault(media.kind, {})[prompt.digest] = media
+        for group in new.values():
+            for digest, features in zip(group, self._look(list(group.values()))):
+                self.cache.put(digest, features)
+                found[digest] = features
+        return found
+
+    def _media(self, prompt: Prompt) -> _Media:
+        inputs = Inputs.of(0, **as_batch(prompt.example, torch.device("cpu")))
+        images = prompt.example["images"]
+        masks = prompt.example.get("image_masks")
+        if self.model.vision_backbone is None:
+            raise ValueError("images were given to a text-only model (vision_backbone is null)")
+        patches = len(images) * self.model.config.vision_backbone.vit.patches_per_crop
+        targets = self.model.feature_targets(inputs, len(images))
+        for target in targets:
+            check_target(inputs.input_ids, target, patches)
+        return _Media(images, masks, [target.pooled_idx[0].long().numpy() for target in targets], patches)
+
+    def _look(self, media: Sequence[_Media]) -> list[Features]:
+        """Features of each, from one pass over the crops of all."""
+        before = np.cumsum([0, *(m.patches for m in media[:-1])])
+        images = torch.cat([self._to_device(m.images) for m in media])[None]
+        masks = [m.masks for m in media if m.masks is not None]
+        indices = [
+            self._to_device(np.concatenate([np.where(m.indices[i] < 0, -1, m.indices[i] + first) for m, first in zip(media, before)]))
+            for i in range(len(media[0].indices))
+        ]
+        results = self.model.look(images, self._to_device(np.concatenate(masks))[None] if masks else None, *(idx[None] for idx in indices))
+        parts: list[Features] = [[] for _ in media]
+        for i, (features, present) in enumerate(results):
+            sizes = [len(m.indices[min(i, len(indices) - 1)]) for m in media]  # what comes besides belongs to the last index
+            for part, of_one, there in zip(parts, features.split(sizes, 1), present.split(sizes, 1)):
+                part.append((of_one.clone(), there.clone()))  # a view would keep the features of all
+        return parts
