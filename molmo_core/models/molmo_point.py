@@ -10,7 +10,7 @@ import torch
 from molmo_core.generation.point_state import PointState
 from molmo_core.inputs import Inputs, Targets
 from molmo_core.model_configs.molmo_point import MolmoPointConfig
-from molmo_core.models.image_features import share_low_embedding
+from molmo_core.models.image_features import FeatureTarget, share_low_embedding
 from molmo_core.models.molmo import Embedded, Look, Molmo
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.kv_cache import KVCache
@@ -126,6 +126,10 @@ class MolmoPoint(Molmo):
         patches = features[rows, idx.clamp(min=0)] * present[..., None].to(features.dtype)
         return [*self.vision_backbone.pool(features, idx), (patches, present)]
 
+    def feature_targets(self, inputs: Inputs, crops: int) -> list[FeatureTarget]:
+        """Of the tokens of both resolutions, in their order."""
+        return [FeatureTarget(target.pooled_idx) for target in super().feature_targets(inputs, crops)]
+
     def point_sources(self, inputs: Inputs, look: Look | None = None) -> PointSources:
         """The image tokens of a call without a cache, and what they are made of.
 
@@ -138,9 +142,7 @@ class MolmoPoint(Molmo):
         if inputs.images is None:
             features, patches, present = self._nothing(len(ids))
         else:
-            idx = inputs.pooled_patches_idx
-            if idx is None:
-                idx = self.feature_targets(inputs, inputs.images.shape[1])[0].pooled_idx
+            idx = self.feature_targets(inputs, inputs.images.shape[1])[0].pooled_idx
             (features, _), (patches, present) = (look or self.look)(inputs.images, inputs.image_masks, idx)
         given = present.any(-1)
         if not torch.equal(found, given.sum(1)):
