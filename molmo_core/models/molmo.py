@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from molmo_core.inputs import Inputs, Targets, as_batch
 from molmo_core.model_configs.molmo import MolmoConfig
 from molmo_core.models.base import ModelBase
-from molmo_core.models.image_features import FeatureTarget, add_features, pooled_idx_of_tokens, tokens_of_input_idx
+from molmo_core.models.image_features import FeatureTarget, add_features, check_target, pooled_idx_of_tokens, tokens_of_input_idx
 from molmo_core.nn.attention import Attention, Cached, Mask, Whole
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.kv_cache import KVCache
@@ -243,6 +243,17 @@ class Molmo(ModelBase):
         if idx is None:
             idx = pooled_idx_of_tokens(inputs.input_ids, crops, tokens, self.config.image_settings())
         return [FeatureTarget(idx, token_id=tokens.patch)]
+
+    def checked_targets(self, inputs: Inputs, crops: int, patches: int) -> list[FeatureTarget]:
+        """`feature_targets` of inputs on the CPU, for `patches` of all crops of a row: there it is seen what a GPU would not tell.
+
+        Raises:
+            ValueError: a patch that is not there, or another number of tokens than of features.
+        """
+        targets = self.feature_targets(inputs, crops)
+        for target in targets:
+            check_target(inputs.input_ids, target, patches)
+        return targets
 
     def add_images(self, x: torch.Tensor, inputs: Inputs, look: Look | None = None) -> torch.Tensor:
         """Adds the image features to the embeddings x [B, S, d].

@@ -12,7 +12,6 @@ from molmo_core.generation.engine.blocks import compile_vision
 from molmo_core.generation.engine.features import FeatureCache
 from molmo_core.generation.engine.prompt import Prompt
 from molmo_core.inputs import Inputs, as_batch
-from molmo_core.models.image_features import check_target
 
 Features = list[tuple[torch.Tensor, torch.Tensor]]
 """What a vision backbone gives for one prompt."""
@@ -75,9 +74,7 @@ class MediaEncoder:
         if self.model.vision_backbone is None:
             raise ValueError("images were given to a text-only model (vision_backbone is null)")
         patches = len(images) * self.model.config.vision_backbone.vit.patches_per_crop
-        targets = self.model.feature_targets(inputs, len(images))
-        for target in targets:
-            check_target(inputs.input_ids, target, patches)
+        targets = self.model.checked_targets(inputs, len(images), patches)
         return _Media(images, masks, [target.pooled_idx[0].long().numpy() for target in targets], patches)
 
     def _look(self, media: Sequence[_Media]) -> list[Features]:
