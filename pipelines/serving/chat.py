@@ -50,7 +50,7 @@ class ChatService:
         self._model = model
         self._generate = generate
         self._tokenizer = model.build_tokenizer()
-        self._grammars = Grammars(self._tokenizer)
+        self._grammars = Grammars(lambda: self._tokenizer)
         self._logprobs = LogprobWriter(self._tokenizer)
         self._prompts = Prompts(config, model, prepare)
         # More text than this is more tokens than the context, whatever it says: known without tokenising it.

@@ -92,7 +92,7 @@ def one_folder_too_high(folder):
 WRONG = {
     "adapter": (adapter, r"a PEFT adapter \(LoRA\) of allenai/Molmo-7B-D-0924, not a model of its own\. Merge it"),
     "adapter beside a config.json": (lambda f: (adapter(f), other_architecture(f)), "a PEFT adapter"),
-    "other architecture": (other_architecture, r"config\.json: model_type 'llava' is not a Molmo model \(molmo, molmo2\)"),
+    "other architecture": (other_architecture, r"config\.json: model_type 'llava' is not a Molmo model \(molmo, molmo2, molmo_point\)"),
     "damaged config.json": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not readable as a JSON object"),
     "empty": (lambda f: None, r"neither config\.yaml .* nor config\.json .*\(this one is empty\)"),
     "other files": (lambda f: (f / "readme.md").write_text("x"), r"neither config\.yaml .*\(this one has readme\.md\)"),
