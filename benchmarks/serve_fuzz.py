@@ -16,7 +16,6 @@ import http.client
 import io
 import itertools
 import json
-import socket
 import sys
 import tempfile
 import threading
@@ -37,6 +36,7 @@ from pipelines import cluster
 from pipelines.serving import client
 from pipelines.serving.app import serving
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.port import free_port
 
 LONGEST_S = 60.0
 """No answer takes so long."""
@@ -68,12 +68,6 @@ def main() -> int:
             report = fuzz(url, arguments)
     print(json.dumps(report))
     return int(bool(report["wrong"] or report["neighbour"]["wrong"] or report["restarted"]))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def save_random_model(folder: Path) -> None:
@@ -209,7 +203,7 @@ def serve_processes() -> dict[str, float]:
         try:
             title = " ".join(process.cmdline())
             if title.startswith(("ray::Serve", "ray::Proxy")):  # and, behind a dot, what it does just now
-                found[f"{process.pid} {title.partition('.')[0]}"] = process.memory_info().rss / 2**20
+                found[f"{process.pid} {title.partition('.')[0].strip()}"] = process.memory_info().rss / 2**20
         except psutil.Error:
             continue
     return found

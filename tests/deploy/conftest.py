@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,14 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.serving.port import free_port
+
 COMPOSE = Path(__file__).parent.parent.parent / "deploy/compose.yaml"
 PASSWORD = "p@ss/word:%41"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until_ready(url: str, process: subprocess.Popen, log: Path) -> None:

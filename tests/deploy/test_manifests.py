@@ -91,6 +91,8 @@ def test_pods_are_confined_and_hold_no_secrets(path):
 def test_ray_serve_takes_the_application(path):
     config = ServeDeploySchema.model_validate(yaml.safe_load(load(path)["spec"]["serveConfigV2"]))
     (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
     settings = dict(application.args)
     recipe = ROOT / Path(settings.pop("config")).relative_to("/app")
     served = ServeConfig.load(recipe, [f"{key}={value}" for key, value in settings.items()])
@@ -107,10 +109,10 @@ def test_the_replicas_fit_on_the_workers(path):
     (container,) = group["template"]["spec"]["containers"]
     args, requests = application["args"], container["resources"]["requests"]
     served = ServeConfig(**{key: value for key, value in args.items() if key != "config"})
-    assert served.replicas <= group["minReplicas"] * (
-        int(requests["nvidia.com/gpu"]) // served.gpus_per_replica if served.gpus_per_replica else 1
-    )
+    on_a_worker = int(requests["nvidia.com/gpu"]) // served.gpus_per_replica if served.gpus_per_replica else 1
+    assert served.replicas <= group["minReplicas"] * on_a_worker
     assert served.cpus_per_replica + served.frontends / group["minReplicas"] * 0.1 <= int(requests["cpu"])
+    assert served.most_replicas <= group["maxReplicas"] * on_a_worker
     assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 

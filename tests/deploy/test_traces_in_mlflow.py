@@ -8,13 +8,13 @@ import mlflow
 import numpy as np
 import openai
 import pytest
-from conftest import free_port
 from PIL import Image
 
 from pipelines import cluster
 from pipelines.serving import client
 from pipelines.serving.app import serving
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.port import free_port
 
 pytestmark = pytest.mark.slow
 PARTS = ("media", "queue", "prefill", "decode")
