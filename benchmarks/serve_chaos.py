@@ -17,6 +17,7 @@ import collections
 import io
 import json
 import random
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -76,14 +77,11 @@ def main() -> None:
 
 def save_varied_model(folder: Path) -> None:
     """A small random Molmo2 whose blocks weigh more than the last token, so that answers differ with the question."""
-    save_random_model(folder / "model", tiny=True, gpu=False)
-    model = load_model(folder / "model")
+    save_random_model(folder / "random", tiny=True, gpu=False)
+    model = load_model(folder / "random")
     with torch.no_grad():
         for parameter in (*model.transformer.blocks.parameters(), *model.vision_backbone.parameters()):
             parameter.mul_(12.0 if parameter.ndim > 1 else 1.0)
-    for file in (folder / "model").iterdir():
-        if file.is_file():
-            file.unlink()
     model.save_checkpoint(folder / "model")
 
 
@@ -198,7 +196,7 @@ def processes() -> list[tuple[psutil.Process, str]]:
         except psutil.NoSuchProcess:
             continue
         if "ServeReplica:molmo:" in line:
-            found.append((process, line.split("ServeReplica:molmo:")[1].split()[0].strip("()")))
+            found.append((process, re.split(r"[. ]", line.split("ServeReplica:molmo:")[1])[0]))  # followed by what it does just now
         elif "Proxy" in line or "ServeController" in line or "haproxy" in line:
             found.append((process, "proxy" if "ServeController" not in line else "controller"))
     return found

@@ -102,14 +102,20 @@ class _Shard:
         self._check = BlockCheck(view, expected) if expected is not None else None
         self._verify(0, 1)  # the schema, and where its batches are
         self._verify(len(view) - 1, len(view))
-        self._file = pa.ipc.open_file(pa.BufferReader(self._whole))
+        try:
+            self._file = pa.ipc.open_file(pa.BufferReader(self._whole))
+        except (OSError, pa.ArrowInvalid) as error:  # the footer may begin in a block that was not checked yet
+            raise damaged(path, str(error)) from error
         self._batches: list[pa.RecordBatch] = []
         self._columns: dict[int, schema.Columns] = {}
         self._bounds, self._ends = [0], [0]  # rows before each batch, bytes up to its end
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         while self._bounds[-1] <= i:
-            batch = self._file.get_batch(len(self._batches))
+            try:
+                batch = self._file.get_batch(len(self._batches))
+            except (OSError, pa.ArrowInvalid) as error:
+                raise damaged(self._path, str(error)) from error
             buffers = [b for column in batch.columns for b in column.buffers() if b is not None and b.size]
             self._batches.append(batch)
             self._bounds.append(self._bounds[-1] + batch.num_rows)

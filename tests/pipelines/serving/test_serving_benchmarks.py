@@ -16,7 +16,7 @@ def lines(command_line: str) -> list[dict]:
     script, *arguments = command_line.split()
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]  # Ray tells of those who were killed
 
 
 def test_load():
