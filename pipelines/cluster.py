@@ -142,6 +142,7 @@ def _start(num_cpus: int | None, object_store_memory: int | None, common: dict[s
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
+        address="local",  # else Ray joins any cluster that was started on this machine by `ray start`, whoever's it is
         num_cpus=num_cpus,
         object_store_memory=object_store_memory or default_object_store_memory(),
         include_dashboard=False,

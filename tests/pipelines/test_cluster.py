@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -50,6 +52,25 @@ def test_ray_itself_finds_the_cores_unless_told(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **arguments: given.update(arguments))
     cluster._start(None, None, {})
     assert given["num_cpus"] is None, "Ray knows of a container's limits"
+
+
+ALONE = """
+import ray
+from pipelines import cluster
+with cluster.connect(num_cpus=1, object_store_memory=128 << 20):
+    print(ray.cluster_resources()["CPU"])
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_that_somebody_else_started_here_is_not_joined():
+    """`ray start` leaves the address of its cluster in a file; here nothing answers at it."""
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # the names of sockets are short
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+        variables = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
+        done = subprocess.run([sys.executable, "-c", ALONE], env=variables, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "1.0"), done.stderr
 
 
 @pytest.mark.slow
