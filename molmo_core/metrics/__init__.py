@@ -1,27 +1,32 @@
-"""Answer metrics: visual question answering, counting and pointing. Each scores one prediction, 0 (wrong) to 1 (right)."""
+"""Answer metrics by name: `metric("vqa_score")(answer, truth)` gives the scores of one answer, 0 (wrong) to 1 (right).
 
-from molmo_core.metrics.answers import (
-    anls,
-    clean_prediction,
-    exact_match,
-    multiple_choice,
-    normalise_answer,
-    relaxed_accuracy,
-    vqa_score,
-)
-from molmo_core.metrics.counting import count_score, parse_count
-from molmo_core.metrics.pointing import PointingScore, pointing_score
+truth       what an answer is compared with
+registry    the metrics by name, and which fits a record
+figures     means with confidence intervals, the difference of two models
+answers, choices, counting, pointing    the metrics
+"""
+
+from molmo_core.metrics import answers, choices, counting, pointing  # they register their metrics
+from molmo_core.metrics.figures import Figure, paired_difference, summarise
+from molmo_core.metrics.registry import Metric, TruthMissing, UnknownMetric, metric, metric_for, names, register
+from molmo_core.metrics.truth import Box, Target, Truth
 
 __all__ = [
-    "PointingScore",
-    "anls",
-    "clean_prediction",
-    "count_score",
-    "exact_match",
-    "multiple_choice",
-    "normalise_answer",
-    "parse_count",
-    "pointing_score",
-    "relaxed_accuracy",
-    "vqa_score",
+    "Box",
+    "Figure",
+    "Metric",
+    "Target",
+    "Truth",
+    "TruthMissing",
+    "UnknownMetric",
+    "answers",
+    "choices",
+    "counting",
+    "metric",
+    "metric_for",
+    "names",
+    "paired_difference",
+    "pointing",
+    "register",
+    "summarise",
 ]

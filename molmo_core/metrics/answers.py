@@ -1,10 +1,16 @@
-"""Metrics of short answers, by the rules of the benchmarks that made them (VQAv2, ChartQA, DocVQA, AI2D)."""
+"""Metrics of short answers, by the rules of the benchmarks that made them (VQAv2, ChartQA, DocVQA)."""
 
 from __future__ import annotations
 
 import collections
+import math
 import re
 from collections.abc import Sequence
+
+from rapidfuzz.distance import Levenshtein
+
+from molmo_core.metrics.registry import register
+from molmo_core.metrics.truth import Truth
 
 # Right spellings; VQAv2 maps each spelling that lacks one apostrophe to them ("couldnt've" and "couldn'tve" to "couldn't've").
 _CONTRACTIONS = """
@@ -51,74 +57,123 @@ def normalise_answer(text: str) -> str:
     return " ".join(_APOSTROPHES.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def vqa_score(prediction: str, answers: Sequence[str]) -> float:
-    """VQAv2 accuracy: min(number of annotators who gave the answer / 3, 1) after normalisation.
+def agreement(prediction: str, answers: Sequence[str]) -> float:
+    """min(annotators who gave the answer / 3, 1) after normalisation, as the Molmo papers report it.
 
-    With fewer than three reference answers, one that agrees is enough.
+    With fewer than three reference answers, as many as there are make it right.
     """
-    prediction = normalise_answer(prediction)
-    agree = sum(normalise_answer(answer) == prediction for answer in answers)
+    agree = _agreeing(prediction, answers)
     return min(agree / min(3, max(len(answers), 1)), 1.0)
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction equals one of the answers, ignoring case and surrounding blanks."""
+def agreement_of_others(prediction: str, answers: Sequence[str]) -> float:
+    """The accuracy of VQAEval: each annotator is left out once, the others are counted as in `agreement`, and the results averaged.
+
+    So an answer that three of ten gave is 0.9 right: for those three only two others agree. One difference: VQAEval normalises only
+    where the annotators disagree; here case and punctuation never count. With one reference answer there are no others: `agreement`.
+    """
+    n = len(answers)
+    if n < 2:
+        return agreement(prediction, answers)
+    agree, enough = _agreeing(prediction, answers), min(3, n - 1)
+    return (agree * min((agree - 1) / enough, 1.0) + (n - agree) * min(agree / enough, 1.0)) / n
+
+
+def _agreeing(prediction: str, answers: Sequence[str]) -> int:
+    prediction = normalise_answer(prediction)
+    return sum(normalise_answer(answer) == prediction for answer in answers)
+
+
+@register("vqa_score", main="vqa_score", needs=("answers",))
+def vqa_score(answer: str, truth: Truth) -> dict[str, float]:
+    """VQAv2, OK-VQA, TextVQA: how many annotators gave the answer."""
+    prediction = clean_prediction(answer)
+    return {
+        "vqa_score": agreement(prediction, truth.answers),
+        "vqa_score_leave_one_out": agreement_of_others(prediction, truth.answers),
+    }
+
+
+def equals(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether the prediction is one of the answers, ignoring case and surrounding blanks."""
     prediction = prediction.strip().lower()
-    return float(any(prediction == answer.strip().lower() for answer in answers))
+    return any(prediction == answer.strip().lower() for answer in answers)
 
 
-def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
-    """ChartQA: numbers within 5 % of the answer count ("12%" is 0.12), other answers must be equal ignoring case."""
-    return float(any(_relaxed_equal(prediction.strip(), answer.strip(), tolerance) for answer in answers))
+@register("exact_match", main="exact_match", needs=("answers",))
+def exact_match(answer: str, truth: Truth) -> dict[str, float]:
+    """GQA, TallyQA: the answer is a reference, ignoring case."""
+    return {"exact_match": float(equals(clean_prediction(answer), truth.answers))}
+
+
+@register("relaxed_accuracy", main="relaxed_accuracy", needs=("answers",))
+def relaxed_accuracy(answer: str, truth: Truth, *, tolerance: float = 0.05) -> dict[str, float]:
+    """ChartQA: numbers may be off by `tolerance` of the reference, other answers must be equal ignoring case.
+
+    `relaxed_accuracy` takes an answer that is a number ("12%" is 0.12). `relaxed_accuracy_in_text` also finds numbers and texts inside a
+    longer answer, takes 12 for 12 %, and of a list as reference ("[3, 5]") asks for each entry (SciFi; published Molmo evaluation).
+    """
+    prediction = clean_prediction(answer)
+    return {
+        "relaxed_accuracy": float(any(_relaxed_equal(prediction, reference.strip(), tolerance) for reference in truth.answers)),
+        "relaxed_accuracy_in_text": float(any(_found_in(prediction, reference.strip(), tolerance) for reference in truth.answers)),
+        "exact_match": float(equals(prediction, truth.answers)),
+    }
 
 
 def _relaxed_equal(prediction: str, answer: str, tolerance: float) -> bool:
     value, target = _number(prediction), _number(answer)
     if value is not None and target:
-        return abs(value - target) / abs(target) <= tolerance
+        return _close(value, target, tolerance)
     return prediction.lower() == answer.lower()
 
 
+def _found_in(prediction: str, answer: str, tolerance: float) -> bool:
+    if answer.startswith("[") and answer.endswith("]"):
+        return all(_found_in(prediction, entry.strip(" '\""), tolerance) for entry in answer[1:-1].split(","))
+    if _relaxed_equal(prediction, answer, tolerance):
+        return True
+    target = _number(answer)
+    if target is None:
+        return bool(answer) and answer.lower() in prediction.lower()
+    stated = [value for number in numbers(prediction) for value in (number, number / 100)]
+    return any(_close(value, target, tolerance) for value in stated)
+
+
+def _close(value: float, target: float, tolerance: float) -> bool:
+    return abs(value - target) <= tolerance * abs(target)
+
+
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?![\w])")
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers of a text in order: signs, decimals and commas between thousands are read, "12%" is 12."""
+    return [float(found.replace(",", "")) for found in _NUMBER.findall(text)]
+
+
 def _number(text: str) -> float | None:
+    """The finite number that a text is; "12%" is 0.12."""
     try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
-def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of one prediction (DocVQA, InfoVQA): the best over the answers.
+@register("anls", main="anls", needs=("answers",))
+def anls(answer: str, truth: Truth, *, threshold: float = 0.5) -> dict[str, float]:
+    """DocVQA, InfoVQA, ST-VQA: average normalised Levenshtein similarity, the best over the answers.
 
     1 - distance / longer length where that distance is below the threshold, else 0; case is ignored.
     """
-    best = 0.0
-    prediction = prediction.strip().lower()
-    for answer in answers:
-        answer = answer.strip().lower()
-        longest = max(len(answer), len(prediction))
-        distance = edit_distance(prediction, answer) / longest if longest else 0.0
-        best = max(best, 1 - distance if distance < threshold else 0.0)
-    return best
+    prediction = clean_prediction(answer)
+    best = max(similarity(prediction, reference, threshold) for reference in truth.answers)
+    return {"anls": best, "exact_match": float(equals(prediction, truth.answers))}
 
 
-def multiple_choice(prediction: str, options: Sequence[str]) -> int:
-    """The option that a reply means: the equal one, else the only one that contains it, else the nearest by edit distance."""
-    prediction = prediction.strip().lower()
-    lowered = [option.strip().lower() for option in options]
-    if prediction in lowered:
-        return lowered.index(prediction)
-    containing = [i for i, option in enumerate(lowered) if prediction and prediction in option]
-    if len(containing) == 1:
-        return containing[0]
-    distances = [edit_distance(prediction, option) for option in lowered]
-    return distances.index(min(distances))
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and substitutions of one character."""
-    row = list(range(len(b) + 1))
-    for i, char in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (char != other))
-    return row[-1]
+def similarity(prediction: str, answer: str, threshold: float = 0.5) -> float:
+    """1 - normalised edit distance of two texts ignoring case, 0 from the threshold on."""
+    # The library's shortcut for distances above a cutoff keeps very long texts fast.
+    distance = Levenshtein.normalized_distance(prediction.strip().lower(), answer.strip().lower(), score_cutoff=threshold)
+    return 1 - distance if distance < threshold else 0.0

@@ -8,21 +8,31 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from molmo_core.config import BaseConfig, ConfigError, Count, Share, Size
+from molmo_core.metrics import UnknownMetric, metric
 from pipelines.data.config import Format
 
-Metric = Literal["vqa_score", "exact_match", "relaxed_accuracy", "anls", "multiple_choice", "count", "pointing"]
+TYPES = {"pointing": "pointing"} | dict.fromkeys(("point_count", "point_then_count", "count_then_point", "count"), "count")
 
 
 @dataclasses.dataclass
 class ScoringConfig(BaseConfig):
     """How answers are scored."""
 
-    metric: Metric = "vqa_score"
-    """How an answer is scored."""
-    metrics: dict[str, Metric] = dataclasses.field(default_factory=lambda: {"pointing": "pointing", "point_count": "count"})
+    metric: str | None = None
+    """How an answer is scored; None = by what the record has (docs/evaluation.md)."""
+    metrics: dict[str, str] = dataclasses.field(default_factory=lambda: dict(TYPES))
     """Other metrics, by question type (a question's `type`, else its `style`)."""
     point_radius: Share = 0.05
     """A point hits within this share of the image's width."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, name in {"metric": self.metric, **{f"metrics.{kind}": name for kind, name in self.metrics.items()}}.items():
+            if name is not None:
+                try:
+                    metric(name)
+                except UnknownMetric as error:
+                    raise ConfigError(f"{key}: {error}") from None
 
 
 @dataclasses.dataclass

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import string
+from collections.abc import Sequence
 from typing import Any
 
-from molmo_core import metrics
-from molmo_core.preprocessing.points import extract_points, percent
+from molmo_core.metrics import Metric, metric, metric_for
 from pipelines.data.rejects import Rejected
-from pipelines.evaluation.config import Metric, ScoringConfig
+from pipelines.evaluation.config import ScoringConfig
+from pipelines.evaluation.truth import complete, truth_of
 
 _MEDIA = ("image", "images", "video", "clip_start", "clip_end", "subtitle")
 
@@ -70,41 +69,29 @@ def _options(task: dict[str, Any]) -> list[str]:
     return [str(option) for option in task.get("options") or task.get("unlabelled_options") or ()]
 
 
-def metric_of(question: Question, config: ScoringConfig) -> Metric:
-    """The metric of a question's type."""
-    return config.metrics.get(question.type, config.metric)
+def metric_of(question: Question, config: ScoringConfig, image_sizes: Sequence[tuple[int, int]]) -> Metric:
+    """The metric of a question: that of its type, else the configuration's, else the one that fits the record.
+
+    Raises:
+        TruthMissing: the record has no reference that a metric could use.
+    """
+    name = config.metrics.get(question.type, config.metric) or metric_for(truth_of(question.task, question.answers, image_sizes))
+    return metric(name, **({"radius": config.point_radius} if name in ("pointing", "point_in_box") else {}))
+
+
+def scores(question: Question, prediction: str, config: ScoringConfig, image_sizes: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """How good an answer is: the scores of the question's metric by name, its main score first, each 0 to 1.
+
+    Args:
+        image_sizes: (width, height) of the images, or of a video's frames; they give points their scale.
+
+    Raises:
+        TruthMissing: the record lacks what the metric compares with.
+    """
+    measure = metric_of(question, config, image_sizes)
+    return measure(prediction, complete(truth_of(question.task, question.answers, image_sizes), measure))
 
 
 def score(question: Question, prediction: str, config: ScoringConfig, image_size: tuple[int, int]) -> float:
-    """How good an answer is, 0 to 1. `image_size` is (width, height); it gives points their scale."""
-    metric = metric_of(question, config)
-    if metric == "pointing":
-        found = [(p.x, p.y) for p in extract_points(prediction, *image_size)]
-        return metrics.pointing_score(found, _points(question, image_size), config.point_radius * image_size[0]).f1
-    answer = metrics.clean_prediction(prediction)
-    if metric == "count":
-        target = metrics.parse_count(question.answers[0])
-        return 0.0 if target is None else metrics.count_score(prediction, target)
-    if metric == "multiple_choice":
-        options = _options(question.task)
-        return float(options[_chosen(answer, options, question.task)] == question.answers[0])
-    return float(getattr(metrics, metric)(answer, question.answers))
-
-
-def _points(question: Question, image_size: tuple[int, int]) -> list[tuple[float, float]]:
-    """The true points in pixels: given as numbers, or written in the reference answer."""
-    width, height = image_size
-    if question.task.get("points") is not None:
-        shares = percent(question.task["points"], question.task.get("point_scale"), image_size)
-        return [(x * width / 100, y * height / 100) for x, y in shares]
-    return [(p.x, p.y) for p in extract_points(question.answers[0], width, height)]
-
-
-def _chosen(answer: str, options: list[str], task: dict[str, Any]) -> int:
-    """The option an answer means: by its letter, else by its text."""
-    if "unlabelled_options" not in task:
-        names = [str(name) for name in task.get("option_names", string.ascii_uppercase)][: len(options)]
-        letter = re.match(r"\(?(\w+)\)?(?:[.:)\s]|$)", answer)
-        if letter and letter[1] in names:
-            return names.index(letter[1])
-    return metrics.multiple_choice(answer, options)
+    """The main score of an answer; arguments and errors of `scores`, for one image."""
+    return next(iter(scores(question, prediction, config, [image_size]).values()))

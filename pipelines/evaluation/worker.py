@@ -53,7 +53,7 @@ class Worker:
         return {
             "question": question.text,
             "type": question.type,
-            "metric": metric_of(question, self._config),
+            "metric": metric_of(question, self._config, [prompt.image_size]).name,
             "answers": question.answers,
             "prediction": prediction,
             "score": score(question, prediction, self._config, prompt.image_size),

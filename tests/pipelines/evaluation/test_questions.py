@@ -2,6 +2,7 @@
 
 import pytest
 
+from molmo_core.config import ConfigError
 from pipelines.data.rejects import Rejected
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.evaluate import summarise
@@ -115,3 +116,8 @@ def test_picture_shows_all_types_and_the_whole_set():
     assert [q["type"] for _, q in chosen] == ["colour", "pointing", "shape"] * 3
     assert len(choose(results[:2], 9)) == 2
     assert choose([{"record": 0, "rejected": "x"}], 3) == []
+
+
+def test_a_metric_that_does_not_exist_is_named_with_its_key():
+    with pytest.raises(ConfigError, match=r"metrics\.chart: no metric is called 'anl' \(did you mean anls"):
+        EvaluateConfig(model="m", records="r", output="o", metrics={"chart": "anl"})

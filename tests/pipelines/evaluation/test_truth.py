@@ -1,0 +1,47 @@
+"""From the fields of a record to what its answer is compared with, and the metric that fits."""
+
+import pytest
+
+from molmo_core.metrics import Target, metric, metric_for
+from pipelines.evaluation.truth import complete, truth_of
+
+SIZES = [(200, 100), (50, 50)]
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ({"question": "q", "answers": ["a"] * 10}, "vqa_score"),
+        ({"question": "q", "options": ["a", "b"], "answer_idx": 1}, "multiple_choice"),
+        ({"label": "a", "count": 3}, "count"),
+        ({"label": "a", "points": []}, "pointing"),
+    ],
+)
+def test_metric_of_a_record(task, name):
+    assert metric_for(truth_of(task, task.get("answers", ["a"]), SIZES)) == name
+
+
+def test_options_and_their_names():
+    truth = truth_of({"options": ["x", 7], "answer_idx": 1, "category": 3}, ["7"], SIZES)
+    assert (truth.options, truth.option, truth.option_names, truth.category) == (("x", "7"), 1, ("A", "B"), "3")
+    assert truth_of({"options": ["x", "y"], "answer_idx": 0, "option_names": [1, 2]}, ["x"], SIZES).option_names == ("1", "2")
+    assert truth_of({"unlabelled_options": ["x", "y"], "answer_idx": 0}, ["x"], SIZES).option_names == ()
+
+
+def test_points_of_images_and_videos_in_pixels():
+    image = truth_of({"points": [[0.5, 0.5]], "point_scale": 1}, ["1"], SIZES)
+    assert (image.targets, image.count) == ([Target(100, 50)], 1)
+    images = truth_of({"image_points": [[[50, 50]], [[50, 50], [0, 100]]], "point_scale": 100}, ["3"], SIZES)
+    assert images.targets == [Target(100, 50, 1), Target(25, 25, 2), Target(0, 50, 2)]
+    video = truth_of({"timestamps": [0.5, 2], "points": [[[20, 10]], []]}, ["1"], SIZES)
+    assert video.targets == [Target(20, 10, 0.5)]
+    tracks = truth_of({"timestamps": [0, 1], "tracks": [{"a": [20, 10], "b": None}, {"b": [40, 50]}]}, ["1"], SIZES).tracks
+    assert tracks == [Target(20, 10, 0, object="a"), Target(40, 50, 1, object="b")]
+
+
+def test_what_a_record_says_in_words():
+    counted = complete(truth_of({}, ["a total of 3"], SIZES), metric("count"))
+    assert counted.count == 3
+    pointed = complete(truth_of({}, ['<point x="50.0" y="50.0" alt="a">a</point>'], SIZES), metric("pointing"))
+    assert [(point.x, point.y) for point in pointed.targets] == [(100, 50)]
+    assert complete(truth_of({}, ["some"], SIZES), metric("count")).count is None
