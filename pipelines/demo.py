@@ -22,8 +22,10 @@ from pipelines.data.records.media import fetch
 from pipelines.data.records.reading import read_record
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.evaluate import PICTURE, evaluate, record
+from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.questions import Question, media_of, questions
+from pipelines.evaluation.recording import record
+from pipelines.evaluation.report import PICTURE
 from pipelines.registry.config import RegisterConfig
 from pipelines.registry.register import register
 from pipelines.serving import client
@@ -94,7 +96,7 @@ def demo(overrides: list[str] | None = None) -> dict[str, Any]:
         with tracking.Run(training.experiment, training.name, run_id=trained.run_id) as run:
             record(report, evaluation, run)
         shutil.copy(Path(evaluation.output) / PICTURE, FOLDER / PICTURE)
-        console.print(scores_table(report))
+        console.print(scores_table(report.figures))
 
         stage("Register", "in MLflow's model registry")
         registration.run_id = registration.run_id or trained.run_id
@@ -108,7 +110,7 @@ def demo(overrides: list[str] | None = None) -> dict[str, Any]:
     summary = {
         "dataset": DATASET,
         "train": train_summary(trained, training.num_workers),
-        "eval": eval_summary(report),
+        "eval": eval_summary(report.figures),
         "registry": registered,
         "serve": {"answers": answers},
         "seconds_total": round(time.perf_counter() - started, 1),

@@ -18,6 +18,13 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file that is whole whenever it is there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
 def write_table(table: pa.Table, path: Path) -> None:
     """Writes a Parquet file that is whole whenever it is there."""
     temporary = path.with_name(f".{path.name}.tmp")

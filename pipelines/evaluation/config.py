@@ -44,14 +44,14 @@ class EvaluateConfig(ScoringConfig):
     records: str = ""
     """A file, a folder or a glob of records with answers (docs/data.md shows the forms)."""
     output: str = ""
-    """Folder of report.json, predictions.jsonl and answers.png."""
+    """Folder of the report, its pictures and predictions/*.parquet. What a stopped evaluation left there is continued."""
     format: Format = "auto"
     limit: Size | None = None
     """Use only the first records."""
 
     max_new_tokens: Size = 64
-    records_per_batch: Size = 16
-    """Records whose questions are answered together."""
+    shard_records: Size = 64
+    """Records that a worker answers at a time, and whose results are written together: at most these are lost when it is killed."""
     workers: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Copies of the model; None = one a CPU (or GPU) of the cluster."""
     cpus_per_worker: Annotated[float, Field(ge=0, le=1024)] = 1.0
@@ -59,6 +59,8 @@ class EvaluateConfig(ScoringConfig):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     samples: Count = 12
     """Answers on the picture."""
+    examples: Count = 50
+    """Worst answers on the report's page, and so many random ones."""
     max_reject_rate: Share = 0.01
     """Stop when a larger share of the records is unusable."""
 

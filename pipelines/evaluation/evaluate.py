@@ -1,145 +1,134 @@
-"""Distributed evaluation: records → answers on every worker → scores → a report."""
+"""Distributed evaluation: records → answers on every worker → scores, shard by shard → a report. Restartable at any moment."""
 
 from __future__ import annotations
 
-import collections
-import json
-import re
+import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
+from molmo_core.checkpoint.checksums import CHECKSUMS_NAME
 from molmo_core.config import ConfigError
-from pipelines import cluster, tracking
+from pipelines import cluster
 from pipelines.cluster import quiet, reading
 from pipelines.data.rejects import Rejects
-from pipelines.data.sources import Records, open_records
+from pipelines.data.sources import open_records
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.picture import draw_answers
+from pipelines.evaluation.report import Report, finished_report, write_report
+from pipelines.evaluation.results import claim, decode
 from pipelines.evaluation.worker import Worker
-from pipelines.files import output_folder, write_text
+from pipelines.files import output_folder
 from pipelines.model_folder import fixed_model
 from pipelines.progress import RecordProgress
 
-OVERALL = "overall"
-REPORT, PREDICTIONS, PICTURE = "report.json", "predictions.jsonl", "answers.png"
+UNDECIDING = ("model", "records", "output", "workers", "cpus_per_worker", "gpus_per_worker", "samples", "examples", "max_reject_rate")
+"""Settings that change neither answers nor scores, or are noted otherwise."""
+COUNTED = ("record", "source", "row", "score", "rejected", "detail")
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluates a model, on the cluster that is connected or a new one.
-
-    Returns:
-        the report, also written to `report.json`: `questions` (number), `overall` (mean score of all questions but pointing),
-        `types` ({type: {questions, metric, score}}), `records`, `rejected`, `reasons` ({reason: number}), `seconds`.
+def evaluate(config: EvaluateConfig) -> Report:
+    """Evaluates a model, or what is left of it, on the cluster that is connected or a new one.
 
     Raises:
-        ConfigError: no such model or records, an output that cannot be written, or too many records that cannot be used.
+        ConfigError: no such model or records, an output that cannot be written or holds another evaluation, or too many records
+            (or all) that cannot be used.
     """
-    started = time.perf_counter()
-    folder = output_folder(config.output)
-    records = open_records(config.records, config.format)
-    total = min(len(records), config.limit or len(records))
-    model = fixed_model(config.model)
-    with cluster.connect():
-        ordered = _answered(config, model, records, total)
-    report = summarise(ordered, config)
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    write_text(folder / PREDICTIONS, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in ordered))
-    write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    draw_answers(ordered, records, config.samples).save(folder / PICTURE)
-    return report
+    return Evaluation(config).run()
 
 
-def _answered(config: EvaluateConfig, model: str, records: Records, total: int) -> list[dict[str, Any]]:
-    """What the workers made of every record, in order."""
-    workers = config.workers or _capacity(config)
-    batches = -(-total // config.records_per_batch)
-    quiet()
-    # The numbers come from here, not from a read task, which would want a CPU that the workers hold.
-    numbers = ray.data.from_items([{"id": i} for i in range(total)], override_num_blocks=batches)
-    stage = numbers.map_batches(
-        Worker,
-        fn_constructor_args=(config, model, records),
-        batch_size=config.records_per_batch,
-        batch_format="numpy",
-        compute=ActorPoolStrategy(size=min(workers, batches)),
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker,
-    )
-    results: dict[int, dict[str, Any]] = {}
-    right = asked = 0.0
-    rejects = Rejects(config.max_reject_rate)
-    with RecordProgress("evaluate", total) as progress, reading(stage.iter_rows()) as rows:
-        for row in rows:
-            result = json.loads(row["result"])
-            results[result["record"]] = result
-            why = [tuple(result[key] for key in ("source", "row", "rejected", "detail"))] if "rejected" in result else []
-            rejects.add({result["source"]: 1}, why)
-            rejects.check()
-            for question in result.get("questions", ()):
-                right, asked = right + question["score"], asked + 1
-            progress.update(len(results), f"{right / asked:.1%} right" if asked else "")
-    if len(results) != total:
-        raise RuntimeError(f"{config.records}: {total} records, but results of {len(results)}")
-    return [results[i] for i in sorted(results)]
+class Evaluation:
+    """An evaluation whose model, records and folder are checked. Only `run` needs Ray.
 
-
-def read_report(config: EvaluateConfig) -> dict[str, Any]:
-    """The report that an evaluation left in `output`.
+    Attributes:
+        report: of the finished evaluation that the folder holds, None while something is left to do.
 
     Raises:
-        ConfigError: there is none of this model.
+        ConfigError: as `evaluate`.
     """
-    path = Path(config.output) / REPORT
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such report; evaluate first") from None
-    if report["model"] != config.model:
-        raise ConfigError(f"{path} is of {report['model']}, not of {config.model}")
-    return report
+
+    def __init__(self, config: EvaluateConfig):
+        self.config, self.folder = config, output_folder(config.output)
+        self.records = open_records(config.records, config.format)
+        self.total = min(len(self.records), config.limit or len(self.records))
+        self.model = fixed_model(config.model)
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNDECIDING}
+        self.results = claim(self.folder, settings, _stamp(self.model), self.records.stamp, self.total)
+        self._rejects = Rejects(config.max_reject_rate)
+        self._right = self._asked = 0.0
+        self.report = finished_report(self.folder, self.results)
+        self._todo = [] if self.report else [shard for shard in self.results.shards if not self._is_done(shard)]
+
+    @property
+    def records_done(self) -> int:
+        """Records whose results are written."""
+        return self.total if self.report else self._rejects.seen.total()
+
+    def run(self) -> Report:
+        """Answers what is left and writes the report; nothing if all is there."""
+        if self.report is not None:
+            return self.report
+        started = time.perf_counter()
+        if self._todo:
+            with cluster.connect(), RecordProgress("evaluate", self.total, self.records_done) as progress:
+                for shard, file in self._made():
+                    self.results.commit(shard, file)
+                    self._count(decode(file, COUNTED))
+                    self._rejects.check()
+                    progress.update(self.records_done, f"{self._right / self._asked:.1%} right" if self._asked else "")
+        self._rejects.check(at_end=True)
+        self.report = write_report(self.config, self.results, self.records, time.perf_counter() - started)
+        return self.report
+
+    def _is_done(self, shard: int) -> bool:
+        """Whether a shard is there, and no record in it may fare better now: media that did not come are asked for again."""
+        table = self.results.read(shard, COUNTED)
+        if table is None or any((reason or "").startswith("media:") for reason in table.column("rejected").unique().to_pylist()):
+            return False
+        self._count(table)
+        return True
+
+    def _count(self, table: pa.Table) -> None:
+        records: dict[int, dict[str, Any]] = {row["record"]: row for row in table.to_pylist()}
+        for row in records.values():
+            rejected = [(row["source"], row["row"], row["rejected"], row["detail"])] if row["rejected"] else []
+            self._rejects.add({row["source"]: 1}, rejected)
+        scores = table.column("score").drop_null().to_numpy()
+        self._right, self._asked = self._right + scores.sum(), self._asked + len(scores)
+
+    def _made(self) -> Iterator[tuple[int, bytes]]:
+        """The missing shards, as they come: number and Parquet file."""
+        workers = self.config.workers or _capacity(self.config)
+        quiet()
+        # The numbers come from here, not from a read task, which would want a CPU that the workers hold.
+        numbers = ray.data.from_items([{"shard": shard} for shard in self._todo], override_num_blocks=len(self._todo))
+        stage = numbers.map_batches(
+            Worker,
+            fn_constructor_args=(self.config, self.model, ray.put(self.records), self.results.records),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ActorPoolStrategy(size=min(workers, len(self._todo))),
+            num_cpus=self.config.cpus_per_worker,
+            num_gpus=self.config.gpus_per_worker,
+        )
+        with reading(stage.iter_rows()) as rows:
+            for row in rows:
+                yield int(row["shard"]), row["file"]
 
 
-def record(report: dict[str, Any], config: EvaluateConfig, run: tracking.Run) -> None:
-    """Adds an evaluation to an MLflow run: its scores as metrics, report and picture as artifacts."""
-    scores = {_metric_name(kind): figures["score"] for kind, figures in report["types"].items()} | {OVERALL: report["overall"]}
-    run.log_metrics({f"{tracking.EVALUATION}{name}": value for name, value in scores.items() if value is not None})
-    for name in (REPORT, PICTURE):
-        run.log_file(Path(config.output) / name, "evaluation")
-
-
-def _metric_name(kind: str) -> str:
-    """A question type as it is, unless it would be taken for the overall score."""
-    return f"type/{kind}" if re.fullmatch(f"(type/)*{OVERALL}", kind) else kind
-
-
-def summarise(results: list[dict[str, Any]], config: EvaluateConfig) -> dict[str, Any]:
-    """The report of all records' results."""
-    scores: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
-    for result in results:
-        for question in result.get("questions", ()):
-            scores[question["type"], question["metric"]].append(question["score"])
-    # Pointing is another kind of task; the mean over answers to questions stays comparable to published figures without it.
-    answers = [value for (_, metric), values in scores.items() if metric != "pointing" for value in values]
-    reasons = collections.Counter(result["rejected"] for result in results if "rejected" in result)
-    return {
-        "model": config.model,
-        "records": len(results),
-        "rejected": sum(reasons.values()),
-        "reasons": dict(reasons.most_common()),
-        "questions": len(answers),
-        "overall": _mean(answers),
-        "types": {
-            kind: {"questions": len(values), "metric": metric, "score": _mean(values)} for (kind, metric), values in sorted(scores.items())
-        },
-    }
-
-
-def _mean(values: list[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
+def _stamp(model: str) -> Any:
+    """What changes when a model does: the checksums of its files or, if it has none, their sizes and times."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model  # a version in the registry, a repository of the hub
+    if (folder / CHECKSUMS_NAME).is_file():
+        return (folder / CHECKSUMS_NAME).read_text(encoding="utf-8")
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _capacity(config: EvaluateConfig) -> int:

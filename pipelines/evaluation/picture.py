@@ -27,38 +27,40 @@ FRAMES = FrameSettings(max_frames=4, max_fps=1e9)
 """Frames of a video, at even distances, in two rows."""
 
 
-def draw_answers(results: Sequence[dict[str, Any]], records: Records, samples: int) -> Image.Image:
-    """A sheet of sample answers: records spread over the set, question types in turn. Green is right, red wrong.
+def draw_answers(answers: Sequence[dict[str, Any]], records: Records) -> Image.Image:
+    """A sheet of answers (`record`, `question`, `prediction`, `score`, `answers` of each). Green is right, red wrong.
 
     Media that cannot be shown (any more) leave their place to the reason.
     """
-    chosen = choose(results, samples)
-    rows = max(1, -(-len(chosen) // COLUMNS))
+    rows = max(1, -(-len(answers) // COLUMNS))
     cell_width, cell_height = SIDE + 2 * MARGIN, SIDE + TEXT_LINES * LINE + 2 * MARGIN
     sheet = Image.new("RGB", (COLUMNS * cell_width, rows * cell_height), "white")
-    viewer = IsolatedBuilder(_Viewer(None, MAX_IMAGE_PIXELS))
+    viewer = Viewer()
     try:
-        for i, (result, question) in enumerate(chosen):
+        for i, answer in enumerate(answers):
             origin = (i % COLUMNS * cell_width + MARGIN, i // COLUMNS * cell_height + MARGIN)
-            _draw(sheet, origin, _shown(viewer, records, result["record"]), question)
+            _draw(sheet, origin, viewer.pixels(records, answer["record"]), answer)
     finally:
         viewer.close()
     return sheet
 
 
-def choose(results: Sequence[dict[str, Any]], samples: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """(record's result, question) pairs: records at even distances, their question types taking turns."""
-    usable = [result for result in results if result.get("questions")]
-    types = sorted({question["type"] for result in usable for question in result["questions"]})
-    picked = []
-    for k in range(min(samples, len(usable))):
-        result = usable[k * len(usable) // min(samples, len(usable))]
-        wanted = types[k % len(types)]
-        picked.append((result, next((q for q in result["questions"] if q["type"] == wanted), result["questions"][0])))
-    return picked
+def spread(kinds: np.ndarray, records: np.ndarray, count: int) -> list[int]:
+    """Which questions to show: records at even distances, the kinds of questions taking turns.
+
+    Args:
+        kinds, records: int [questions], ordered by record.
+        count: how many at most.
+    """
+    there, order, chosen = np.unique(records), np.unique(kinds), []
+    for k in range(min(count, len(there))):
+        of_record = np.flatnonzero(records == there[k * len(there) // min(count, len(there))])
+        wanted = of_record[kinds[of_record] == order[k % len(order)]]
+        chosen.append(int((wanted if len(wanted) else of_record)[0]))
+    return chosen
 
 
-class _Viewer(ExampleBuilder):
+class _ViewBuilder(ExampleBuilder):
     """Makes pixels to look at of a record's media."""
 
     def build(self, example: dict[str, Any], rng: np.random.RandomState | None) -> dict[str, Any]:
@@ -73,15 +75,24 @@ class _Viewer(ExampleBuilder):
         return {} if image is None else {"pixels": image}
 
 
-def _shown(viewer: IsolatedBuilder, records: Records, i: int) -> np.ndarray | str | None:
-    """Pixels of a record's media, or why there are none."""
-    try:
-        example = media_of(read_record(records[i]))
-        if example.get("images"):
-            example["images"] = example["images"][:1]
-        return viewer.build(example, None).get("pixels")
-    except Rejected as error:
-        return str(error)
+class Viewer:
+    """Shows the media of records; videos are decoded in a process of their own, until `close`."""
+
+    def __init__(self) -> None:
+        self._builder = IsolatedBuilder(_ViewBuilder(None, MAX_IMAGE_PIXELS))
+
+    def pixels(self, records: Records, i: int) -> np.ndarray | str | None:
+        """Of the first image [h, w, 3] or of frames of a video [T, h, w, 3], uint8; or why there are none (None: it is a text)."""
+        try:
+            example = media_of(read_record(records[i]))
+            if example.get("images"):
+                example["images"] = example["images"][:1]
+            return self._builder.build(example, None).get("pixels")
+        except Rejected as error:
+            return str(error)
+
+    def close(self) -> None:
+        self._builder.close()
 
 
 def _draw(sheet: Image.Image, origin: tuple[int, int], shown: np.ndarray | str | None, question: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from molmo_core.metrics import Metric, metric, metric_for
+from molmo_core.metrics import Metric, Truth, metric, metric_for
 from pipelines.data.rejects import Rejected
 from pipelines.evaluation.config import ScoringConfig
 from pipelines.evaluation.truth import complete, truth_of
@@ -35,9 +35,11 @@ def questions(example: dict[str, Any]) -> list[Question]:
     """The questions of a record as it was read.
 
     Raises:
-        Rejected: a question without an answer.
+        Rejected: no question, or one without an answer.
     """
     shared = {key: value for key, value in example.items() if key not in (*_MEDIA, "message_list", "metadata")}
+    if not example.get("message_list", True):
+        raise Rejected("record: no question", "message_list is empty")
     return [_question({**shared, **annotation}) for annotation in example.get("message_list", [{}])]
 
 
@@ -69,29 +71,37 @@ def _options(task: dict[str, Any]) -> list[str]:
     return [str(option) for option in task.get("options") or task.get("unlabelled_options") or ()]
 
 
-def metric_of(question: Question, config: ScoringConfig, image_sizes: Sequence[tuple[int, int]]) -> Metric:
-    """The metric of a question: that of its type, else the configuration's, else the one that fits the record.
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """How the answers to a question are scored: its metric, and what that compares with."""
 
-    Raises:
-        TruthMissing: the record has no reference that a metric could use.
-    """
-    name = config.metrics.get(question.type, config.metric) or metric_for(truth_of(question.task, question.answers, image_sizes))
-    return metric(name, **({"radius": config.point_radius} if name in ("pointing", "point_in_box") else {}))
+    metric: Metric
+    truth: Truth
+
+    def __call__(self, answer: str) -> dict[str, float]:
+        """The metric's scores of an answer by name, each 0 to 1."""
+        return self.metric(answer, self.truth)
+
+    def score(self, answer: str) -> float:
+        """The main one of them."""
+        return self(answer)[self.metric.main]
 
 
-def scores(question: Question, prediction: str, config: ScoringConfig, image_sizes: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """How good an answer is: the scores of the question's metric by name, its main score first, each 0 to 1.
+def judge(question: Question, config: ScoringConfig, image_sizes: Sequence[tuple[int, int]]) -> Judge:
+    """How a question is scored: by the metric of its type, else the configuration's, else the one that fits the record.
 
     Args:
         image_sizes: (width, height) of the images, or of a video's frames; they give points their scale.
 
     Raises:
-        TruthMissing: the record lacks what the metric compares with.
+        Rejected: the record has nothing that a metric could compare with.
     """
-    measure = metric_of(question, config, image_sizes)
-    return measure(prediction, complete(truth_of(question.task, question.answers, image_sizes), measure))
-
-
-def score(question: Question, prediction: str, config: ScoringConfig, image_size: tuple[int, int]) -> float:
-    """The main score of an answer; arguments and errors of `scores`, for one image."""
-    return next(iter(scores(question, prediction, config, [image_size]).values()))
+    try:
+        truth = truth_of(question.task, question.answers, image_sizes)
+        name = config.metrics.get(question.type, config.metric) or metric_for(truth)
+        measure = metric(name, **({"radius": config.point_radius} if name in ("pointing", "point_in_box") else {}))
+        found = Judge(measure, complete(truth, measure))
+        measure.check(found.truth)
+    except ValueError as error:  # also of points that are not in the image
+        raise Rejected("record: no answer", str(error)) from None
+    return found

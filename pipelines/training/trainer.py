@@ -222,7 +222,7 @@ class Driver:
             return
         assert self.config.samples is not None
         records = self.config.samples.records
-        self.recorder.picture(f"samples/step_{step:06d}.png", lambda: draw_answers(results, open_records(records), len(results)))
+        self.recorder.picture(f"samples/step_{step:06d}.png", lambda: draw_answers(results, open_records(records)))
 
     def _history(self) -> dict[str, list[tuple[int, float]]]:
         """What MLflow has of the whole run, earlier parts of a continued one included."""

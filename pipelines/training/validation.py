@@ -16,7 +16,7 @@ from pipelines.data.rejects import Rejected
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import ScoringConfig
 from pipelines.evaluation.prompts import Prompt, Prompts
-from pipelines.evaluation.questions import Question, score
+from pipelines.evaluation.questions import Question, judge
 from pipelines.training.config import TrainConfig
 from pipelines.training.events import Event, Metrics, Note, Samples
 from pipelines.training.hooks import Hook, Step
@@ -79,7 +79,9 @@ class Sampler(Hook):
             found = []
             for i in range(min(self.settings.count, len(records))):
                 try:
-                    found += [(i, prompt) for prompt in prompts(records[i], functools.partial(_of_type, turn=i))]
+                    for prompt in prompts(records[i], functools.partial(_of_type, turn=i)):
+                        judge(prompt.question, SCORING, [prompt.image_size])  # a question that cannot be scored is told now
+                        found.append((i, prompt))
                 except Rejected as error:
                     message = f"samples.records: {self.settings.records}: record {i}: {error}"
                     if error.reason != NO_ANSWER:
@@ -99,7 +101,7 @@ class Sampler(Hook):
 
     @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:
-        """A result for each record, in the form of an evaluation's; every rank calls it."""
+        """An answer for each record, as an evaluation has it; every rank calls it."""
         if not self.samples:
             return []
         prompts = [prompt.inputs for _, prompt in self.samples]
@@ -111,9 +113,9 @@ class Sampler(Hook):
         results = []
         for (i, prompt), text in zip(self.samples, texts, strict=True):
             question = prompt.question
-            points = score(question, text, SCORING, prompt.image_size)
+            points = judge(question, SCORING, [prompt.image_size]).score(text)
             answer = {"question": question.text, "type": question.type, "answers": question.answers, "prediction": text, "score": points}
-            results.append({"record": i, "questions": [answer]})
+            results.append({"record": i, **answer})
         return results
 
 

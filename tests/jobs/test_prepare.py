@@ -98,9 +98,9 @@ def test_held_out_records_are_evaluated(cluster, tiny_checkpoint, tmp_path):
     assert report["rows_in"] + report["rows_held_out"] == 40
     assert len(PreparedDataset(tmp_path / "out")) == report["rows_out"] == 40 - len(held_out)
     settings = {"model": tiny_checkpoint, "records": tmp_path / "out/test.part.json", "output": tmp_path / "scores"}
-    scores = evaluate(EvaluateConfig(**{k: str(v) for k, v in settings.items()}, max_new_tokens=3, workers=1))
+    scores = evaluate(EvaluateConfig(**{k: str(v) for k, v in settings.items()}, max_new_tokens=3, workers=1)).figures
     assert scores["records"] == scores["questions"] == len(held_out)
-    asked = [json.loads(line)["questions"][0]["question"] for line in (tmp_path / "scores/predictions.jsonl").read_text().splitlines()]
+    asked = pq.read_table(tmp_path / "scores/predictions").column("question").to_pylist()
     assert asked == [held_out[i].data["messages"][0] for i in range(len(held_out))]
 
 

@@ -87,8 +87,8 @@ def test_every_kind_in_every_stage(kind, addresses, tiny_model, records, tmp_pat
 
     # evaluate and serve
     settings = EvaluateConfig(model=address, records=str(records), output=str(tmp_path / "evaluation"), max_new_tokens=2)
-    answers = Worker(settings, fixed_model(address), open_records(str(records)))({"id": np.arange(4)})
-    assert ["rejected" in json.loads(answer) for answer in answers["result"]] == [False] * 4
+    rows = Worker(settings, fixed_model(address), open_records(str(records)), 4).rows(range(4))
+    assert [(row["record"], "rejected" in row) for row in rows] == [(i, False) for i in range(4)]
     build(ServeConfig(model=address, name="x"))
 
 
@@ -138,4 +138,4 @@ def test_a_published_folder_from_records_to_scores(addresses, records, tmp_path)
         settings = EvaluateConfig(
             model=addresses["registered published"], records=str(records), output=str(tmp_path / "e"), max_new_tokens=2, workers=1
         )
-        assert evaluate(settings)["questions"] == 4
+        assert evaluate(settings).figures["questions"] == 4

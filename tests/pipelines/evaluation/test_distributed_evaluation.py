@@ -1,22 +1,30 @@
-"""A distributed evaluation: every record once, the same answers as the model alone, bad records reported."""
+"""A distributed evaluation: every record once, the same answers as the model alone, on any number of workers, killed or not."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from molmo_core.config import ConfigError
 from pipelines import cluster
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.evaluate import Evaluation, evaluate
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent.parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def connected():
-    with cluster.connect(num_cpus=2, object_store_memory=256 << 20):
+    with cluster.connect(num_cpus=3, object_store_memory=256 << 20):
         yield
 
 
@@ -35,36 +43,75 @@ def records(tmp_path_factory):
     return folder / "records.jsonl"
 
 
-def config(checkpoint, records, output, **settings) -> EvaluateConfig:
-    return EvaluateConfig(
-        model=str(checkpoint), records=str(records), output=str(output), max_new_tokens=5, records_per_batch=3, workers=2, **settings
-    )
+def settings(checkpoint, records, output, **changes) -> dict:
+    given = {"model": str(checkpoint), "records": str(records), "output": str(output), "max_new_tokens": 5, "shard_records": 3}
+    return given | {"workers": 2} | changes
 
 
-def test_every_record_once(tiny_model, tiny_checkpoint, records, tmp_path):
-    report = evaluate(config(tiny_checkpoint, records, tmp_path))
-    assert (report["records"], report["rejected"], report["questions"]) == (10, 1, 18)
-    results = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert [result["record"] for result in results] == list(range(10))
-    assert (results[5]["rejected"], results[5]["source"], results[5]["row"]) == ("image: undecodable", str(records), 5)
-    assert "not an image" in results[5]["detail"]
-    assert report["reasons"] == {"image: undecodable": 1}
+def config(*args, **changes) -> EvaluateConfig:
+    return EvaluateConfig(**settings(*args, **changes))
+
+
+def predictions(output):
+    return pq.read_table(output / "predictions").to_pylist()
+
+
+def comparable(report):
+    return {key: value for key, value in report.figures.items() if key != "seconds"}
+
+
+def test_a_killed_evaluation_continues_and_finds_the_same(connected, tiny_model, tiny_checkpoint, records, tmp_path):
+    """One worker that is killed with its driver after some shards, then three; and two that nobody disturbs."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    file = tmp_path / "evaluate.yaml"
+    file.write_text(json.dumps(settings(tiny_checkpoint, records, killed, workers=1, shard_records=1)))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    with subprocess.Popen([sys.executable, "-m", "jobs.evaluate", file], env=environment, start_new_session=True) as job:
+        while not list(killed.glob("predictions/*.parquet")):
+            assert job.poll() is None
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGKILL)
+    assert not (killed / "report.json").exists()
+    left = Evaluation(config(tiny_checkpoint, records, killed, workers=3, shard_records=1))
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("predictions/*.parquet")}
+    assert left.records_done == len(before) > 0
+    report = left.run()
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what was done is not done again"
+
+    expected = evaluate(config(tiny_checkpoint, records, whole))
+    assert comparable(report) == comparable(expected)
+    assert predictions(killed) == predictions(whole)
+    assert report.scores() == expected.scores()
+
+    figures = expected.figures
+    assert (figures["records"], figures["rejected"], figures["questions"]) == (10, 1, 18)
+    assert figures["reasons"] == {"image: undecodable": 1}
+    assert json.loads((whole / "report.json").read_text()) == figures
+    rows = predictions(whole)
+    assert [row["record"] for row in rows] == [i for i in range(10) for _ in range(1 if i == 5 else 2)], "each record once, in order"
+    (bad,) = [row for row in rows if row["rejected"]]
+    assert (bad["rejected"], bad["source"], bad["row"], bad["number"]) == ("image: undecodable", str(records), 5, None)
+    assert "not an image" in bad["detail"]
     preprocess = tiny_model.config.build_preprocessor(for_inference=True, is_training=False)
-    for k in (0, 9):
-        for asked in results[k]["questions"]:
-            example = preprocess({"image": records.parent / f"{k}.png", "style": "demo", "question": asked["question"]})
-            assert asked["prediction"] == tiny_model.generate(**example, max_new_tokens=5).text[0].strip()
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-    with Image.open(tmp_path / "answers.png") as picture:
+    for row in rows[:2] + rows[-2:]:
+        example = preprocess({"image": records.parent / f"{row['record']}.png", "style": "demo", "question": row["question"]})
+        assert row["prediction"] == tiny_model.generate(**example, max_new_tokens=5).text[0].strip()
+    with Image.open(whole / "answers.png") as picture:
         assert picture.width > 500
 
 
-def test_limit(tiny_checkpoint, records, tmp_path):
-    assert evaluate(config(tiny_checkpoint, records, tmp_path, limit=2))["questions"] == 4
+def test_limit(connected, tiny_checkpoint, records, tmp_path):
+    assert evaluate(config(tiny_checkpoint, records, tmp_path, limit=2)).figures["questions"] == 4
 
 
-def test_too_many_bad_records(tiny_checkpoint, records, tmp_path):
-    for i in range(3):
-        records.parent.joinpath(f"bad{i}.jsonl").write_text(json.dumps({"image": "missing.png", "question": "q", "answer": "a"}))
-    with pytest.raises(ConfigError, match=r"records rejected, more than max_reject_rate=0.01 allows \(. x media: missing file"):
-        evaluate(config(tiny_checkpoint, records.parent / "bad*.jsonl", tmp_path))
+@pytest.mark.parametrize("count", [1, 3])
+def test_nothing_that_could_be_scored_is_an_error(connected, tiny_checkpoint, tmp_path, count):
+    lines = [json.dumps({"image": f"missing{i}.png", "question": "q", "answer": "a"}) for i in range(count)]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    told = rf"{count} of {count} records rejected, more than max_reject_rate=0.01 allows \({count} x media: missing file"
+    with pytest.raises(ConfigError, match=told):
+        evaluate(config(tiny_checkpoint, tmp_path / "r.jsonl", tmp_path / "out"))
+    for i in range(count):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"missing{i}.png")
+    report = evaluate(config(tiny_checkpoint, tmp_path / "r.jsonl", tmp_path / "out"))
+    assert report.figures["questions"] == count, "media that come late are asked for again"

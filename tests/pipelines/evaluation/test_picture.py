@@ -17,9 +17,9 @@ def sheet(tmp_path):
 
     def draw(*rows):
         (tmp_path / "r.jsonl").write_text("".join(json.dumps({"question": "q", "answer": "a", **row}) + "\n" for row in rows))
-        question = {"question": "q", "type": "t", "answers": ["a"], "prediction": "a", "score": 1}
-        results = [{"record": i, "questions": [question]} for i in range(len(rows))]
-        return np.asarray(draw_answers(results, open_records(str(tmp_path / "r.jsonl")), len(rows)))
+        answer = {"question": "q", "type": "t", "answers": ["a"], "prediction": "a", "score": 1}
+        answers = [{"record": i, **answer} for i in range(len(rows))]
+        return np.asarray(draw_answers(answers, open_records(str(tmp_path / "r.jsonl"))))
 
     return draw
 

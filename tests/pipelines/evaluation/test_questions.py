@@ -1,13 +1,15 @@
 """Questions and scores of every kind of record."""
 
+import pyarrow as pa
 import pytest
 
 from molmo_core.config import ConfigError
 from pipelines.data.rejects import Rejected
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.evaluate import summarise
-from pipelines.evaluation.picture import choose
-from pipelines.evaluation.questions import media_of, questions, score
+from pipelines.evaluation.picture import spread
+from pipelines.evaluation.questions import judge, media_of, questions
+from pipelines.evaluation.report import Tally, summarise
+from pipelines.evaluation.results import SCHEMA
 
 CONFIG = EvaluateConfig(model="m", records="r", output="o")
 SIZE = (200, 100)
@@ -15,7 +17,7 @@ SIZE = (200, 100)
 
 def scored(task: dict, prediction: str, **settings) -> float:
     config = EvaluateConfig(model="m", records="r", output="o", **settings)
-    return score(questions(task)[0], prediction, config, SIZE)
+    return judge(questions(task)[0], config, [SIZE]).score(prediction)
 
 
 def test_message_tree():
@@ -59,6 +61,21 @@ def test_reference_answers(task, answers):
 def test_no_answer_is_rejected():
     with pytest.raises(Rejected, match="no answer"):
         questions({"question": "q"})
+    with pytest.raises(Rejected, match="record: no question"):
+        questions({"image": "a.png", "message_list": []})
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "told"),
+    [
+        ({"question": "q", "answer": "a"}, {"metric": "multiple_choice"}, "multiple_choice needs options"),
+        ({"question": "how many?", "answer": "some"}, {"metric": "count"}, "count needs count"),
+        ({"style": "pointing", "label": "a", "points": [[300, 50]]}, {}, "point outside the image"),
+    ],
+)
+def test_what_a_metric_cannot_use_is_rejected(task, settings, told):
+    with pytest.raises(Rejected, match=f"record: no answer: .*{told}"):
+        scored(task, "a", **settings)
 
 
 @pytest.mark.parametrize(
@@ -93,29 +110,41 @@ def test_pointing_is_within_a_share_of_the_width():
     assert scored(written, '<point x="54.9" y="50.0" alt="a">a</point>', point_radius=0.02) == 0
 
 
-def result(record: int, **scores: float) -> dict:
-    asked = [{"question": k, "type": k, "metric": "pointing" if k == "pointing" else "vqa_score", "score": v} for k, v in scores.items()]
-    return {"record": record, "questions": asked}
+def shard(*records: dict) -> pa.Table:
+    """Rows as of a shard: a score by type for each record, or why it was rejected."""
+    rows = []
+    for i, scores in enumerate(records):
+        if "rejected" in scores:
+            rows.append({"record": i, **scores})
+        metrics = {kind: "pointing" if kind == "pointing" else "vqa_score" for kind in scores if kind != "rejected"}
+        for k, (kind, metric) in enumerate(metrics.items()):
+            named = [("f1" if metric == "pointing" else metric, scores[kind])]
+            rows.append({"record": i, "number": k, "type": kind, "metric": metric, "score": scores[kind], "scores": named})
+    return pa.Table.from_pylist(rows, SCHEMA)
 
 
 def test_summary():
-    report = summarise(
-        [result(0, colour=1, pointing=0), result(1, colour=0, shape=1), {"record": 2, "rejected": "x", "detail": "y"}], CONFIG
-    )
+    tally = Tally()
+    tally.add(shard({"colour": 1, "pointing": 0}, {"rejected": "x"}))
+    tally.add(shard({"colour": 0, "shape": 1}))
+    report = summarise(tally)
     assert report["questions"] == 3
     assert report["overall"] == pytest.approx(2 / 3, abs=1e-4)
-    assert report["types"]["colour"] == {"questions": 2, "metric": "vqa_score", "score": 0.5}
+    colour = {"score": 0.5, "low": 0, "high": 1}
+    assert report["types"]["colour"] == {"questions": 2, "metric": "vqa_score", **colour, "scores": {"vqa_score": colour}}
     assert report["types"]["pointing"]["score"] == 0
-    assert (report["records"], report["rejected"], report["reasons"]) == (3, 1, {"x": 1})
+    assert report["low"] <= report["overall"] <= report["high"]
+    assert (report["rejected"], report["reasons"]) == (1, {"x": 1})
 
 
 def test_picture_shows_all_types_and_the_whole_set():
-    results = [result(i, colour=1, pointing=1, shape=1) for i in range(90)]
-    chosen = choose(results, 9)
-    assert [r["record"] for r, _ in chosen] == list(range(0, 90, 10))
-    assert [q["type"] for _, q in chosen] == ["colour", "pointing", "shape"] * 3
-    assert len(choose(results[:2], 9)) == 2
-    assert choose([{"record": 0, "rejected": "x"}], 3) == []
+    tally = Tally()
+    tally.add(shard(*[{"colour": 1, "pointing": 1, "shape": 1}] * 90))
+    chosen = spread(tally.kind, tally.record, 9)
+    assert tally.record[chosen].tolist() == list(range(0, 90, 10))
+    assert [tally.kinds[k][0] for k in tally.kind[chosen]] == ["colour", "pointing", "shape"] * 3
+    assert len(spread(tally.kind[:6], tally.record[:6], 9)) == 2
+    assert spread(tally.kind[:0], tally.record[:0], 3) == []
 
 
 def test_a_metric_that_does_not_exist_is_named_with_its_key():
