@@ -162,5 +162,5 @@ def summarise(tally: Tally) -> dict[str, Any]:
 
 
 def _figure(scores: np.ndarray) -> dict[str, float]:
-    found = metrics.summarise({"score": scores}, seed=0)["score"]
+    found = metrics.summarise({"score": scores.tolist()}, seed=0)["score"]
     return {"score": round(found.mean, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
