@@ -5,7 +5,8 @@
     python benchmarks/serve_load.py --tiny                # on any CPU: the model costs next to nothing, so the service is measured
 
 Decoding is timed while all answers are in work, as in decode.py: from the last answer's first text to the first answer's end. `share` is
-that rate by the engine's own, measured first, in a process of its own. `cpu_ms_token` is the CPU time of all processes of a kind for a
+that rate by the engine's own, measured first, in a process of its own. With `RAY_SERVE_ENABLE_HA_PROXY=1` HAProxy stands in front
+instead of Ray Serve's proxy. `cpu_ms_token` is the CPU time of all processes of a kind for a
 token of the whole run. Every line is one JSON object.
 """
 
@@ -70,7 +71,7 @@ def main() -> None:
             for count in arguments.streams:
                 for _ in range(arguments.rounds):
                     line = measure(url, count, tokenizer, arguments)
-                    if count in own:
+                    if count in own and line["decode_tokens_s"]:
                         line |= {"engine_tokens_s": own[count], "share": round(line["decode_tokens_s"] / own[count], 3)}
                     print(json.dumps(line), flush=True)
 
@@ -122,7 +123,7 @@ def measure(url: str, count: int, tokenizer: Any, arguments: argparse.Namespace)
     return {
         "streams": count,
         "images": arguments.images,
-        "decode_tokens_s": round(decode_rate(results), 1),
+        "decode_tokens_s": decode_rate(results),
         "tokens_event": round(tokens / events, 2),
         "first_token_s": percentiles(first),
         "between_events_s": percentiles(gaps),
@@ -130,22 +131,25 @@ def measure(url: str, count: int, tokenizer: Any, arguments: argparse.Namespace)
     }
 
 
-def decode_rate(results: list[Stream]) -> float:
-    """Tokens a second while all answers are in work. An answer's tokens are spread over its text: the words are random."""
+def decode_rate(results: list[Stream]) -> float | None:
+    """Tokens a second while all answers are in work; None if there is no such time: then answers should be longer (`--new`).
+
+    An answer's tokens are spread over its text: the words are random.
+    """
     start = max(result.arrivals[0][0] for result in results)
     end = min(result.arrivals[-1][0] for result in results)
     if end <= start:
-        raise RuntimeError("the first answer ended before the last one began: make them longer (--new)")
+        return None
     tokens = 0.0
     for result in results:
         inside = sum(characters for moment, characters in result.arrivals if start < moment <= end)
         tokens += result.tokens * inside / sum(characters for _, characters in result.arrivals)
-    return tokens / (end - start)
+    return round(tokens / (end - start), 1)
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
     ordered = statistics.quantiles(values, n=20) if len(values) > 1 else values * 19
-    return {"p50": round(statistics.median(values), 4), "p95": round(ordered[18], 4)}
+    return {"p50": round(statistics.median(values), 4), "p95": round(ordered[18], 4), "max": round(max(values), 4)}
 
 
 def body(tokenizer: Any, arguments: argparse.Namespace) -> dict[str, Any]:
