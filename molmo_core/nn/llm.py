@@ -278,11 +278,14 @@ class Transformer(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head: [..., d] -> [..., E]. The additional tokens have no logits (they are never generated) unless
         `can_predict_extra_tokens` gives them some: [..., E + additional]."""
-        hidden = self.ln_f(hidden)
+        return self.head(self.ln_f(hidden))
+
+    def head(self, normed: torch.Tensor) -> torch.Tensor:
+        """`logits` of hidden states that went through the final norm."""
         if not self.config.weight_tying:
-            logits = self.ff_out(hidden)
+            logits = self.ff_out(normed)
         else:
-            logits = F.linear(hidden, self.wte.embedding)
+            logits = F.linear(normed, self.wte.embedding)
             if self.config.can_predict_extra_tokens:
-                logits = torch.cat((logits, F.linear(hidden, self.wte.new_embedding)), -1)
+                logits = torch.cat((logits, F.linear(normed, self.wte.new_embedding)), -1)
         return logits / self.config.d_model**0.5 if self.config.scale_logits else logits

@@ -23,8 +23,9 @@ IDLE_WAIT_S = 0.2
 class Engine(Protocol):
     """Generates the answers to many requests at once; used by one thread. Requests are told apart by identity."""
 
-    tokens: int
-    """Generated so far."""
+    @property
+    def tokens(self) -> int:
+        """Generated so far."""
 
     @property
     def active(self) -> int:

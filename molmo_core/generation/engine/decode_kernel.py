@@ -9,8 +9,8 @@ import triton.language as tl
 
 @triton.jit
 def _part_kernel(
-    queries, keys, values, tables, lengths, maxima, sums, outs,
-    q_row, page_row, head_row, table_row,
+    queries, keys, values, tables, lengths, maxima, sums, outs, result,
+    q_row, page_row, head_row, table_row, table_column,
     SCALE: tl.constexpr, KV_HEADS: tl.constexpr, SHARE: tl.constexpr, SHARE_ROWS: tl.constexpr, WIDTH: tl.constexpr,
     PAGE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +30,7 @@ def _part_kernel(
     acc = tl.zeros([SHARE_ROWS, WIDTH], tl.float32)
     inside = o[:, None] * WIDTH + d[None, :]
     for number in range(first, last):
-        page = tl.load(tables + row * table_row + number).to(tl.int64)
+        page = tl.load(tables + row * table_row + number * table_column).to(tl.int64)
         at = page * page_row + head * head_row + inside
         seen = number * PAGE + o < length
         k = tl.load(keys + at)
@@ -44,9 +44,12 @@ def _part_kernel(
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
         top = higher
     out = ((row * KV_HEADS + head) * PARTS + part) * SHARE + g
-    tl.store(maxima + out, top, mask=g < SHARE)
-    tl.store(sums + out, total, mask=g < SHARE)
-    tl.store(outs + out[:, None] * WIDTH + d[None, :], acc, mask=real)
+    if PARTS == 1:  # there is nothing to sum
+        tl.store(result + out[:, None] * WIDTH + d[None, :], (acc / total[:, None]).to(result.dtype.element_ty), mask=real)
+    else:
+        tl.store(maxima + out, top, mask=g < SHARE)
+        tl.store(sums + out, total, mask=g < SHARE)
+        tl.store(outs + out[:, None] * WIDTH + d[None, :], acc, mask=real)
 
 
 @triton.jit
@@ -69,28 +72,29 @@ def paged_attention(
     """Attention of the newest token of each sequence to all of its tokens.
 
     Args:
-        q: [B, H, D], contiguous, D a power of two >= 16.
+        q: [B, H, D], the heads of a row one after the other, D a power of two >= 16.
         keys, values: [pages, H_kv, page, D], contiguous; page a power of two >= 16.
-        tables: int32 [B, most pages], the pages of each sequence.
+        tables: int32 [B, most pages], the pages of each sequence; in any layout.
         lengths: int32 [B], its tokens (at least 1).
         parts: a power of two; so many programs share the pages of a sequence.
 
     Returns:
-        [B, H, D], as q.
+        [B, H, D], contiguous.
     """
     batch, heads, width = q.shape
     kv_heads, page = keys.shape[1:3]
     share = heads // kv_heads
-    shape = (batch * kv_heads, parts, share)
+    shape = (batch * kv_heads, parts, share) if parts > 1 else (0, 0, 0)
     maxima = torch.empty(shape, device=q.device, dtype=torch.float32)
     sums = torch.empty_like(maxima)
     outs = torch.empty(*shape, width, device=q.device, dtype=torch.float32)
-    result = torch.empty_like(q)
+    result = torch.empty(batch, heads, width, dtype=q.dtype, device=q.device)
     _part_kernel[(batch * kv_heads, parts)](
-        q, keys, values, tables, lengths, maxima, sums, outs, q.stride(0), keys.stride(0), keys.stride(1), tables.stride(0),
+        q, keys, values, tables, lengths, maxima, sums, outs, result, q.stride(0), keys.stride(0), keys.stride(1), *tables.stride(),
         SCALE=width**-0.5, KV_HEADS=kv_heads, SHARE=share,
         SHARE_ROWS=max(16, triton.next_power_of_2(share)), WIDTH=width, PAGE=page, PARTS=parts,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    _sum_kernel[(batch * heads,)](maxima, sums, outs, result, SHARE=share, WIDTH=width, PARTS=parts, num_warps=4)
+    if parts > 1:
+        _sum_kernel[(batch * heads,)](maxima, sums, outs, result, SHARE=share, WIDTH=width, PARTS=parts, num_warps=4)
     return result

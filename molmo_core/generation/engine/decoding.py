@@ -11,18 +11,17 @@ import torch
 from molmo_core.generation.engine.graphs import DecodeGraphs
 from molmo_core.generation.engine.paged import DecodeAttention, PagedCache
 from molmo_core.generation.engine.points import Points
+from molmo_core.generation.engine.sampler import Scores
 from molmo_core.generation.engine.scheduler import Sequence as Work
+from molmo_core.generation.engine.staging import to_device
 from molmo_core.nn.llm import Pass
 
 
 class Decoder(Protocol):
     """Computes the newest tokens of sequences into their pages."""
 
-    def step(self, sequences: Sequence[Work]) -> torch.Tensor:
-        """Logits float32 [B, E] behind the newest token of each; valid until the next step."""
-
-    def keep(self, sequences: Sequence[Work], tokens: torch.Tensor) -> None:
-        """The newest tokens int64 [B] of sequences, which the host does not know yet."""
+    def step(self, sequences: Sequence[Work]) -> Scores:
+        """What follows the newest token of each; valid until the next step."""
 
 
 class PlainDecoder:
@@ -32,25 +31,19 @@ class PlainDecoder:
         self.model, self.cache, self.points = model, cache, points
         self.device = next(model.parameters()).device
 
-    def step(self, sequences: Sequence[Work]) -> torch.Tensor:
+    def step(self, sequences: Sequence[Work]) -> Scores:
         tokens = np.array([sequence.tokens[-1] for sequence in sequences])
-        positions = np.array([newest_position(sequence) for sequence in sequences])
+        positions = np.array([sequence.prompt.next_position + sequence.count - 1 for sequence in sequences])
         tables = np.zeros((len(sequences), max(len(sequence.pages) for sequence in sequences)), np.int32)
         for row, sequence in zip(tables, sequences):
             row[: len(sequence.pages)] = sequence.pages
         lengths = np.array([sequence.computed + 1 for sequence in sequences], np.int32)
-        attention = DecodeAttention(self.cache, self._tensor(tables), self._tensor(lengths))
-        x = self.model.embed_tokens(self._tensor(tokens)[:, None])
+        attention = DecodeAttention(self.cache, to_device(tables, self.device), to_device(lengths, self.device))
+        x = self.model.embed_tokens(to_device(tokens, self.device)[:, None])
         x = x if self.points is None else self.points.fed(sequences, x)
-        hidden = self.model.run(Pass(x, self._tensor(positions)[:, None]), attention).hidden[:, -1]
+        hidden = self.model.run(Pass(x, to_device(positions, self.device)[:, None]), attention).hidden[:, -1]
         logits = self.model.transformer.logits(hidden).float()
-        return logits if self.points is None else self.points.allowed(sequences, hidden, logits)
-
-    def keep(self, sequences: Sequence[Work], tokens: torch.Tensor) -> None:
-        raise NotImplementedError("the tokens of a plain step come from the host")
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return Scores.of(logits if self.points is None else self.points.allowed(sequences, hidden, logits))
 
 
 class GraphDecoder:
@@ -62,40 +55,50 @@ class GraphDecoder:
     def __init__(self, model: Any, cache: PagedCache, rows: int, pages: int):
         """`rows`: of the largest batch; `pages`: of the longest sequence."""
         self.graphs = DecodeGraphs(model, cache, rows, pages)
-        self._newest = torch.zeros(rows, dtype=torch.int64, device=self.graphs.state.tokens.device)
-        """By slot, of the answers whose newest token the host may not know."""
-        pinned = self._newest.is_cuda
-        self._staged = [torch.zeros(rows * (4 + pages), dtype=torch.int32, pin_memory=pinned) for _ in range(self.STAGES)]
+        packet = self.graphs.state.packet
+        self._device = packet.device
+        self._staged = [torch.zeros(len(packet), dtype=torch.int32, pin_memory=packet.is_cuda) for _ in range(self.STAGES)]
         self._turn = 0
+        self._table = np.zeros((3 + pages, rows), np.int32)
+        """The packet of the last step, see `DecodeState`."""
+        self._ahead = np.zeros(rows, np.int32)
+        """Position less length of each row."""
+        self._pages: list[list[int]] = [[] for _ in range(rows)]
+        """The pages of each row, as they belong to the sequence (another one has another list, and so has one that comes back)."""
+        self._sent = [0] * rows
+        """How many of them are in the table."""
 
-    def step(self, sequences: Sequence[Work]) -> torch.Tensor:
-        state, size = self.graphs.state, self.graphs.size_of(len(sequences))
-        self._turn = (self._turn + 1) % self.STAGES
-        width = 4 + max(len(sequence.pages) for sequence in sequences)
-        staged = self._staged[self._turn][: size * width].view(size, width)  # contiguous: else the copy would wait for the device
-        array = staged.numpy()
-        array[len(sequences) : size] = 0
-        array[len(sequences) : size, 3] = 1  # padding has one token, in page 0
-        for i, sequence in enumerate(sequences):
-            row = array[i]
-            row[0], row[1] = sequence.slot, sequence.tokens[-1]
-            row[2], row[3] = newest_position(sequence), sequence.computed + 1
-            row[4 : 4 + len(sequence.pages)] = sequence.pages
-            row[4 + len(sequence.pages) :] = 0
-        sent = staged.to(state.tokens.device, non_blocking=True)
-        known = sent[:, 1].long()
-        state.tokens[:size] = torch.where(known >= 0, known, self._newest[sent[:, 0].long()])
-        state.positions[:size] = sent[:, 2].long()
-        state.lengths[:size] = sent[:, 3]
-        state.tables[:size, : width - 4] = sent[:, 4:]
-        return self.graphs.run(len(sequences))
+    def step(self, sequences: Sequence[Work]) -> Scores:
+        count, size = len(sequences), self.graphs.size_of(len(sequences))
+        for row, sequence in enumerate(sequences):
+            pages = sequence.pages
+            if self._pages[row] is not pages:
+                self._pages[row], self._sent[row] = pages, 0
+                self._table[0, row] = sequence.slot
+                self._ahead[row] = sequence.prompt.next_position - sequence.prompt_length - 1
+            if self._sent[row] < len(pages):
+                self._table[3 + self._sent[row] : 3 + len(pages), row] = pages[self._sent[row] :]
+                self._sent[row] = len(pages)
+        for row in range(count, size):  # padding has one token, in page 0
+            self._pages[row], self._sent[row], self._ahead[row] = [], 0, -1
+            self._table[[0, 3], row] = len(self._pages), 0
+        lengths = self._table[2, :size]
+        lengths[:count] = [sequence.computed + 1 for sequence in sequences]
+        lengths[count:] = 1
+        self._table[1, :size] = self._ahead[:size] + lengths
+        self._send(size, 3 + max(self._sent[:count]))
+        return self.graphs.run(count)
 
     def keep(self, sequences: Sequence[Work], tokens: torch.Tensor) -> None:
-        slots = torch.tensor([sequence.slot for sequence in sequences])
-        slots = slots.pin_memory() if tokens.is_cuda else slots
-        self._newest[slots.to(tokens.device, non_blocking=True)] = tokens
+        """The newest tokens int64 [B] of sequences, if they are not the most probable ones of the last step."""
+        slots = to_device(np.array([sequence.slot for sequence in sequences]), self._device)
+        self.graphs.state.newest[slots] = tokens
 
-
-def newest_position(sequence: Work) -> int:
-    """Rotary position of the newest token of an answer."""
-    return sequence.prompt.next_position + sequence.count - 1
+    def _send(self, size: int, rows: int) -> None:
+        """The first rows of the table; on a CPU all, because attention without the kernel looks at all of them."""
+        packet = self.graphs.state.packet
+        rows = rows if packet.is_cuda else len(self._table)
+        self._turn = (self._turn + 1) % self.STAGES
+        staged = self._staged[self._turn][: rows * size]
+        np.copyto(staged.view(rows, size).numpy(), self._table[:rows, :size])
+        packet[: rows * size].copy_(staged, non_blocking=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import concurrent.futures
 import logging
-import secrets
+import operator
 import time
 from collections.abc import Sequence as Items
 from typing import Any, NamedTuple
@@ -12,60 +12,34 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from molmo_core.generation.engine.answers import Answers, Launched
 from molmo_core.generation.engine.decoding import Decoder, GraphDecoder, PlainDecoder
-from molmo_core.generation.engine.grammars import Grammars, GrammarState
+from molmo_core.generation.engine.grammars import Grammars
+from molmo_core.generation.engine.limits import EngineLimits
 from molmo_core.generation.engine.paged import PagedCache
 from molmo_core.generation.engine.pages import PagePool
-from molmo_core.generation.engine.requests import End, EngineStats, Event, Failed, Request, SamplingParams, Times, Token, TokenLogprobs
+from molmo_core.generation.engine.requests import EngineStats, Event, Failed, Request, SamplingParams, Token
 from molmo_core.generation.engine.runner import Runner
-from molmo_core.generation.engine.sampler import Row, choose, logprobs_of
+from molmo_core.generation.engine.sampler import Batch, Sampler, Scores, logprobs_of
 from molmo_core.generation.engine.scheduler import Chunk, Plan, Scheduler, Sequence
+from molmo_core.generation.engine.staging import to_device
+
+__all__ = ["Engine", "EngineLimits"]
 
 logger = logging.getLogger(__name__)
-UNKNOWN = -1
-"""Stands for a token that was chosen on the device and not read yet."""
+GRAMMAR_WAIT_S = 0.02
+"""How long a step waits for grammars if there is nothing else to do."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineLimits:
-    """Sizes of an engine."""
+class WarmUp(NamedTuple):
+    """What `Engine.warm_up` took."""
 
-    max_running: int = 64
-    """Answers in work at once; others wait."""
-    prefill_tokens: int = 8192
-    """Tokens of prompts that a step reads at most, padding included, so that answers in work do not wait long."""
-    cache_bytes: int | None = None
-    """Memory for keys and values; None: on a GPU most of what is free, elsewhere 1 GiB."""
-    feature_bytes: int = 256 << 20
-    """Memory for the features of media that were seen already."""
-    page_size: int = 64
-    """Tokens of a page of the cache: a power of two of at least 16 on a GPU."""
-    graphs: bool = True
-    """On a GPU: decode by CUDA graphs."""
-    overlap: bool = True
-    """With graphs: launch a step before the tokens of the last one were read."""
-
-
-class _Launched(NamedTuple):
-    """A step whose tokens the host has not read."""
-
-    sequences: list[Sequence]
-    counts: list[int]
-    """The number of each token in its answer, from 1."""
-    tokens: torch.Tensor
-    """int64 [2, B] on the host, once `ready`: tokens, and whether the row had numbers."""
-    ready: torch.cuda.Event | None
-
-
-@dataclasses.dataclass
-class _Answer:
-    """What the engine knows of a request."""
-
-    sequence: Sequence
-    seed: int
-    grammar: GrammarState | None
-    started: float | None = None
-    """When a step first read its prompt."""
+    compile_s: float
+    """To compile what reads prompts and draws tokens."""
+    capture_s: float
+    """To compile what decodes, and to capture it."""
+    graphs: int
+    """Sizes that were captured."""
 
 
 class Engine:
@@ -83,16 +57,24 @@ class Engine:
         self.runner = Runner(model, pages, limits.page_size, limits.feature_bytes)
         self.scheduler = Scheduler(PagePool(pages, limits.page_size), limits.max_running, limits.prefill_tokens)
         self.decoder = self._decoder(pages)
-        self._launched: list[_Launched] = []
-        self.grammars = Grammars(lambda: model.tokenizer)
-        self._answers: dict[Request, _Answer] = {}
-        self.tokens = 0
-        """Tokens generated so far."""
+        self.sampler = Sampler(limits.max_running, model.device)
+        self._batch: tuple[list[Sequence], list[list[int]], Batch] | None = None
+        """The last one: its sequences, and the pages that they had."""
+        self._launched: list[Launched] = []
+        self._grammars = Grammars(lambda: model.tokenizer)
+        self._compiling: list[Sequence] = []
+        """Those whose grammar is being compiled; nobody waits for them."""
+        self._answers = Answers(model)
 
     @property
     def active(self) -> int:
         """Requests that wait or are in work."""
-        return self.scheduler.active
+        return self.scheduler.active + len(self._compiling)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated so far."""
+        return self._answers.tokens
 
     @property
     def running(self) -> int:
@@ -104,7 +86,7 @@ class Engine:
         scheduler, features = self.scheduler, self.runner.media.cache
         return EngineStats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._compiling),
             pages_used=scheduler.pool.used,
             pages_total=scheduler.pool.total,
             feature_bytes=features.bytes,
@@ -117,59 +99,69 @@ class Engine:
         )
 
     def add(self, request: Request) -> None:
-        """Puts a request into the queue.
+        """Puts a request into the queue; one with a grammar gets there when this is compiled, and fails if it is not valid.
 
         Raises:
-            ValueError: it cannot be answered: inputs that do not fit, more tokens than the cache or the model has room for, or a
-                grammar that is not valid.
+            ValueError: it cannot be answered: inputs that do not fit, or more tokens than the cache or the model has room for.
         """
         params = request.params
-        grammar = None if params.grammar is None else self.grammars.start(params.grammar)
         prompt, config = self.runner.prompt(request.example), self.model.config
         longest = len(prompt) + params.max_tokens
         if longest > config.llm.max_sequence_length:
             raise ValueError(f"prompt and answer may be {longest:,} tokens, but the model takes {config.llm.max_sequence_length:,}")
         if len(request.begun) >= params.max_tokens:
             raise ValueError(f"{len(request.begun)} tokens are generated already, max_tokens is {params.max_tokens}")
-        if grammar is not None:
-            for token in request.begun:
-                grammar.push(token)
         sequence = Sequence(request, [*prompt.example["input_ids"].tolist(), *request.begun], len(prompt), prompt)
-        self.scheduler.add(sequence)
+        self.scheduler.check(sequence)
+        if params.grammar is None:
+            self.scheduler.add(sequence)
+        else:
+            self._compiling.append(sequence)
         if self.runner.points is not None:
             places = (*request.begun_places, *[-1] * (len(request.begun) - len(request.begun_places)))
             self.runner.points.begin(sequence, prompt.example["input_ids"], places)
-        self._answers[request] = _Answer(sequence, secrets.randbits(63) if params.seed is None else params.seed, grammar)
+        self._answers.begin(sequence, None if params.grammar is None else self._grammars.compile(params.grammar))
 
     def abort(self, request: Request) -> None:
         """Nobody waits for the answer any more: its pages are free at once. Nothing happens if it has ended."""
         answer = self._answers.pop(request, None)
-        if answer is not None:
-            self.scheduler.remove(answer.sequence)
-            if self.runner.points is not None:
-                self.runner.points.end(answer.sequence)
+        if answer is None:
+            return
+        if answer.compiling is not None:
+            answer.compiling.cancel()
+            self._compiling.remove(answer.sequence)
+        self.scheduler.remove(answer.sequence)
+        if self.runner.points is not None:
+            self.runner.points.end(answer.sequence)
 
     @torch.inference_mode()
-    def warm_up(self, batches: Items[int] = ()) -> None:
-        """Compiles what reads prompts, and captures the decoding of batches of these sizes (default: of all). Without this, those who
-        first need it wait. Nothing to do on a CPU."""
+    def warm_up(self, batches: Items[int] = ()) -> WarmUp:
+        """Compiles what reads prompts and draws tokens, and captures the decoding of batches of these sizes (default: of all). Without
+        this, those who first need it wait. Nothing to do on a CPU."""
+        start = time.perf_counter()
         if self.model.device.type != "cuda":
-            return
+            return WarmUp(0.0, 0.0, 0)
         if self.model.vision_backbone is not None:
             self.model.vision_backbone.blank_features(2)
-        self.add(Request({"input_ids": np.zeros(2, np.int64)}, SamplingParams(max_tokens=1, ignore_eos=True)))
+        self.add(Request({"input_ids": np.zeros(2, np.int64)}, SamplingParams(max_tokens=1, ignore_eos=True, temperature=1.0)))
         while self.active:
             self.step()
-        self.tokens = self.scheduler.prompt_tokens = 0
+        self._answers.tokens = self.scheduler.prompt_tokens = 0
+        torch.cuda.synchronize()
+        compiled, sizes = time.perf_counter(), []
         if isinstance(self.decoder, GraphDecoder):
             graphs = self.decoder.graphs
-            for size in sorted({graphs.size_of(batch) for batch in batches or graphs.sizes}, reverse=True):
+            sizes = sorted({graphs.size_of(batch) for batch in batches or graphs.sizes}, reverse=True)
+            for size in sizes:
                 graphs.capture(size)
+        return WarmUp(compiled - start, time.perf_counter() - compiled, len(sizes))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, Event]]:
         """Reads prompts and computes one more token for every answer in work; what happened, in order."""
         events: list[tuple[Request, Event]] = []
+        if self._compiling:
+            self._admit_compiled(events)
         if self._launched and not self._may_run_ahead():
             self._read(events)
         plan = self.scheduler.plan()
@@ -182,10 +174,27 @@ class Engine:
             self._deliver(launched, events)
         return events
 
+    def _admit_compiled(self, events: list[tuple[Request, Event]]) -> None:
+        """Those whose grammar is ready wait for their turn from now on."""
+        compiling = {sequence: self._answers[sequence.request].compiling for sequence in self._compiling}
+        wait_s = 0 if self.scheduler.active else GRAMMAR_WAIT_S
+        concurrent.futures.wait(filter(None, compiling.values()), wait_s, concurrent.futures.FIRST_COMPLETED)
+        for sequence, future in compiling.items():
+            if future is None or not future.done():
+                continue
+            self._compiling.remove(sequence)
+            try:
+                self._answers[sequence.request].take_grammar()
+            except Exception as error:  # of whatever a grammar makes its library raise
+                self._tell(sequence, [Failed(error)], events)
+            else:
+                self.scheduler.add(sequence)
+
     def _may_run_ahead(self) -> bool:
-        """Whether the next step needs no token of the last one: pages enough that nobody is computed again, and no logits to edit."""
+        """Whether the next step needs no token of the last one: pages enough that nobody is computed again, and nobody who asks the
+        host."""
         running = self.scheduler.running
-        return self.scheduler.pool.available >= len(running) and not any(_needs_host(sequence.request) for sequence in running)
+        return self.scheduler.pool.available >= len(running) and not any(sequence.request.params.needs_host for sequence in running)
 
     def _prefill(self, chunks: Items[Chunk], events: list[tuple[Request, Event]]) -> None:
         now = time.monotonic()
@@ -196,7 +205,7 @@ class Engine:
             logits = self.runner.prefill(chunks)
         except Exception as error:  # of whatever a prompt holds or the device raises: goes to its request, the others continue
             if len(chunks) == 1:
-                self._end(chunks[0].sequence, Failed(error), events)
+                self._tell(chunks[0].sequence, [Failed(error)], events)
                 return
             # One by one, so that only the one at fault fails; prompts that were too large together just take longer.
             logger.warning("%d prompts could not be read together (%s: %s)", len(chunks), type(error).__name__, error)
@@ -206,55 +215,47 @@ class Engine:
         self.scheduler.done(Plan(list(chunks), []))
         ready = [i for i, chunk in enumerate(chunks) if chunk.end == len(chunk.sequence.tokens)]
         if ready:
-            finished = logits if len(ready) == len(chunks) else logits[torch.tensor(ready, device=logits.device)]
-            self._next(finished, [chunks[i].sequence for i in ready], events)
+            finished = logits if len(ready) == len(chunks) else logits[to_device(np.array(ready), logits.device)]
+            self._next(Scores.of(finished), [chunks[i].sequence for i in ready], events, first=True)
 
     def _decode(self, sequences: list[Sequence], events: list[tuple[Request, Event]]) -> None:
         try:
-            logits = self.decoder.step(sequences)
+            scores = self.decoder.step(sequences)
         except Exception as error:  # of the device: nobody in this step can be helped
             logger.exception("A step of %d answers failed", len(sequences))
             for sequence in sequences:
-                self._end(sequence, Failed(error), events)
+                self._tell(sequence, [Failed(error)], events)
             return
         self.scheduler.done(Plan([], sequences))
-        self._next(logits, sequences, events)
+        self._next(scores, sequences, events)
 
-    def _next(self, logits: torch.Tensor, sequences: list[Sequence], events: list[tuple[Request, Event]]) -> None:
-        """The next tokens from logits [B, E]: at once, or when the next step was launched."""
-        later = self.limits.overlap and isinstance(self.decoder, GraphDecoder)
-        if later and not any(_needs_host(sequence.request) for sequence in sequences):
-            self._launch(logits, sequences)
-        else:
-            self._choose(logits, sequences, events)
-
-    def _choose(self, logits: torch.Tensor, sequences: list[Sequence], events: list[tuple[Request, Event]]) -> None:
-        """Chooses the next tokens and hands them out."""
-        rows = [self._row(sequence) for sequence in sequences]
-        wanted = [row.params.logprobs for row in rows]
-        raw = logits.clone() if any(count is not None for count in wanted) else logits
-        choice = choose(logits, rows)
-        logprobs = logprobs_of(raw, choice.tokens, wanted)
-        tokens, finite = torch.stack((choice.tokens, choice.finite.long())).tolist()
+    def _next(self, scores: Scores, sequences: list[Sequence], events: list[tuple[Request, Event]], first: bool = False) -> None:
+        """The next tokens: read at once, or when the next step was launched. `first`: of prompts."""
+        batch = self._batch_of(sequences)
+        wanted = [sequence.request.params.logprobs for sequence in sequences] if batch.needs_host else []
+        raw = scores.logits.clone() if batch.changes and any(count is not None for count in wanted) else scores.logits
+        tokens = self.sampler.choose(scores, batch)
+        if isinstance(self.decoder, GraphDecoder):
+            if first or batch.changes or not batch.greedy:
+                self.decoder.keep(sequences, tokens)
+            if self.limits.overlap and not batch.needs_host:
+                self._launched.append(Launched.of(sequences, tokens, scores.finite))
+                return
+        logprobs = logprobs_of(raw, tokens, wanted) if wanted else [None] * len(sequences)
+        chosen, finite = torch.stack((tokens, scores.finite.long())).tolist()
         points = self.runner.points
-        places = [-1] * len(tokens) if points is None else points.chosen(sequences, tokens)
+        places = [-1] * len(chosen) if points is None else points.chosen(sequences, chosen)
         for i, sequence in enumerate(sequences):
-            sequence.tokens.append(tokens[i])
-            self._give(sequence, sequence.count, tokens[i], bool(finite[i]), logprobs[i], events, places[i])
+            sequence.tokens.append(chosen[i])
+            self._tell(sequence, self._answers.give(sequence, sequence.count, chosen[i], bool(finite[i]), logprobs[i], places[i]), events)
 
-    def _launch(self, logits: torch.Tensor, sequences: list[Sequence]) -> None:
-        """Chooses the next tokens on the device; the host will read them later, and until then knows only that there is one."""
-        choice = choose(logits, [self._row(sequence) for sequence in sequences])
-        self.decoder.keep(sequences, choice.tokens)
-        chosen, ready = torch.stack((choice.tokens, choice.finite.long())), None
-        host = torch.empty(chosen.shape, dtype=torch.int64, pin_memory=chosen.is_cuda)
-        host.copy_(chosen, non_blocking=True)
-        if chosen.is_cuda:
-            ready = torch.cuda.Event()
-            ready.record()
-        for sequence in sequences:
-            sequence.tokens.append(UNKNOWN)
-        self._launched.append(_Launched(list(sequences), [sequence.count for sequence in sequences], host, ready))
+    def _batch_of(self, sequences: list[Sequence]) -> Batch:
+        """Their settings on the device, sent anew if they are others than in the last step."""
+        if self._batch is not None and self._batch[0] == sequences and all(map(operator.is_, self._batch[1], _pages(sequences))):
+            return self._batch[2]
+        batch = self.sampler.batch([self._answers[sequence.request].row() for sequence in sequences])
+        self._batch = list(sequences), _pages(sequences), batch
+        return batch
 
     def _read(self, events: list[tuple[Request, Event]]) -> None:
         """Hands out the tokens of what was launched."""
@@ -262,66 +263,18 @@ class Engine:
         for one in launched:
             self._deliver(one, events)
 
-    def _deliver(self, launched: _Launched, events: list[tuple[Request, Event]]) -> None:
-        if launched.ready is not None:
-            launched.ready.synchronize()
-        tokens, finite = launched.tokens.tolist()
-        for i, sequence in enumerate(launched.sequences):
+    def _deliver(self, launched: Launched, events: list[tuple[Request, Event]]) -> None:
+        tokens, finite = launched.read()
+        for sequence, count, token, good in zip(launched.sequences, launched.counts, tokens, finite):
             if sequence.request in self._answers:  # else it has ended, or was aborted
-                sequence.tokens[sequence.prompt_length + launched.counts[i] - 1] = tokens[i]
-                self._give(sequence, launched.counts[i], tokens[i], bool(finite[i]), None, events)
+                sequence.tokens[sequence.prompt_length + count - 1] = token
+                self._tell(sequence, self._answers.give(sequence, count, token, bool(good)), events)
 
-    def _give(
-        self,
-        sequence: Sequence,
-        count: int,
-        token: int,
-        finite: bool,
-        logprobs: TokenLogprobs | None,
-        events: list[tuple[Request, Event]],
-        place: int = -1,
-    ) -> None:
-        """Hands out token number `count` of an answer, and its end."""
-        if sequence.request.times is None:
-            self._note_times(sequence)
-        if not finite:
-            self._end(sequence, Failed(ValueError("the model's logits are not numbers (its weights, or the numbers' range)")), events)
-            return
-        params, grammar = sequence.request.params, self._answers[sequence.request].grammar
-        if grammar is not None:
-            try:
-                grammar.push(token)
-            except ValueError as error:
-                self._end(sequence, Failed(error), events)
-                return
-        self.tokens += 1
-        if token in self._ends(params):
-            self._end(sequence, End("stop"), events)
-            return
-        events.append((sequence.request, Token(token, logprobs, place)))
-        if grammar is not None and grammar.complete:
-            self._end(sequence, End("stop"), events)
-        elif count == params.max_tokens:
-            self._end(sequence, End("length"), events)
-
-    def _note_times(self, sequence: Sequence) -> None:
-        """Its first token is there."""
-        request, started, now = sequence.request, self._answers[sequence.request].started, time.monotonic()
-        if started is not None:
-            request.times = Times(started - request.arrived, now - started, 0.0)
-
-    def _row(self, sequence: Sequence) -> Row:
-        params, answer = sequence.request.params, self._answers[sequence.request]
-        return Row(params, sequence.tokens, sequence.prompt_length, answer.seed, self._ends(params), answer.grammar)
-
-    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        endless = params.ignore_eos and params.grammar is None
-        return params.stop_token_ids if endless else (self.model.tokenizer.eos_token_id, *params.stop_token_ids)
-
-    def _end(self, sequence: Sequence, event: Event, events: list[tuple[Request, Event]]) -> None:
-        events.append((sequence.request, event))
-        self.abort(sequence.request)
+    def _tell(self, sequence: Sequence, happened: Items[Event], events: list[tuple[Request, Event]]) -> None:
+        """Something happened to an answer, its end perhaps."""
+        events += [(sequence.request, event) for event in happened]
+        if not isinstance(happened[-1], Token):
+            self.abort(sequence.request)
 
     def _decoder(self, pages: int) -> Decoder:
         model, cache, limits = self.model, self.runner.cache, self.limits
@@ -339,7 +292,5 @@ def _free(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0] * 0.85) if device.type == "cuda" else 1 << 30
 
 
-def _needs_host(request: Request) -> bool:
-    """Whether choosing its next token needs the tokens before it, or gives more than a token."""
-    params = request.params
-    return params.edits_logits or params.logprobs is not None or params.grammar is not None
+def _pages(sequences: list[Sequence]) -> list[list[int]]:
+    return [sequence.pages for sequence in sequences]

@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 KEPT = 64
 """Compiled grammars that are kept, least recently used first to go."""
+COMPILERS = 2
+"""Threads that compile: a large grammar does not hold up a small one."""
 MAX_CHARACTERS = 65_536
 """Of the text of a grammar."""
 BLANKS = r"\n?[ ]{0,40}"
@@ -65,6 +68,7 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         self._compiled: collections.OrderedDict[Grammar, LLMatcher] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._compiler = ThreadPoolExecutor(COMPILERS, "grammars")
 
     def start(self, grammar: Grammar) -> GrammarState:
         """The state of an answer that has no token yet. Fast if this grammar was seen not long ago.
@@ -74,12 +78,18 @@ class Grammars:
         """
         with self._lock:
             matcher = self._compiled.get(grammar)
-            if matcher is None:
-                matcher = self._compiled[grammar] = self._compile(grammar)
-                if len(self._compiled) > KEPT:
-                    self._compiled.popitem(last=False)
+        if matcher is None:
+            matcher = self._compile(grammar)  # twice perhaps, but nobody waits for another's
+        with self._lock:
+            self._compiled[grammar] = matcher
             self._compiled.move_to_end(grammar)
-            return GrammarState(matcher.deep_copy())
+            if len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        return GrammarState(matcher.deep_copy())
+
+    def compile(self, grammar: Grammar) -> Future[GrammarState]:
+        """`start` in a thread of its own."""
+        return self._compiler.submit(self.start, grammar)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits  # 7 MB that only those need who ask for it
@@ -93,9 +103,11 @@ class Grammars:
 
     def _words(self) -> LLTokenizer:
         """The text tokenizer, without the tokens of media: no text has those."""
-        if self._tokenizer is None:
-            from llguidance import LLTokenizer
+        from llguidance import LLTokenizer
 
+        with self._lock:
+            if self._tokenizer is not None:
+                return self._tokenizer
             tokenizer = self._text_tokenizer()
             self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=tokenizer.first_special_id, eos_token=tokenizer.eos_token_id)
         return self._tokenizer

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from molmo_core.generation.engine.blocks import Blocks
-from molmo_core.generation.engine.paged import PagedCache, attend_pages
+from molmo_core.generation.engine.blocks import FusedBlocks, blocks_of
+from molmo_core.generation.engine.paged import PagedCache, Stored, attend_pages
+from molmo_core.generation.engine.sampler import Scores
 from molmo_core.nn.llm import Pass
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -34,18 +35,46 @@ class LayerAttention:
         return attend_pages(q, self.keys, self.values, self.tables, self.lengths, self.parts)
 
 
+@dataclasses.dataclass
+class StepAttention:
+    """The same of all layers."""
+
+    cache: PagedCache
+    tables: torch.Tensor
+    """int32 [B, n], in any layout: the pages of each sequence."""
+    lengths: torch.Tensor
+    """int32 [B]: its tokens, the new one included."""
+    pages: torch.Tensor
+    """int64 [B]: where the new tokens go."""
+    offsets: torch.Tensor
+    parts: int
+
+    def of(self, layer: int) -> LayerAttention:
+        """For a block."""
+        where = self.tables, self.lengths, self.pages[:, None], self.offsets[:, None]
+        return LayerAttention(self.cache.keys[layer], self.cache.values[layer], *where, self.parts)
+
+    def stored(self, layer: int) -> Stored:
+        """Where the keys and values of a layer go."""
+        return Stored(self.cache.keys[layer], self.cache.values[layer], self.pages, self.offsets)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [B, H, D] -> [B, H · D]; k and v are stored already."""
+        from molmo_core.generation.engine.decode_kernel import paged_attention  # Triton is there with a GPU only
+
+        return paged_attention(q, self.cache.keys[layer], self.cache.values[layer], self.tables, self.lengths, self.parts).flatten(1)
+
+
 class DecodeState:
-    """What a step reads and writes on the device; row i of a batch is row i of every buffer."""
+    """What the steps read and write on the device."""
 
     def __init__(self, rows: int, pages: int, device: torch.device):
         """`pages`: of the longest sequence."""
-        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        """The newest token of each sequence; a step replaces it by the most probable next one."""
-        self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        """Its rotary position; a step adds 1."""
-        self.lengths = torch.ones(rows, dtype=torch.int32, device=device)
-        """Tokens of the sequence, the newest included; a step adds 1."""
-        self.tables = torch.zeros(rows, pages, dtype=torch.int32, device=device)
+        self.packet = torch.zeros((3 + pages) * rows, dtype=torch.int32, device=device)
+        """What the host sends for a batch of n rows: an int32 [3 + pages, n] at its beginning, of slots, rotary positions, lengths (the
+        newest token included), and the pages of each."""
+        self.newest = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        """The newest token of the answer in each slot; the last one is nobody's."""
 
 
 class DecodeGraphs:
@@ -55,33 +84,32 @@ class DecodeGraphs:
         self.model, self.cache = model, cache
         self.sizes = [size for size in SIZES if size < rows] + [rows]
         self.state = DecodeState(rows, pages, next(model.parameters()).device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Scores]] = {}
         self._pool: Any = None
-        self._cuda = self.state.tokens.is_cuda
-        self._blocks = Blocks(model, dynamic=None)
-        self._head: Any = torch.compile(_head_step, dynamic=None) if self._cuda else _head_step
+        self._cuda = self.state.packet.is_cuda
+        self._blocks = blocks_of(model, cache, dynamic=None)
 
     def size_of(self, rows: int) -> int:
         """The size that a batch of so many rows is padded to."""
         return next(size for size in self.sizes if size >= rows)
 
-    def run(self, rows: int) -> torch.Tensor:
-        """One step of the first rows of the state; logits float32 [rows, E], valid until the next step."""
+    def run(self, rows: int) -> Scores:
+        """One step of the rows that the packet describes, valid until the next one. The most probable token of each becomes its newest."""
         size = self.size_of(rows)
         if not self._cuda:
-            return self._step(size)[:rows]
+            return _first(self._step(size), rows)
         if size not in self._graphs:
             self.capture(size)
-        graph, logits = self._graphs[size]
+        graph, scores = self._graphs[size]
         graph.replay()
-        return logits[:rows]
+        return _first(scores, rows)
 
     def capture(self, size: int) -> None:
         """Compiles (once for one row, once for several) and captures the step of a batch. The state is as it was afterwards."""
-        state = self.state
-        kept = [t.clone() for t in (state.tokens, state.positions, state.lengths, state.tables)]
-        state.tables.zero_()  # nobody's page takes what is written meanwhile
-        state.lengths.fill_(1)
+        packet, newest = self.state.packet, self.state.newest
+        kept = packet.clone(), newest.clone()
+        packet.zero_()  # nobody's page takes what is written meanwhile
+        packet[2 * size : 3 * size] = 1
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -90,36 +118,40 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._step(size)
+            scores = self._step(size)
         self._pool = graph.pool()
-        self._graphs[size] = graph, logits
-        for tensor, value in zip((state.tokens, state.positions, state.lengths, state.tables), kept):
-            tensor.copy_(value)
+        self._graphs[size] = graph, scores
+        packet.copy_(kept[0])
+        newest.copy_(kept[1])
 
-    def _step(self, size: int) -> torch.Tensor:
-        state, model, cache = self.state, self.model, self.cache
-        transformer = model.transformer
-        tokens, positions, lengths, tables = (t[:size] for t in (state.tokens, state.positions, state.lengths, state.tables))
-        last = (lengths - 1).long()[:, None]
-        pages, offsets = tables.gather(1, last // cache.page_size).long(), last % cache.page_size
-        parts = parts_of(size * transformer.config.kv_heads)
+    def _step(self, size: int) -> Scores:
+        state, cache = self.state, self.cache
+        columns = state.packet[: len(state.packet) // self.sizes[-1] * size].view(-1, size)
+        slots, positions, lengths, tables = columns[0].long(), columns[1], columns[2], columns[3:].T
+        x, pages, offsets = self._open(columns, slots)
+        attention = StepAttention(cache, tables, lengths, pages, offsets, parts_of(size * self.model.config.llm.kv_heads))
+        scores = Scores.of(self._blocks.logits(self._blocks(Pass(x[:, None], positions[:, None]), attention)))
+        state.newest.index_copy_(0, slots, scores.best)
+        return scores
 
-        def attention(layer: int) -> LayerAttention:
-            return LayerAttention(cache.keys[layer], cache.values[layer], tables, lengths, pages, offsets, parts)
+    def _open(self, columns: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Embeddings [B, d] of the newest tokens, pages and offsets int64 [B] of where they go."""
+        newest, page = self.state.newest, self.cache.page_size
+        if isinstance(self._blocks, FusedBlocks) and not getattr(self.model.config, "shared_low_high_embedding", False):
+            from molmo_core.generation.engine.block_kernels import open_step  # Triton is there with a GPU only
 
-        x = self._blocks(Pass(model.embed_tokens(tokens[:, None]), positions[:, None]), attention)
-        logits = self._head(transformer, x)
-        tokens.copy_(logits.argmax(-1))
-        positions.add_(1)
-        lengths.add_(1)
-        return logits
+            embedding = self.model.transformer.wte
+            return open_step(columns, newest, embedding.embedding, embedding.new_embedding, page)
+        last = (columns[2] - 1).long()
+        pages = columns[3:].gather(0, last[None] // page)[0].long()
+        return self.model.embed_tokens(newest[slots][:, None])[:, 0], pages, last % page
+
+
+def _first(scores: Scores, rows: int) -> Scores:
+    return Scores(*(t[:rows] for t in scores))
 
 
 def parts_of(groups: int) -> int:
     """In how many parts the pages of each sequence are read, for so many pairs of sequence and key/value head: enough programs for
     all multiprocessors. One of three numbers, because blocks are compiled anew for each."""
     return 16 if groups <= 16 else 4 if groups < 256 else 1
-
-
-def _head_step(transformer: Any, x: torch.Tensor) -> torch.Tensor:
-    return transformer.logits(x[:, -1]).float()

@@ -11,6 +11,7 @@ import torch
 from molmo_core.generation.engine.blocks import compile_vision
 from molmo_core.generation.engine.features import FeatureCache
 from molmo_core.generation.engine.prompt import Prompt
+from molmo_core.generation.engine.stopwatch import Stopwatch
 from molmo_core.inputs import Inputs, as_batch
 
 Features = list[tuple[torch.Tensor, torch.Tensor]]
@@ -41,7 +42,8 @@ class MediaEncoder:
 
     def __init__(self, model: Any, cache: FeatureCache, to_device: Callable[[np.ndarray], torch.Tensor]):
         self.model, self.cache, self._to_device = model, cache, to_device
-        if next(model.parameters()).is_cuda:
+        self._device = next(model.parameters()).device
+        if self._device.type == "cuda":
             compile_vision(model)
 
     def features(self, prompts: Iterable[Prompt]) -> dict[bytes, Features]:
@@ -52,6 +54,7 @@ class MediaEncoder:
         """
         found: dict[bytes, Features] = {}
         new: dict[tuple[Any, ...], dict[bytes, _Media]] = {}
+        watch, looked = Stopwatch(self._device), []
         for prompt in prompts:
             if not prompt.digest or prompt.digest in found:
                 continue
@@ -61,10 +64,14 @@ class MediaEncoder:
                 continue
             media = self._media(prompt)
             new.setdefault(media.kind, {})[prompt.digest] = media
+            looked.append(prompt)
         for group in new.values():
             for digest, features in zip(group, self._look(list(group.values()))):
                 self.cache.put(digest, features)
                 found[digest] = features
+        watch.stop()
+        for prompt in looked:  # each waited for all
+            prompt.looked = watch
         return found
 
     def _media(self, prompt: Prompt) -> _Media:

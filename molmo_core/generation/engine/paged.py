@@ -47,6 +47,18 @@ class PagedCache:
         return tuple(store[layer][tables].transpose(1, 2).flatten(2, 3) for store in (self.keys, self.values))  # type: ignore[return-value]
 
 
+class Stored(NamedTuple):
+    """Where the keys and values of a layer go."""
+
+    keys: torch.Tensor
+    """[pages, H_kv, page, D], contiguous; the values likewise."""
+    values: torch.Tensor
+    pages: torch.Tensor
+    """int64 [T]: the page of each token."""
+    offsets: torch.Tensor
+    """int64 [T]: its place in the page."""
+
+
 class PromptPart(NamedTuple):
     """The tokens of one prompt among those of a step."""
 
@@ -78,6 +90,19 @@ class PromptAttention:
     def of(self, layer: int) -> Attention:
         """The attention of one layer, whose number it knows itself."""
         return lambda _, q, k, v: self(layer, q, k, v)
+
+    def stored(self, layer: int) -> Stored:
+        """Where the keys and values of a layer go."""
+        return Stored(self.cache.keys[layer], self.cache.values[layer], self.pages[0], self.offsets[0])
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [T, H, D], k, v [T, H_kv, D], which are stored already -> [T, H · D]; by the kernel."""
+        from molmo_core.generation.engine.prompt_kernel import prompt_attention  # Triton is there with a GPU only
+
+        assert self.tables is not None
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = prompt_attention(q, k, v, self.cache.keys[layer], self.cache.values[layer], self.tables, self.two_ways)
+        return out[0].transpose(0, 1).flatten(1)
 
     @torch.compiler.disable  # compiled blocks end here and begin again: what is compiled sees one shape only, whoever sees whom
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from molmo_core.generation.engine.features import media_digest
 from molmo_core.generation.engine.pages import page_keys
+from molmo_core.generation.engine.stopwatch import Stopwatch
 from molmo_core.nn.attention import SequenceLayout
 from molmo_core.nn.llm import Pass
 from molmo_core.nn.sequence_layout import sequence_layout
@@ -47,6 +48,8 @@ class Prompt:
         """Of all tokens but the first `done`, one row, while the prompt is being computed."""
         self.done = 0
         """Tokens that embedding has computed into the pages already."""
+        self.looked: Stopwatch | None = None
+        """How long its media were looked at, if they were."""
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -83,12 +83,19 @@ class SamplingParams:
         return self.temperature < 1e-5
 
     @property
+    def penalises(self) -> bool:
+        """Whether the logits depend on the tokens before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
     def edits_logits(self) -> bool:
         """Whether the logits depend on what was generated, or on the request."""
-        return (
-            self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-            or bool(self.logit_bias) or self.min_tokens > 0
-        )  # fmt: skip
+        return self.penalises or bool(self.logit_bias) or self.min_tokens > 0
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether choosing its next token needs the tokens before it on the host, or gives more than a token."""
+        return self.logprobs is not None or self.grammar is not None
 
 
 class Times(NamedTuple):

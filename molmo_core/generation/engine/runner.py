@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from molmo_core.generation.engine.blocks import Blocks
+from molmo_core.generation.engine.blocks import blocks_of
 from molmo_core.generation.engine.features import FeatureCache
 from molmo_core.generation.engine.media import MediaEncoder
 from molmo_core.generation.engine.paged import PagedCache, PromptAttention, PromptPart
@@ -16,6 +16,7 @@ from molmo_core.generation.engine.points import Points
 from molmo_core.generation.engine.prompt import Prompt
 from molmo_core.generation.engine.scheduler import Chunk
 from molmo_core.generation.engine.scheduler import Sequence as Work
+from molmo_core.generation.engine.staging import to_device
 from molmo_core.inputs import Inputs
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import Pass
@@ -30,7 +31,7 @@ class Runner:
         self.cache = PagedCache(model.config.llm, pages, page_size, parameter.dtype, self.device)
         self.media = MediaEncoder(model, FeatureCache(feature_bytes), self._tensor)
         self.points = Points(model) if hasattr(model.config, "point_tokens") else None
-        self._blocks = Blocks(model, dynamic=True)
+        self._blocks = blocks_of(model, self.cache, dynamic=True)
 
     def prompt(self, example: Mapping[str, Any]) -> Prompt:
         """A prompt of this model; nothing is computed on the device.
@@ -45,18 +46,19 @@ class Runner:
         self._embed([chunk.sequence for chunk in chunks if chunk.sequence.prompt.embedded is None])
         chunks = [chunk._replace(start=max(chunk.start, chunk.sequence.prompt.done)) for chunk in chunks]
         tokens = _packed([_part(chunk) for chunk in chunks])
-        hidden = self._blocks(tokens, self._attention(chunks, tokens.x.shape[1]).of)[0]
+        attention = self._attention(chunks, tokens.x.shape[1])
+        ends = np.cumsum([chunk.end - chunk.start for chunk in chunks])
+        last = self._tensor(ends - 1)
+        hidden = self._blocks(tokens, attention, last if self.points is None else None)
         for sequence, _, end in chunks:
             if end == len(sequence.tokens):
                 sequence.prompt.embedded, sequence.prompt.done = None, 0
-        ends = np.cumsum([chunk.end - chunk.start for chunk in chunks])
-        newest = hidden[self._tensor(ends - 1)]
-        logits = self.model.transformer.logits(newest).float()
         if self.points is None:
-            return logits
-        for (sequence, start, end), last in zip(chunks, ends.tolist()):
-            self.points.read(sequence, start, hidden[last - (end - start) : last])
-        return self.points.allowed([chunk.sequence for chunk in chunks], newest, logits)
+            return self._blocks.logits(hidden)
+        newest = hidden[last]
+        for (sequence, start, end), stop in zip(chunks, ends.tolist()):
+            self.points.read(sequence, start, hidden[stop - (end - start) : stop])
+        return self.points.allowed([chunk.sequence for chunk in chunks], newest, self._blocks.logits(newest))
 
     def _embed(self, sequences: Sequence[Work]) -> None:
         """Embeds prompts and answers; what the model has computed for good on the way goes to the pages."""
@@ -133,9 +135,7 @@ class Runner:
         return self._tensor(pages), self._tensor(offsets)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        """On the device, without waiting for what it is doing."""
-        tensor = torch.from_numpy(np.require(array, requirements=("C", "W")))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+        return to_device(array, self.device)
 
 
 def _part(chunk: Chunk) -> Pass:

@@ -38,6 +38,7 @@ class Sequence:
     prompt: Any
     """What is known of the prompt: `PromptRules`, and what the runner needs."""
     pages: list[int] = dataclasses.field(default_factory=list)
+    """Another list whenever it is admitted."""
     computed: int = 0
     slot: int = -1
     """Its place on the device, one of `max_running`, while it runs."""
@@ -94,17 +95,25 @@ class Scheduler:
         Raises:
             ValueError: it would never fit.
         """
+        self.check(sequence)
+        self.waiting.append(sequence)
+
+    def check(self, sequence: Sequence) -> None:
+        """Whether there will ever be room for a sequence.
+
+        Raises:
+            ValueError: it would never fit.
+        """
         longest = sequence.prompt_length + sequence.request.params.max_tokens
         if self.pool.pages_for(longest) > self.pool.total:
             room = self.pool.total * self.pool.page_size
             raise ValueError(
                 f"prompt and answer may be {longest:,} tokens, but the cache has room for {room:,}: lower max_tokens or the prompt"
             )
-        self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, whether it waits or runs; its pages are free at once."""
-        if sequence in self.running:
+        if sequence.slot >= 0:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -115,11 +124,11 @@ class Scheduler:
         decode = []
         for sequence in list(self.running):
             wanted = sequence.count < sequence.request.params.max_tokens
-            if sequence in self.running and wanted and self.is_decoding(sequence) and self._room_for_next(sequence):
+            if sequence.slot >= 0 and wanted and self.is_decoding(sequence) and self._room_for_next(sequence):
                 decode.append(sequence)
         prefill = self._continue_prompts()
         self._admit(prefill)
-        return Plan(prefill, [s for s in decode if s in self.running])
+        return Plan(prefill, [s for s in decode if s.slot >= 0])
 
     def done(self, plan: Plan) -> None:
         """The plan was carried out: its tokens are in the cache, and full pages of prompts can be shared."""

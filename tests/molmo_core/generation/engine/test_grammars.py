@@ -143,11 +143,13 @@ def test_an_answer_begun_elsewhere_keeps_its_grammar(tiny_model, prompts):
         (Grammar("regex", "a" * 70_000), "70,000 characters"),
     ],
 )
-def test_what_is_not_a_grammar_is_refused_at_once(tiny_model, prompts, grammar, message):
+def test_what_is_not_a_grammar_is_refused(tiny_model, prompts, grammar, message):
     engine = Engine(tiny_model, limits())
-    with pytest.raises(ValueError, match=f"^grammar: .*{re.escape(message)}") as error:
-        engine.add(Request(prompts[0], SamplingParams(grammar=grammar)))
-    assert len(str(error.value)) < 160
+    ((event,),) = run(engine, [(0, Request(prompts[0], SamplingParams(grammar=grammar)))]).values()
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, ValueError)
+    assert re.match(f"grammar: .*{re.escape(message)}", str(event.error))
+    assert len(str(event.error)) < 160
     assert engine.active == 0
 
 

@@ -1,6 +1,7 @@
 """Choosing tokens: distributions as they are defined, and each row for itself."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,12 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo_core.generation.engine.requests import SamplingParams
-from molmo_core.generation.engine.sampler import Row, choose, logprobs_of
+from molmo_core.generation.engine.sampler import Row, Sampler, Scores, logprobs_of
 from molmo_core.generation.sampling import filter_logits
 
 
-def row(seed=0, prompt=(), answer=(), ends=(0,), **params) -> Row:
-    return Row(SamplingParams(**params), [*prompt, *answer], len(prompt), seed, ends)
+def row(seed=0, prompt=(), answer=(), ends=(0,), slot=0, **params) -> Row:
+    return Row(SamplingParams(**params), [*prompt, *answer], len(prompt), seed, ends, slot=slot)
+
+
+class Choice(NamedTuple):
+    tokens: torch.Tensor
+    finite: torch.Tensor
+
+
+def choose(logits: torch.Tensor, rows: list[Row]) -> Choice:
+    """The next tokens of these rows, and whether they had numbers; edits the logits."""
+    sampler, scores = Sampler(len(rows), torch.device("cpu")), Scores.of(logits)
+    batch = sampler.batch([row._replace(slot=i, pages=[]) for i, row in enumerate(rows)])
+    return Choice(sampler.choose(scores, batch), scores.finite)
 
 
 def draws(logits, n=4000, **params) -> torch.Tensor:
@@ -86,6 +99,28 @@ def test_penalties_and_bias():
         ],
     )
     assert edited.tolist() == [[0.5, -2.0 - 0.25 - 1.0, 2.0, 9.5]]
+
+
+def test_penalties_count_what_was_chosen():
+    """Step by step on the device, whoever has the slots; the tokens are not told to the sampler again."""
+    torch.manual_seed(0)
+    steps = torch.randn(12, 3, 20)
+    params = [{"frequency_penalty": 0.7, "presence_penalty": 0.2}, {}, {"repetition_penalty": 1.5, "temperature": 1.0}]
+    rows = [row(seed=i, prompt=(1, 2), slot=2 - i, **p) for i, p in enumerate(params)]
+    rows = [one._replace(pages=[]) for one in rows]
+    sampler = Sampler(3, torch.device("cpu"))
+    batch = sampler.batch(rows)
+    for n, logits in enumerate(steps):
+        exact = choose(logits.clone(), rows).tokens.tolist()
+        if n == 6:  # somebody else joined or left
+            batch = sampler.batch(rows)
+        assert sampler.choose(Scores.of(logits.clone()), batch).tolist() == exact
+        for one, token in zip(rows, exact):
+            one.tokens.append(token)
+    other = row(prompt=(5,), slot=2, frequency_penalty=5.0)._replace(pages=[])
+    logits = torch.zeros(1, 20)
+    logits[0, rows[0].tokens[-1]] = 1
+    assert sampler.choose(Scores.of(logits), sampler.batch([other])).tolist() == [rows[0].tokens[-1]], "the slot is another's"
 
 
 def test_minimum_length():

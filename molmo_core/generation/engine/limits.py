@@ -1,0 +1,25 @@
+"""Sizes of an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineLimits:
+    """Sizes of an engine."""
+
+    max_running: int = 64
+    """Answers in work at once; others wait."""
+    prefill_tokens: int = 8192
+    """Tokens of prompts that a step reads at most, padding included, so that answers in work do not wait long."""
+    cache_bytes: int | None = None
+    """Memory for keys and values; None: on a GPU most of what is free, elsewhere 1 GiB."""
+    feature_bytes: int = 256 << 20
+    """Memory for the features of media that were seen already."""
+    page_size: int = 64
+    """Tokens of a page of the cache: a power of two of at least 16 on a GPU."""
+    graphs: bool = True
+    """On a GPU: decode by CUDA graphs."""
+    overlap: bool = True
+    """With graphs: launch a step before the tokens of the last one were read."""
