@@ -164,7 +164,8 @@ def _molmo2(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             "pointing_format": "html-v2",
         },
         "mm_preprocessor": _molmo2_preprocessor(folder, encoder, data.get("use_frame_special_tokens", True)),
-        "bi_directional_attn": "image_tokens",
+        # Not in the releases' files: Molmo2 sees its image tokens both ways, and MolmoWeb, in the same form, does not.
+        "bi_directional_attn": data.get("bi_directional_attn", "image_tokens"),
     }
 
 

@@ -50,7 +50,7 @@ MOLMO2_TOKENS = {name: SPECIAL_TOKENS["molmo2"].index(token) for name, token in 
 # Other settings of Molmo2's config.json that are read, or follow from what is read. Part "" is the file itself.
 _MOLMO2_READ: dict[str, tuple[str, ...]] = {
     "": (*MOLMO2_TOKENS, "text_config", "vit_config", "vision_config", "adapter_config", "use_frame_special_tokens", "image_high_res_id",
-         "image_token_id", "video_token_id"),
+         "image_token_id", "video_token_id", "bi_directional_attn"),
     "text_config": ("intermediate_size", "rope_theta", "rope_scaling", "rope_parameters", "rope_scaling_layers"),
     "vision_config": ("float32_attention",),
     "adapter_config": ("vit_layers", "vision_feature_layer", "pooling_attention_mask", "image_feature_dropout", "float32_attention",

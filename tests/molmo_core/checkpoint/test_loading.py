@@ -73,6 +73,28 @@ def test_molmo2_from_transformers(golden, tmp_path, variant, original):
         assert result.max_difference < 2e-4
 
 
+def test_molmo_web(golden, tmp_path):
+    """Molmo2's files with causal attention among image tokens: transformers' Molmo2 without the types of the tokens."""
+    theirs = published_molmo2(golden, tmp_path, VARIANTS[0])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bi_directional_attn": None}))
+    model = from_pretrained(tmp_path)
+    assert model.config.bi_directional_attn is None
+    batch, logits = reference_logits(model)
+    images, pooling = batch["images"][0], batch["pooled_patches_idx"][0]
+    images = {
+        "pixel_values": images.float() / 127.5 - 1, "image_token_pooling": pooling,
+        "image_grids": torch.tensor([[len(pooling), 1, 0, 0]]), "image_num_crops": torch.tensor([len(images)]),
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = theirs(input_ids=batch["input_ids"], attention_mask=torch.ones_like(batch["input_ids"]), **images).logits
+    width = min(logits.shape[-1], expected.shape[-1])
+    assert torch.allclose(logits[..., :width], expected[..., :width], atol=2e-4)
+    model.config.bi_directional_attn = "image_tokens"
+    with torch.no_grad():
+        assert not torch.allclose(model(**batch).logits[..., :width], expected[..., :width], atol=2e-4), "it shows"
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_molmo2_to_transformers(golden, tmp_path, variant):
     model = our_molmo2(golden, variant)
