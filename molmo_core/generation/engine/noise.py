@@ -14,10 +14,14 @@ def keys_of(seeds: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return _mix((seeds & mask) ^ _mix((seeds >> np.uint64(32)) ^ _mix(counts & mask))).astype(np.int64)
 
 
-def noisy(logits: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """float64 [B, E]: logits float32 [B, E] plus the noise of keys int64 [B]."""
-    tokens = torch.arange(logits.shape[-1], dtype=torch.int64, device=logits.device)
-    bits = _mix_tensor((tokens * 0x9E3779B9 & MASK_32) ^ keys[:, None])
+def token_bits(size: int, device: torch.device) -> torch.Tensor:
+    """int64 [E], below 2^32: what sets the tokens apart."""
+    return torch.arange(size, dtype=torch.int64, device=device) * 0x9E3779B9 & MASK_32
+
+
+def noisy(logits: torch.Tensor, tokens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """float64 [B, E]: logits float32 [B, E] plus the noise of tokens (`token_bits`) and keys int64 [B]."""
+    bits = _mix_tensor(tokens ^ keys[:, None])
     uniform = (bits >> 8).double().add(0.5).mul(2.0**-24)  # in (0, 1)
     return logits.double() - (-uniform.log()).log()
 

@@ -13,7 +13,7 @@ import torch
 
 from molmo_core.generation.engine.edits import Edits, Histories
 from molmo_core.generation.engine.grammars import GrammarState
-from molmo_core.generation.engine.noise import keys_of, noisy
+from molmo_core.generation.engine.noise import keys_of, noisy, token_bits
 from molmo_core.generation.engine.requests import SamplingParams, TokenLogprobs
 from molmo_core.generation.engine.staging import to_device
 
@@ -93,6 +93,7 @@ class Sampler:
         """`slots`: answers in work at most."""
         self.device = device
         self._histories = Histories(slots, device)
+        self._token_bits = torch.empty(0)
         self._noisy: Callable[..., torch.Tensor] = torch.compile(noisy, dynamic=True) if device.type == "cuda" else noisy
 
     def batch(self, rows: Sequence[Row]) -> Batch:
@@ -110,7 +111,9 @@ class Sampler:
             best = logits.argmax(-1)
         if not batch.greedy:
             keys = to_device(keys_of(batch.seeds, np.array([row.answered + 1 for row in batch.rows], np.uint64)), self.device)
-            drawn = self._noisy(_filtered(logits, batch), keys).argmax(-1)
+            if len(self._token_bits) != logits.shape[-1]:
+                self._token_bits = token_bits(logits.shape[-1], self.device)
+            drawn = self._noisy(_filtered(logits, batch), self._token_bits, keys).argmax(-1)
             best = torch.where(batch.greedy_rows[:, 0] > 0, best, drawn)
         if batch.edits is not None:
             batch.edits.count(best, self._histories)
