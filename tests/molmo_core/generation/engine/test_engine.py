@@ -212,3 +212,17 @@ def test_stats(model, prompts):
     assert stats.prompt_tokens == sum(len(prompt["input_ids"]) for prompt in prompts[:2])
     assert 0 < stats.prefix_tokens < stats.prompt_tokens
     assert (stats.feature_hits, stats.feature_misses) == (1, 1)
+
+
+def test_times_of_a_request(model, prompts):
+    engine = Engine(model, limits())
+    first, again, text = (
+        Request(example, SamplingParams(max_tokens=2)) for example in (prompts[0], prompts[0], {"input_ids": np.arange(9)})
+    )
+    for request in (first, again, text):
+        run(engine, [(0, request)])
+        assert request.times is not None
+        assert request.times.queue >= 0
+        assert request.times.prefill > 0
+    assert 0 < first.times.vision < first.times.prefill
+    assert again.times.vision == text.times.vision == 0, "there was nothing to look at"

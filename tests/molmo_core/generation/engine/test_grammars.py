@@ -163,6 +163,20 @@ def test_a_grammar_that_leads_nowhere_fails_alone(tiny_model, prompts):
     assert tokens_of(events[good]) == alone(tiny_model, prompts[0], 9)
 
 
+def test_who_leaves_before_the_grammar_is_compiled(tiny_model, prompts):
+    engine = Engine(tiny_model, limits())
+    leaves, stays = (Request(prompts[0], SamplingParams(max_tokens=9, grammar=Grammar("regex", f"[a-{c}]{{99}}"))) for c in "yz")
+    engine.add(leaves)
+    engine.add(stays)
+    assert engine.active == engine.stats().waiting == 2
+    engine.abort(leaves)
+    events = []
+    while engine.active:
+        events += engine.step()
+    assert {request for request, _ in events} == {stays}
+    assert events[-1][1] == End("length")
+
+
 def test_compiled_grammars_are_kept_within_bounds(tiny_model):
     grammars = Grammars(lambda: tiny_model.tokenizer)
     for i in range(KEPT + 5):
