@@ -13,7 +13,7 @@ import torch
 
 from molmo_core.generation.engine.grammars import GrammarState
 from molmo_core.generation.engine.requests import End, Event, Failed, Request, Times, Token, TokenLogprobs
-from molmo_core.generation.engine.sampler import Row
+from molmo_core.generation.engine.rows import Row
 from molmo_core.generation.engine.scheduler import Sequence
 
 UNKNOWN = -1

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from molmo_core.generation.engine.rows import Row
 from molmo_core.generation.engine.staging import to_device
-
-if TYPE_CHECKING:
-    from molmo_core.generation.engine.sampler import Row
 
 
 class Histories:

@@ -12,37 +12,13 @@ import numpy as np
 import torch
 
 from molmo_core.generation.engine.edits import Edits, Histories
-from molmo_core.generation.engine.grammars import GrammarState
 from molmo_core.generation.engine.noise import keys_of, noisy, token_bits
-from molmo_core.generation.engine.requests import SamplingParams, TokenLogprobs
+from molmo_core.generation.engine.requests import TokenLogprobs
+from molmo_core.generation.engine.rows import Row
 from molmo_core.generation.engine.staging import to_device
 
 HOTTEST = 1e30
 """Temperatures above change nothing any more, and are not float32."""
-
-
-class Row(NamedTuple):
-    """What choosing tokens needs to know of a request."""
-
-    params: SamplingParams
-    tokens: Sequence[int]
-    """Tokens of the prompt and of the answer so far (-1: not known to the host yet); it grows with the answer."""
-    prompt_length: int
-    seed: int
-    """The request's, or one that was drawn for it."""
-    ends: Sequence[int]
-    """Tokens that end the answer."""
-    grammar: GrammarState | None = None
-    """What may come next; None: anything."""
-    slot: int = 0
-    """The place of the answer among those in work, from 0."""
-    pages: object = None
-    """Its pages: other ones, if another answer has the slot, or this one has it anew."""
-
-    @property
-    def answered(self) -> int:
-        """Tokens of the answer."""
-        return len(self.tokens) - self.prompt_length
 
 
 class Scores(NamedTuple):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo_core.generation.engine.requests import SamplingParams
-from molmo_core.generation.engine.sampler import Row, Sampler, Scores, logprobs_of
+from molmo_core.generation.engine.rows import Row
+from molmo_core.generation.engine.sampler import Sampler, Scores, logprobs_of
 from molmo_core.generation.sampling import filter_logits
 
 
