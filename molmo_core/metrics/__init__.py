@@ -6,7 +6,16 @@ figures     means with confidence intervals, the difference of two models
 answers, choices, counting, pointing    the metrics
 """
 
-from molmo_core.metrics import answers, choices, counting, pointing  # they register their metrics
+from molmo_core.metrics import (  # they register their metrics
+    answers,
+    captions,
+    choices,
+    counting,
+    open_answers,
+    pointing,
+    temporal,
+    tracking,
+)
 from molmo_core.metrics.figures import Figure, paired_difference, summarise
 from molmo_core.metrics.registry import Metric, TruthMissing, UnknownMetric, metric, metric_for, names, register
 from molmo_core.metrics.truth import Box, Target, Truth
@@ -20,13 +29,17 @@ __all__ = [
     "TruthMissing",
     "UnknownMetric",
     "answers",
+    "captions",
     "choices",
     "counting",
     "metric",
     "metric_for",
     "names",
+    "open_answers",
     "paired_difference",
     "pointing",
     "register",
     "summarise",
+    "temporal",
+    "tracking",
 ]

@@ -144,7 +144,7 @@ def _close(value: float, target: float, tolerance: float) -> bool:
     return abs(value - target) <= tolerance * abs(target)
 
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3}){1,6}|\d{1,300})(?:\.\d{1,300})?(?![\w])")
 
 
 def numbers(text: str) -> list[float]:

@@ -115,14 +115,17 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 _BY_PART = (
     ("option", "multiple_choice"),
+    ("tracks", "tracking"),
     ("targets", "pointing"),
     ("count", "count"),
+    ("spans", "temporal_iou"),
+    ("captions", "caption"),
     ("answers", "vqa_score"),
 )
 
 
 def metric_for(truth: Truth) -> str:
-    """The name of the metric for what a record has: the first of an option, points, a count, answers.
+    """The name of the metric for what a record has: the first of an option, tracks, points, a count, spans of time, captions, answers.
 
     Raises:
         TruthMissing: it has none of them.

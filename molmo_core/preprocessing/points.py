@@ -170,16 +170,19 @@ def _tag(kind: str, blocks: Sequence[str], label: str, version: str, alt: str | 
     return f'<{kind}{alt_text} coords="{_SEPARATOR[version].join(blocks)}">{label}</{kind}>'
 
 
-_HTML_TAG = re.compile(r'<(?:points|tracks)\b[^>]*?\bcoords="([0-9\t;:,. ]+)"?')
-_HTML_BLOCK = re.compile(r"(?:^|[\t;:,]) *(\d+(?:\.\d+)?)((?: +\d+ +\d{3,4} +\d{3,4}\b)+)")
-_HTML_TRIPLE = re.compile(r"(\d+) +(\d{3,4}) +(\d{3,4})\b")
+# Numbers and blanks are bounded and a tag ends where the next begins, so that no text takes long and no number is too long to read.
+_HTML_TAG = re.compile(r'<(?:points|tracks)\b(?:(?!<points|<tracks)[^>])*?\bcoords="([0-9\t;:,. ]+)"?')
+_HTML_BLOCK = re.compile(r"(?:^|[\t;:,]) *(\d{1,9}(?:\.\d{1,9})?)((?: {1,4}\d{1,9} {1,4}\d{3,4} {1,4}\d{3,4}\b)+)")
+_HTML_TRIPLE = re.compile(r"(\d{1,9}) {1,4}(\d{3,4}) {1,4}(\d{3,4})\b")
 _V1_TAG = re.compile(r"<points?\b([^>]*)>?")
-_V1_PAIR = re.compile(r'\bx(\d*)\s*=\s*"?\s*([0-9]+(?:\.[0-9]+)?)"?\s+y\1\s*=\s*"?\s*([0-9]+(?:\.[0-9]+)?)')
+_V1_PAIR = re.compile(
+    r'\bx(\d{0,9})\s{0,4}=\s{0,4}"?\s{0,4}([0-9]{1,9}(?:\.[0-9]{1,18})?)"?\s{1,4}y\1\s{0,4}=\s{0,4}"?\s{0,4}([0-9]{1,9}(?:\.[0-9]{1,18})?)'
+)
 _OPEN = re.compile(r'<(points?|tracks)\b(?:[^<>"]|"[^"]*")*>')
 _CLOSE = re.compile(r"</(points?|tracks)>")
 _ALT = re.compile(r'\balt="([^"]*)"')
-_PAIR = re.compile(r"\(\s*([0-9]+(?:\.[0-9]+)?)\s*,\s*([0-9]+(?:\.[0-9]+)?)\s*\)")
-_P_TRIPLE = re.compile(r"\bp\s*=\s*([0-9]{3})\s*,\s*([0-9]{3})\b")
+_PAIR = re.compile(r"\(\s{0,4}([0-9]{1,9}(?:\.[0-9]{1,18})?)\s{0,4},\s{0,4}([0-9]{1,9}(?:\.[0-9]{1,18})?)\s{0,4}\)")
+_P_TRIPLE = re.compile(r"\bp\s{0,4}=\s{0,4}([0-9]{3})\s{0,4},\s{0,4}([0-9]{3})\b")
 
 
 class Tag(NamedTuple):

@@ -1,10 +1,9 @@
 """Metrics of short answers against cases worked out by hand from the benchmarks' rules."""
 
 import itertools
-import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from molmo_core.metrics import Truth, metric
@@ -122,14 +121,6 @@ def test_relaxed_accuracy_in_text(prediction, answer, expected):
 
 def test_numbers():
     assert numbers("From -1,234.5 to 2020, 12% of 3x and 1.2; a1 +7.") == [-1234.5, 2020, 12, 1.2, 7]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.text(max_size=60) | st.text(alphabet="0123456789,.-+e %[]nif", max_size=60), st.text(max_size=20))
-def test_any_text_has_finite_scores(prediction, answer):
-    for name in ("vqa_score", "exact_match", "relaxed_accuracy", "anls"):
-        scores = scored(name, prediction, answer)
-        assert all(math.isfinite(score) and 0 <= score <= 1 for score in scores.values())
 
 
 def test_anls():

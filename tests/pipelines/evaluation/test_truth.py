@@ -2,7 +2,7 @@
 
 import pytest
 
-from molmo_core.metrics import Target, metric, metric_for
+from molmo_core.metrics import Target, TruthMissing, metric, metric_for
 from pipelines.evaluation.truth import complete, truth_of
 
 SIZES = [(200, 100), (50, 50)]
@@ -15,6 +15,8 @@ SIZES = [(200, 100), (50, 50)]
         ({"question": "q", "options": ["a", "b"], "answer_idx": 1}, "multiple_choice"),
         ({"label": "a", "count": 3}, "count"),
         ({"label": "a", "points": []}, "pointing"),
+        ({"label": "a", "timestamps": [0], "tracks": [{"a": [1, 1]}]}, "tracking"),
+        ({"style": "long_caption", "text": "A dog."}, "caption"),
     ],
 )
 def test_metric_of_a_record(task, name):
@@ -45,3 +47,6 @@ def test_what_a_record_says_in_words():
     pointed = complete(truth_of({}, ['<point x="50.0" y="50.0" alt="a">a</point>'], SIZES), metric("pointing"))
     assert [(point.x, point.y) for point in pointed.targets] == [(100, 50)]
     assert complete(truth_of({}, ["some"], SIZES), metric("count")).count is None
+    assert complete(truth_of({}, ["from 2 to 5 seconds"], SIZES), metric("temporal_iou")).spans == [(2, 5)]
+    with pytest.raises(TruthMissing, match="spans"):
+        metric("temporal_iou")("2 - 5", complete(truth_of({}, ["later"], SIZES), metric("temporal_iou")))
