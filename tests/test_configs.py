@@ -26,6 +26,7 @@ CHECKPOINT = Path(__file__).parent / "golden/molmo-qwen2-clip"
 GIVEN = {
     "train/finetune.yaml": [f"init_from={CHECKPOINT}"],
     "evaluate/own.yaml": ["model=m", "records=r.jsonl"],
+    **{f"evaluate/{path.name}": ["model=m"] for path in (CONFIGS / "evaluate").glob("*.yaml") if path.stem not in ("demo", "own")},
     "register/own.yaml": ["checkpoint=c", "name=n"],
     "serve/own.yaml": ["model=m"],
 }

@@ -77,6 +77,10 @@ class Records:
         """Those of these records; int64."""
         return Records(self.sources, rows if self._rows is None else self._rows[rows])
 
+    def over(self, sources: list[Source]) -> Records:
+        """The same rows of other sources of the same lengths."""
+        return Records(sources, self._rows)
+
     def where(self, i: int) -> tuple[str, int]:
         """(file, row in the file) of record `i`."""
         source, k = self._find(i)

@@ -10,6 +10,7 @@ from pydantic import Field
 from molmo_core.config import BaseConfig, ConfigError, Count, Share, Size
 from molmo_core.metrics import UnknownMetric, metric
 from pipelines.data.config import Format
+from pipelines.evaluation.columns import check_fields
 
 TYPES = {"pointing": "pointing"} | dict.fromkeys(("point_count", "point_then_count", "count_then_point", "count"), "count")
 
@@ -46,6 +47,8 @@ class EvaluateConfig(ScoringConfig):
     output: str = ""
     """Folder of the report, its pictures and predictions/*.parquet. What a stopped evaluation left there is continued."""
     format: Format = "auto"
+    fields: dict[str, str | list[str]] = dataclasses.field(default_factory=dict)
+    """Of a file whose rows are not records: what each field of a record is made of (docs/evaluation.md)."""
     limit: Size | None = None
     """Use only the first records."""
 
@@ -71,3 +74,4 @@ class EvaluateConfig(ScoringConfig):
         missing = [name for name in ("model", "records", "output") if not getattr(self, name)]
         if missing:
             raise ConfigError(f"evaluate: {', '.join(missing)} must be given (for example {missing[0]}=... on the command line)")
+        check_fields(self.fields)

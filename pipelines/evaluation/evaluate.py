@@ -18,6 +18,7 @@ from pipelines import cluster
 from pipelines.cluster import quiet, reading
 from pipelines.data.rejects import Rejects
 from pipelines.data.sources import open_records
+from pipelines.evaluation.columns import mapped
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.report import Report, finished_report, write_report
 from pipelines.evaluation.results import claim, decode
@@ -53,7 +54,7 @@ class Evaluation:
 
     def __init__(self, config: EvaluateConfig):
         self.config, self.folder = config, output_folder(config.output)
-        self.records = open_records(config.records, config.format)
+        self.records = mapped(open_records(config.records, config.format), config.fields)
         self.total = min(len(self.records), config.limit or len(self.records))
         self.model = fixed_model(config.model)
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNDECIDING}

@@ -40,6 +40,9 @@ def questions(example: dict[str, Any]) -> list[Question]:
     shared = {key: value for key, value in example.items() if key not in (*_MEDIA, "message_list", "metadata")}
     if not example.get("message_list", True):
         raise Rejected("record: no question", "message_list is empty")
+    # What only an evaluation reads: no field of a task, so that no preprocessor can show it to the model.
+    if isinstance(truth := example.get("metadata", {}).get("truth"), dict):
+        shared["truth"] = truth
     return [_question({**shared, **annotation}) for annotation in example.get("message_list", [{}])]
 
 
@@ -64,6 +67,8 @@ def _answers(task: dict[str, Any]) -> list[str]:
         return [options[task["answer_idx"]]]
     if task.get("points") is not None:
         return [str(len(task["points"]))]
+    if not {"boxes", "masks", "spans"}.isdisjoint(task.get("truth", {})):
+        return []
     raise Rejected("record: no answer", f"none of answer, answers, answer_idx, text, count, points; fields: {sorted(task)}")
 
 
@@ -99,7 +104,7 @@ def judge(question: Question, config: ScoringConfig, image_sizes: Sequence[tuple
     try:
         truth = truth_of(question.task, question.answers, image_sizes)
         name = config.metrics.get(question.type, config.metric) or metric_for(truth)
-        measure = metric(name, **({"radius": config.point_radius} if name in ("pointing", "point_in_box") else {}))
+        measure = metric(name, **({"radius": config.point_radius} if name in ("pointing", "point_in_box", "tracking") else {}))
         found = Judge(measure, complete(truth, measure))
         measure.check(found.truth)
     except ValueError as error:  # also of points that are not in the image

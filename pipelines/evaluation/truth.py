@@ -7,7 +7,9 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from molmo_core.metrics import Metric, Target, Truth
+import numpy as np
+
+from molmo_core.metrics import Box, Metric, Target, Truth
 from molmo_core.metrics.counting import parse_count
 from molmo_core.metrics.pointing import written_points
 from molmo_core.metrics.temporal import written_spans
@@ -20,7 +22,8 @@ def truth_of(task: dict[str, Any], answers: Sequence[str], image_sizes: Sequence
     """The truth of a question.
 
     Args:
-        task: the record's fields, as `records.reading` gives them.
+        task: the record's fields, as `records.reading` gives them, with what its `metadata.truth` adds as `truth`: `boxes` ([x0, y0, x1,
+            y1] in pixels), `masks` (of as many points, if there are points), `spans` ([start, end] in seconds), `category`.
         answers: the question's reference answers.
         image_sizes: (width, height) of the images or of the video's frames.
 
@@ -30,6 +33,9 @@ def truth_of(task: dict[str, Any], answers: Sequence[str], image_sizes: Sequence
     options = [str(option) for option in task.get("options") or task.get("unlabelled_options") or ()]
     names = task.get("option_names", string.ascii_uppercase) if "unlabelled_options" not in task else ()
     targets = _targets(task, image_sizes)
+    added = task.get("truth", {})
+    if targets is None or "boxes" in added or "masks" in added:
+        targets = _areas(added.get("boxes"), added.get("masks"), targets)
     count = task.get("count", None if targets is None else len(targets))
     return Truth(
         answers=tuple(answers),
@@ -40,8 +46,9 @@ def truth_of(task: dict[str, Any], answers: Sequence[str], image_sizes: Sequence
         count=None if count is None else int(count),
         targets=targets,
         tracks=_tracks(task, image_sizes),
+        spans=[(float(start), float(end)) for start, end in added["spans"]] if "spans" in added else None,
         image_sizes=tuple(image_sizes),
-        category=None if task.get("category") is None else str(task["category"]),
+        category=None if added.get("category") is None else str(added["category"]),
     )
 
 
@@ -68,6 +75,30 @@ def _targets(task: dict[str, Any], sizes: Sequence[Size]) -> list[Target] | None
         timed = zip(task["timestamps"], task["points"], strict=True)
         return [target for seconds, points in timed for target in _pixels(points, task, sizes[0], float(seconds))]
     return _pixels(task["points"], task, sizes[0])
+
+
+def _areas(boxes: Any, masks: Any, points: list[Target] | None) -> list[Target] | None:
+    """Targets with their boxes and masks; without points, at the middle of these."""
+    given = [area for area in (boxes, masks, points) if area is not None]
+    if not given:
+        return None
+    if len({len(area) for area in given}) > 1:
+        raise ValueError(f"boxes, masks and points of one record are as many as each other, found {[len(area) for area in given]}")
+    targets = []
+    for i in range(len(given[0])):
+        box = None if boxes is None else (float(boxes[i][0]), float(boxes[i][1]), float(boxes[i][2]), float(boxes[i][3]))
+        mask = None if masks is None else np.asarray(masks[i], bool)
+        x, y = points[i][:2] if points is not None else _middle(box, mask)
+        targets.append(Target(x, y, None if points is None else points[i].at, mask, box))
+    return targets
+
+
+def _middle(box: Box | None, mask: np.ndarray | None) -> tuple[float, float]:
+    if box is not None:
+        return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    assert mask is not None
+    rows, columns = np.nonzero(mask)
+    return (float(columns.mean()) + 0.5, float(rows.mean()) + 0.5) if len(rows) else (0.0, 0.0)
 
 
 def _tracks(task: dict[str, Any], sizes: Sequence[Size]) -> list[Target] | None:

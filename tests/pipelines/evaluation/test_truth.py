@@ -24,7 +24,7 @@ def test_metric_of_a_record(task, name):
 
 
 def test_options_and_their_names():
-    truth = truth_of({"options": ["x", 7], "answer_idx": 1, "category": 3}, ["7"], SIZES)
+    truth = truth_of({"options": ["x", 7], "answer_idx": 1, "truth": {"category": 3}}, ["7"], SIZES)
     assert (truth.options, truth.option, truth.option_names, truth.category) == (("x", "7"), 1, ("A", "B"), "3")
     assert truth_of({"options": ["x", "y"], "answer_idx": 0, "option_names": [1, 2]}, ["x"], SIZES).option_names == ("1", "2")
     assert truth_of({"unlabelled_options": ["x", "y"], "answer_idx": 0}, ["x"], SIZES).option_names == ()
@@ -39,6 +39,19 @@ def test_points_of_images_and_videos_in_pixels():
     assert video.targets == [Target(20, 10, 0.5)]
     tracks = truth_of({"timestamps": [0, 1], "tracks": [{"a": [20, 10], "b": None}, {"b": [40, 50]}]}, ["1"], SIZES).tracks
     assert tracks == [Target(20, 10, 0, object="a"), Target(40, 50, 1, object="b")]
+
+
+def test_boxes_masks_and_moments():
+    boxes = truth_of({"truth": {"boxes": [[10, 20, 30, 40]]}}, [], SIZES).targets
+    assert boxes == [Target(20, 30, box=(10, 20, 30, 40))]
+    mask = [[0, 0], [0, 1]]
+    (masked,) = truth_of({"points": [[5, 5]], "truth": {"masks": [mask]}}, ["1"], SIZES).targets
+    assert (masked.x, masked.y, masked.mask.tolist()) == (5, 5, [[False, False], [False, True]])
+    (middle,) = truth_of({"truth": {"masks": [mask]}}, [], SIZES).targets
+    assert (middle.x, middle.y) == (1.5, 1.5)
+    assert truth_of({"truth": {"spans": [[1, 2]]}}, [], SIZES).spans == [(1, 2)]
+    with pytest.raises(ValueError, match=r"as many as each other, found \[1, 2\]"):
+        truth_of({"points": [[1, 1], [2, 2]], "truth": {"boxes": [[0, 0, 1, 1]]}}, ["2"], SIZES)
 
 
 def test_what_a_record_says_in_words():
