@@ -223,8 +223,8 @@ class MolmoPoint(Molmo):
 
     @functools.cached_property
     def _list_start(self) -> int:
-        """Id of the token that ends the start of a list of points."""
-        return self.tokenizer.encode(LIST_START)[-1]
+        """Id of the token that ends the start of a list of points, encoded as it is in a text."""
+        return self.tokenizer.encode(f"<points {LIST_START}")[-1]
 
 
 def _point_modules(config: MolmoPointConfig) -> tuple[PointPredictor, PointEmbedding]:

@@ -26,6 +26,20 @@ DEMO_STYLES = frozenset({
 """Styles of what users ask a demo: `demo_or_style` leaves their prefix out nine times of ten."""
 
 _ALWAYS_PLAIN = frozenset({"demo", "android_control"})
+_PLAIN_STYLES_V2 = DEMO_STYLES | POINT_STYLES | {
+    "demo", "tracking", "text_sft", "video_point", "video_point_count", "video_count", "video_count_point", "video_point_track_per_frame",
+    "video_point_track_start_end", "video_point_track_all_frames", "video_single_point_track_start_end", "video_transcript",
+    "video_clip_caption_start_end", "video_clip_caption_start_end_in_seconds", "video_clip_transcript_start_end",
+    "video_clip_transcript_start_end_in_seconds", "video_frame_caption_timestamp", "video_frame_caption_timestamp_in_seconds",
+    "multi_image_pointing", "multi_image_counting", "multi_image_point_then_count", "multi_image_count_then_point",
+    "video_multiple_choice", "video_multiple_choice_count_without_pointing", "video_multiple_choice_multiple_correct",
+    "video_multiple_choice_w_subtitle", "a_okvqa_mc", "ai2_diagram", "ai2_diagram_no_letter", "science_qa", "multi_image_mc",
+    "multi_image_mc_exp", "mantis_instruct_mc",
+}  # fmt: skip
+"""`demo_or_style_v2` leaves out the prefix of these, always: what users ask, and multiple choice; other styles have theirs, always.
+(The published code has one for `demo`, too; here that is the style of questions of one's own, which are trained as they will be asked.)"""
+_POINT_STYLES_V2 = POINT_STYLES | {"text_sft", "video_point", "video_point_count", "video_count", "video_count_point"}
+"""Of MolmoPoint: the length of their answers is not asked for."""
 _EVAL_STYLES = {
     "eval_short_answer": "vqa2",
     "eval_multiple_choice": "a_okvqa_mc",
@@ -89,8 +103,7 @@ class Formatter:
         messages = reader.messages(record, style or "")
         if style is not None:
             answer = messages[1] if len(messages) > 1 else None
-            multiple_choice = "options" in record or "unlabelled_options" in record
-            prefix = self._style_prefix(style, answer, multiple_choice, reader)
+            prefix = self._style_prefix(style, answer, reader)
             messages[0] = " ".join(part for part in (prefix, messages[0]) if part)
         if reader.for_inference and "messages" not in record:
             messages = messages[:1]
@@ -115,7 +128,7 @@ class Formatter:
             messages = [m if i % 2 else f"User: {m} Assistant:" for i, m in enumerate(messages)]
         return [" " + m if i or self.config.always_start_with_space else m for i, m in enumerate(messages)]
 
-    def _style_prefix(self, style: str, answer: str | None, multiple_choice: bool, reader: TaskReader) -> str:
+    def _style_prefix(self, style: str, answer: str | None, reader: TaskReader) -> str:
         """The text before the first user message that tells the model what kind of answer is wanted."""
         kind, rng = self.config.system_prompt, reader.rng
         v2 = kind == "demo_or_style_v2" or self.html
@@ -130,12 +143,11 @@ class Formatter:
             plain = style in _ALWAYS_PLAIN or (style in DEMO_STYLES and rng.random_sample() > 0.1)
             return "" if plain else f"{style}:"
         if kind == "demo_or_style_v2":
-            plain = style == "demo" or multiple_choice or style.endswith(("_mc", "_multiple_choice"))
-            return "" if plain else f"{style}:"
+            return "" if style in _PLAIN_STYLES_V2 else f"{style}:"
         return self._style_and_length(kind, style, answer, reader)
 
     def _style_and_length(self, kind: str, style: str, answer: str | None, reader: TaskReader) -> str:
-        if self.html and style in POINT_STYLES:
+        if style in (_POINT_STYLES_V2 if self.config.pointing_format == "tokens" else POINT_STYLES if self.html else ()):
             return f"{style}:"
         if reader.for_inference or answer is None:
             length = self.config.default_inference_len

@@ -7,7 +7,7 @@ A record is `{"messages": [...]}` or a task, told apart by its keys:
 | `messages` | a conversation: strings that alternate user, assistant, or {"role", "content"} |
 | `question`, `answer` or `answers` (`explanation`) | question answering |
 | `question`, `options`, `answer_idx` (`option_names`), or `unlabelled_options` for `options` | multiple choice |
-| `label` or `question`, `points` (`point_scale`) | pointing; counting with style `point_count`, `count_then_point` or `count` |
+| `label` or `question`, `points` (`point_scale`) | pointing; counting with style `point_count`, `count_then_point` or `count` (`video_...`) |
 | `label`, `image_points` | pointing in several images: points of each (Molmo2 formats) |
 | `label`, `timestamps`, `points` or `tracks` | pointing in a video, tracking: points or {object: point} of each time (Molmo2 formats) |
 | `question`, `answer` with `<|POINT|>` slots, `answer_annotations` | answers that point |
@@ -37,6 +37,7 @@ _POINT_MODES: dict[str, point_text.PointMode] = {
     "point_count": "point_then_count",
     "point_then_count": "point_then_count",
     "count_then_point": "count_then_point",
+    "count_point": "count_then_point",
     "count": "count",
 }
 _POINT_TEMPLATES = {"point_then_count": "point_count", "count_then_point": "count_then_point", "count": "count", "point": "pointing"}
@@ -158,7 +159,7 @@ class TaskReader:
         return prompt, lettered[index] if with_content else names[index]
 
     def _pointing(self, record: dict[str, Any], style: str) -> tuple[str, str | None]:
-        mode = _POINT_MODES.get(style, "point")
+        mode = _POINT_MODES.get(style.removeprefix("video_").removeprefix("multi_image_"), "point")
         label = str(record.get("label", record.get("question", ""))).lower()
         kind, image, answer = _POINT_TEMPLATES[mode], "", None
         if "image_points" in record:

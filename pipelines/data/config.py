@@ -35,7 +35,7 @@ class PrepareConfig(BaseConfig):
     """`python -m jobs.prepare`: records → preprocessed Arrow shards, a report and the rejected rows."""
 
     records: str = ""
-    """A file, a folder or a glob of records (docs/data.md shows the forms), or `easy-vqa`."""
+    """A file, a folder or a glob of records (docs/data.md shows the forms), `easy-vqa` or, for MolmoPoint, `easy-vqa-points`."""
     output: str = ""
     """Folder of the shards; a second start continues there."""
     model: str = ""

@@ -26,6 +26,8 @@ TRAIN_QUESTIONS = 12
 # What is learned last counts more in the loss: places and shapes. Three in four questions are answered yes or no.
 WEIGHTS = {"pointing": 5.0, "shape": 2.0}
 Split = Literal["train", "test"]
+NAMES = {"easy-vqa": False, "easy-vqa-points": True}
+"""What a preparation calls the data set; whether pointing tasks hold coordinates (`with_points`)."""
 
 
 def folder() -> Path:
@@ -95,6 +97,15 @@ def _record(path: Path, pairs: list[tuple[str, str]], figure: str, place: tuple[
     return {"image": str(path), "message_list": annotations, "metadata": {"figure": figure, "point": list(place)}}
 
 
+def with_points(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose pointing task has `label`, `points` (percent) and `point_scale` in place of a written answer."""
+    *others, pointing = record["message_list"]
+    task = {key: value for key, value in pointing.items() if key != "answer"}
+    about = record["metadata"]
+    task |= {"style": "pointing", "label": about["figure"], "points": [about["point"]], "point_scale": 100}
+    return {**record, "message_list": [*others, task]}
+
+
 def _figure(pairs: list[tuple[str, str]]) -> str:
     """The figure's name as far as the questions give it away, else "shape"."""
     for question, answer in pairs:
@@ -107,9 +118,10 @@ def _figure(pairs: list[tuple[str, str]]) -> str:
     return "shape"
 
 
-def write(split: Split, path: Path, limit: int | None = None) -> int:
-    """Writes a split's records as JSON lines, unless they are there; returns their number."""
+def write(split: Split, path: Path, limit: int | None = None, points: bool = False) -> int:
+    """Writes a split's records as JSON lines, unless they are there; returns their number. `points`: those of `with_points`."""
     rows = records(split)[:limit]
+    rows = [with_points(row) for row in rows] if points else rows
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text() != text:

@@ -55,9 +55,9 @@ class Preparation:
         if not model_folder(config.model).is_file():  # a checkpoint: its weights belong to its tokenizer
             config = dataclasses.replace(config, tokenizer=None)
         self.folder = Path(config.output).resolve()
-        if config.records == "easy-vqa":
+        if config.records in easy_vqa.NAMES:
             open_folder(self.folder)
-        path = _easy_vqa(self.folder, config.limit) if config.records == "easy-vqa" else config.records
+        path = _easy_vqa(self.folder, config) if config.records in easy_vqa.NAMES else config.records
         opened = open_records(path, config.format)
         total = min(len(opened), config.limit or len(opened))
         part = config.split and Part.of(path, config.format, config.seed, config.split.test, total, opened.stamp)
@@ -182,8 +182,8 @@ class ShardWriter:
             return {"shard": shard, "failed": f"{type(error).__name__}: {error}"}
 
 
-def _easy_vqa(folder: Path, limit: int | None) -> str:
+def _easy_vqa(folder: Path, config: PrepareConfig) -> str:
     """Writes both splits as records; the train split is prepared, the test split is for evaluation."""
     for split in ("train", "test"):
-        easy_vqa.write(split, folder / "records" / f"{split}.jsonl", limit)
+        easy_vqa.write(split, folder / "records" / f"{split}.jsonl", config.limit, easy_vqa.NAMES[config.records])
     return str(folder / "records" / "train.jsonl")

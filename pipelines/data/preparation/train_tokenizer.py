@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -31,7 +32,10 @@ def model_for(folder: Path, config: PrepareConfig, records: Records, total: int)
     target = folder / "tokenizer"
     if not target.is_dir():
         model: Any = BaseModelConfig.load(model_folder(config.model))
-        texts = _texts(records, min(total, _RECORDS), Formatter(model.data_formatter), np.random.RandomState(config.seed))
+        formatter = model.data_formatter
+        if formatter.pointing_format == "tokens":  # what is between the tokens of points is like the text of the other form
+            formatter = dataclasses.replace(formatter, pointing_format="html-v2")
+        texts = _texts(records, min(total, _RECORDS), Formatter(formatter), np.random.RandomState(config.seed))
         temporary = folder / ".tokenizer.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         train_tokenizer(texts, config.tokenizer.vocab_size, temporary)

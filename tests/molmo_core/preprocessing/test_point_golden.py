@@ -24,9 +24,7 @@ ASK = "Point to {}\nPlease say 'There are none.' if it is not in the image."
 
 
 def load(golden: Path, name: str) -> MolmoPointConfig:
-    """The style prefixes of the golden prompts are in their questions here."""
-    overrides = ["data_formatter.debug=false", "data_formatter.system_prompt=none"]
-    return MolmoPointConfig.load(golden / "molmo-point" / name / "config.yaml", overrides)
+    return MolmoPointConfig.load(golden / "molmo-point" / name / "config.yaml", ["data_formatter.debug=false"])
 
 
 def frames(config: MolmoPointConfig, pixels: np.ndarray) -> VideoFeatures:
@@ -56,7 +54,8 @@ def examples(folder: Path, config: MolmoPointConfig) -> dict[str, list[dict[str,
         return shares(rows.numpy(), preprocessor.image_places([size(i)], single))[0]  # type: ignore[arg-type]
 
     def record(label: str, points: list[tuple[float, float]], question: str | None = None, **fields: Any) -> dict[str, Any]:
-        return {"label": label, "question": question or ASK.format(label), "points": points, "point_scale": 1, **fields}
+        asked = {"style": "pointing", "label": label, "question": question or ASK.format(label)}
+        return {**asked, "points": points, "point_scale": 1, **fields}
 
     image = targets["image"]
     ends = int(config.no_more_points_class)
@@ -79,13 +78,14 @@ def examples(folder: Path, config: MolmoPointConfig) -> dict[str, list[dict[str,
         "video": frames(config, images["video"]),
         "label": "birds",
         "question": "How many birds are there?",
-        "style": "point_count",
+        "style": "video_point_count",
         "point_scale": 1,
         "timestamps": TIMES.tolist(),
         "points": birds,
     }
     tracked = {
         "video": frames(config, images["video"]),
+        "style": "video_point_track_per_frame",
         "label": "bird",
         "question": "Track bird.",
         "point_scale": 1,
@@ -95,13 +95,14 @@ def examples(folder: Path, config: MolmoPointConfig) -> dict[str, list[dict[str,
     cars = shares(targets["multi"][0].numpy(), preprocessor.image_places([size(2), size(3)], several))  # type: ignore[arg-type]
     both = {
         "images": [images["image2"], images["image3"]],
+        "style": "multi_image_pointing",
         "label": "cars",
         "question": ASK.format("cars"),
         "image_points": cars,
         "point_scale": 1,
     }
-    plain = {"image": images["image2"], "question": "How many cups are on the table?", "answer": "3"}
-    hi = {"question": "Say hi.", "answer": "hi there"}
+    plain = {"image": images["image2"], "style": "user_qa", "question": "How many cups are on the table?", "answer": "3"}
+    hi = {"style": "text_sft", "question": "Say hi.", "answer": "hi there"}
     every = {
         "image": [cups, tree],
         "mixed": [cups, plain],
@@ -140,9 +141,10 @@ def test_prompts(golden: Path, name: str) -> None:
     images, reference = np.load(folder / "images.npz"), load_file(folder / "prompt.safetensors")
     preprocessor = config.build_preprocessor(for_inference=True)
     prompts = {
-        "image_prompt": {"image": images["image0"], "question": ASK.format("cups"), "label": "Cups"},
-        "video_prompt": {"video": frames(config, images["video"]), "question": "birds"},
-        "multi_prompt": {"images": [images["image2"], images["image3"]], "question": "demo: cars"},
+        "image_prompt": {"image": images["image0"], "style": "pointing", "question": ASK.format("cups"), "label": "Cups"},
+        "video_prompt": {"video": frames(config, images["video"]), "style": "video_point", "question": "birds"},
+        # Its style is "demo", which has a prefix there and none here.
+        "multi_prompt": {"images": [images["image2"], images["image3"]], "style": "demo", "question": "demo: cars"},
     }
     for case, record in prompts.items():
         prompt = preprocessor(record)
