@@ -10,9 +10,10 @@
 | `spelled` | Molmo2 with the network of `chosen` | `<points coords="1 1 618 406">circle</points>` |
 | `chosen` | configs/models/demo-point.yaml (MolmoPoint) | `<points coords="[T][V][L]1[T]">circle</point>` |
 
-All see the same records in the same order with the recipes configs/train/demo.yaml and demo-point.yaml, in one process without Ray. Of the
-test's 1,000 pictures a point is right if it is the only one and within 1, 2 or 5 % of the width of the figure's centre. `possible` is
-what the answers of the form can reach: the labels themselves, read back. Every line of output is one JSON object; `compare` ends with a table.
+All see the same records in the same order with the recipes configs/train/demo.yaml and demo-point.yaml, in one process without Ray. Of
+the test's 1,000 pictures a point is right if it is the only one and within 1, 2 or 5 % of the width of the figure's centre. `possible` is
+what the answers of the form can reach: the labels themselves, read back. Every line of output is one JSON object; `compare` ends with a
+table.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ VARIANTS = {"demo": ("demo", False), "spelled": ("demo-point", True), "chosen": 
 """Recipe, and whether records hold points as numbers."""
 RADII = (0.01, 0.02, 0.05)
 VOCABULARY = 512
+ROWS = 250
+"""Pictures that are asked about together."""
 POINT_SETTINGS = ("model_name", "patch_embed_dim")
 
 
@@ -125,19 +128,24 @@ def train(config: TrainConfig, examples: Examples, device: torch.device) -> Any:
         optimizer.zero_grad()
         if step % 100 == 0 or step == config.steps:
             values = {name: round(float(value), 3) for name, value in output.metrics.items() if "loss" in name or "acc" in name}
-            line = {"step": step, "seed": config.seed, "seconds": round(time.perf_counter() - start, 1), "loss": round(output.loss.item(), 3)}
+            line = {
+                "step": step,
+                "seed": config.seed,
+                "seconds": round(time.perf_counter() - start, 1),
+                "loss": round(output.loss.item(), 3),
+            }
             print(json.dumps(line | values), flush=True)
     return model.eval()
 
 
-def test(model: Any, examples: Examples, limit: int | None, rows: int = 250) -> dict[str, float]:
+def pointing(model: Any, examples: Examples, limit: int | None) -> dict[str, float]:
     """Shares of the pictures on which the answer is one point within each radius, and its median distance, % of the width."""
     collate = model.config.build_collator(None, None)
     records = examples.records[:limit]
     distances = []
     tokens = 0
-    for start in range(0, len(records), rows):
-        part = records[start : start + rows]
+    for start in range(0, len(records), ROWS):
+        part = records[start : start + ROWS]
         asked = [{k: v for k, v in row["message_list"][-1].items() if k not in ("answer", "points")} for row in part]
         batch = collate([examples({"image": row["image"], **task}) for row, task in zip(part, asked)])
         output = model.generate(**batch, max_new_tokens=40)
@@ -145,7 +153,12 @@ def test(model: Any, examples: Examples, limit: int | None, rows: int = 250) -> 
         distances += [distance(text, row["metadata"]["point"]) for text, row in zip(output.text, part, strict=True)]
     found = np.array(distances)
     shares = {f"within_{radius:.0%}": round(float((found <= radius).mean()), 4) for radius in RADII}
-    return {"tested": len(records), **shares, "median_%": round(100 * float(np.median(found)), 2), "tokens": round(tokens / len(records), 1)}
+    return {
+        "tested": len(records),
+        **shares,
+        "median_%": round(100 * float(np.median(found)), 2),
+        "tokens": round(tokens / len(records), 1),
+    }
 
 
 def distance(text: str, truth: list[float]) -> float:
@@ -187,7 +200,7 @@ def run(folder: Path, variant: str, seed: int, overrides: list[str], device: tor
     trained = time.perf_counter()
     line = {
         "variant": variant, "seed": seed, "set": overrides, "steps": config.steps, "parameters": sum(p.numel() for p in model.parameters()),
-        "train_s": round(trained - start, 1), **test(model, asked, limit), "test_s": round(time.perf_counter() - trained, 1),
+        "train_s": round(trained - start, 1), **pointing(model, asked, limit), "test_s": round(time.perf_counter() - trained, 1),
     }  # fmt: skip
     print(json.dumps(line), flush=True)
     print(json.dumps({"variant": variant, "possible": possible(variant, asked, config.model)}), flush=True)

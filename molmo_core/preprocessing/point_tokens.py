@@ -92,7 +92,7 @@ class PointWriter:
             blocks: (image number from 1, or seconds; shares of width and height [n, 2]).
             label: what is pointed at.
         """
-        chosen = [self.places.locate(self._block(key), x, y) for key, points in blocks for x, y in points.tolist()]
+        chosen = self._located(blocks)
         if not chosen:
             return NONE_TEXT
         if self.style.remove_repeats == "all":
@@ -107,6 +107,13 @@ class PointWriter:
         else:
             self.rng.shuffle(chosen)  # type: ignore[arg-type]
         return self._tag("points", chosen, range(1, len(chosen) + 1), label)
+
+    def count(self, blocks: Sequence[tuple[float, np.ndarray]]) -> int:
+        """How many points the list has that `points` writes of these."""
+        chosen = self._located(blocks)
+        if self.style.remove_repeats is None:
+            return len(chosen)
+        return len({triple if self.style.remove_repeats == "all" else triple[:2] for triple in chosen})
 
     def tracks(self, frames: Sequence[tuple[float, Mapping[Any, np.ndarray | None]]], label: str) -> str:
         """Tracked objects: (seconds, {object: (x, y) as shares, or None while it is hidden}); numbered by their first appearance."""
@@ -124,6 +131,9 @@ class PointWriter:
         for _, number in found:
             numbers.setdefault(number, len(numbers) + 1)
         return self._tag("tracks", [triple for triple, _ in found], [numbers[number] for _, number in found], label)
+
+    def _located(self, blocks: Sequence[tuple[float, np.ndarray]]) -> list[tuple[int, int, int]]:
+        return [self.places.locate(self._block(key), x, y) for key, points in blocks for x, y in points.tolist()]
 
     def _block(self, key: float) -> int:
         if self.places.times is None:

@@ -7,7 +7,7 @@ A record is `{"messages": [...]}` or a task, told apart by its keys:
 | `messages` | a conversation: strings that alternate user, assistant, or {"role", "content"} |
 | `question`, `answer` or `answers` (`explanation`) | question answering |
 | `question`, `options`, `answer_idx` (`option_names`), or `unlabelled_options` for `options` | multiple choice |
-| `label` or `question`, `points` (`point_scale`) | pointing; counting with style `point_count`, `count_then_point` or `count` (`video_...`) |
+| `label` or `question`, `points` (`point_scale`) | pointing; with style `point_count`, `count_then_point` or `count` counting |
 | `label`, `image_points` | pointing in several images: points of each (Molmo2 formats) |
 | `label`, `timestamps`, `points` or `tracks` | pointing in a video, tracking: points or {object: point} of each time (Molmo2 formats) |
 | `question`, `answer` with `<|POINT|>` slots, `answer_annotations` | answers that point |
@@ -179,7 +179,8 @@ class TaskReader:
             answer = self._blocks(blocks, label, mode)
         elif "points" in record:
             points = self._percent(record, record["points"])
-            answer = point_text.answer_text(self._tag(points, label), len(points), mode)
+            count = len(points) if self.points is None else self.points.count([(1, points)])
+            answer = str(count) if mode == "count" else point_text.answer_text(self._tag(points, label), count, mode)
         if "question" in record:
             return _text(record, "question"), answer
         if not label:
@@ -188,10 +189,12 @@ class TaskReader:
 
     def _blocks(self, blocks: Sequence[tuple[float, np.ndarray]], label: str, mode: point_text.PointMode) -> str:
         """Points of several images or times."""
+        count = sum(len(points) for _, points in blocks) if self.points is None else self.points.count(blocks)
+        if mode == "count":
+            return str(count)
         if self.points is not None:
-            return point_text.answer_text(self.points.points(blocks, label), sum(len(points) for _, points in blocks), mode)
-        tag = point_text.format_html(blocks, label, self._html_version())
-        return point_text.answer_text(tag, sum(len(points) for _, points in blocks), mode)
+            return point_text.answer_text(self.points.points(blocks, label), count, mode)
+        return point_text.answer_text(point_text.format_html(blocks, label, self._html_version()), count, mode)
 
     def _tag(self, points: np.ndarray, label: str, alt: str | None = None) -> str:
         """Points of one image."""
