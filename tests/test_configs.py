@@ -25,6 +25,10 @@ CHECKPOINT = Path(__file__).parent / "golden/molmo-qwen2-clip"
 # What a recipe leaves to the one who uses it.
 GIVEN = {
     "train/finetune.yaml": [f"init_from={CHECKPOINT}"],
+    **{
+        f"train/molmo-point-{name}.yaml": ["init_from=c", f"model.base={CONFIGS / 'models/molmo-point-8b.yaml'}"]
+        for name in ("sft", "long", "gui")
+    },
     "evaluate/own.yaml": ["model=m", "records=r.jsonl"],
     **{f"evaluate/{path.name}": ["model=m"] for path in (CONFIGS / "evaluate").glob("*.yaml") if path.stem not in ("demo", "own")},
     "register/own.yaml": ["checkpoint=c", "name=n"],

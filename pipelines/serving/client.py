@@ -25,7 +25,12 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def stream(url: str, body: dict[str, Any]) -> Iterator[str]:
-    """The pieces of a streamed answer, as they come.
+    """The text of a streamed answer in pieces, as they come; raises as `deltas`."""
+    return (delta.get("content", "") for delta in deltas(url, body))
+
+
+def deltas(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a streamed answer adds, piece by piece: `content` and `points`.
 
     Raises:
         RuntimeError: the server reported an error in the stream.
@@ -37,7 +42,7 @@ def stream(url: str, body: dict[str, Any]) -> Iterator[str]:
                 chunk = json.loads(event)
                 if "error" in chunk:
                     raise RuntimeError(chunk["error"]["message"])
-                yield from (choice["delta"].get("content", "") for choice in chunk["choices"])
+                yield from (choice["delta"] for choice in chunk["choices"])
 
 
 def _open(url: str, body: dict[str, Any]) -> Any:

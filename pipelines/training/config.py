@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from molmo_core.config import BaseConfig, ConfigError, Count, Dropout, Positive, Seed, Share, Size, Weight, read_yaml
+from molmo_core.config import BaseConfig, ConfigError, Count, Dropout, Positive, Seed, Share, Size, Weight, flatten, read_yaml
 from molmo_core.registry import BaseModelConfig, config_class
 from pipelines.data.config import DataConfig
 from pipelines.model_folder import model_folder
@@ -122,7 +123,7 @@ class TrainConfig(BaseConfig):
     """Name of the run: of its folder under `storage` and of its MLflow run."""
     model: BaseModelConfig
     """A model configuration, the path of one, or a checkpoint folder (then `init_from` is that folder unless given). Not given: that of
-    `init_from`."""
+    `init_from`. With a key `base`, one of these paths, what is beside it are changes."""
     data: DataConfig
     """What to train on, or the path of a file that says so."""
     steps: Size
@@ -222,9 +223,13 @@ class TrainConfig(BaseConfig):
     def load(cls, path: str | Path, overrides: list[str] | None = None, key: str | None = None) -> Self:
         """Reads a YAML file whose `model` and `data` may be paths of further files; overrides reach into those (`model.llm.n_layers=2`)."""
         path = Path(path)
-        outer = [o for o in overrides or () if not o.startswith(("model.", "data."))]
+        outer = [o for o in overrides or () if o.startswith("model.base=") or not o.startswith(("model.", "data."))]
         content = read_yaml(path, outer, key)
-        model = content.get("model")
+        model, changes = content.get("model"), _inner(overrides, "model.")
+        if isinstance(model, dict) and "base" in model:
+            changes = [f"{k}={json.dumps(v)}" for k, v in flatten(model).items() if k != "base"] + changes
+            changes = [change for change in changes if not change.startswith("base=")]
+            model = str(model["base"])
         if model is None and isinstance(content.get("init_from"), str):  # the weights bring their model's configuration
             content["init_from"] = model = str(_beside(path, content["init_from"]))
         if model is None:
@@ -237,9 +242,9 @@ class TrainConfig(BaseConfig):
             file = model_folder(str(_beside(path, model)))
             if not file.is_file():  # a checkpoint, here or on the hub
                 content.setdefault("init_from", str(file))
-            content["model"] = BaseModelConfig.load(file, _inner(overrides, "model."))
+            content["model"] = BaseModelConfig.load(file, changes)
         else:
-            content["model"] = BaseModelConfig.load(path, _inner(overrides, "model."), key=f"{key}.model" if key else "model")
+            content["model"] = BaseModelConfig.load(path, changes, key=f"{key}.model" if key else "model")
         if isinstance(content.get("data"), str):
             content["data"] = DataConfig.load(_beside(path, content["data"]), _inner(overrides, "data."))
         elif content.get("data") is not None:

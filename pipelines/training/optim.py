@@ -17,7 +17,7 @@ from pipelines.training.config import GroupConfig, OptimConfig, ScheduleConfig, 
 from pipelines.training.muon import Muon
 
 # Two-dimensional parameters that are tables of vectors or the output layer; Muon is for matrices between hidden layers.
-NO_MATRIX = ("embedding", "pad_embed", "pos_embed", "transformer.ff_out.weight", "transformer.ff_out.new_weight", "point_predictor.")
+NO_MATRIX = ("embedding", "pad_embed", "pos_embed", "transformer.ff_out.weight", "transformer.ff_out.new_weight", "subpatch_loc_k.weight")
 
 
 def freeze(model: ModelBase, config: TrainConfig) -> None:
