@@ -20,6 +20,7 @@ from molmo_core.checkpoint.safetensors_stream import SafetensorsReader
 from molmo_core.nn.configs import LlmConfig, VitConfig
 
 _VIT = "vision_backbone.image_vit."
+_OF_SPECIAL_TOKENS = ("transformer.wte.new_embedding", "transformer.ff_out.new_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def load_llm(model: Model, path: str | Path) -> None:
         raise CheckpointError(f"{folder}/config.json: no key {error}, which a {kind} checkpoint has; copy or download it again") from error
     reader = SafetensorsReader(folder)
     prefix = "model." if "model.embed_tokens.weight" in reader.specs else ""
-    names = [n for n in model_tensors(model) if n.startswith("transformer.") and n != "transformer.wte.new_embedding"]
+    names = [n for n in model_tensors(model) if n.startswith("transformer.") and n not in _OF_SPECIAL_TOKENS]
     head = "lm_head.weight" if "lm_head.weight" in reader.specs else f"{prefix}embed_tokens.weight"
     links = [link for name in names for link in _text_links(name, prefix, head, llm)]
     _load(model, reader, links, names, dropped=(r"lm_head\.weight" if llm.weight_tying else r"", r".*rotary_emb\.inv_freq"))
