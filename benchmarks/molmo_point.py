@@ -53,13 +53,13 @@ ROWS = 250
 POINT_SETTINGS = ("model_name", "patch_embed_dim")
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, limit: int | None) -> None:
     """Writes what the runs need, without paths of this machine."""
     from pipelines.data.preparation.train_tokenizer import train_tokenizer
 
     splits: tuple[easy_vqa.Split, ...] = ("train", "test")
     for split in splits:
-        rows = easy_vqa.records(split)
+        rows = easy_vqa.records(split, limit)
         (folder / split).mkdir(parents=True, exist_ok=True)
         for row in rows:
             source = Path(row["image"])
@@ -245,13 +245,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--limit", type=int, help="test on so many pictures")
+    parser.add_argument("--limit", type=int, help="so many pictures (prepare: of each split; otherwise: of the test)")
     parser.add_argument("--tune", action="store_true", help="keep off the test: train on nine of ten training pictures, test on the others")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe, such as steps=100")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.action == "prepare":
-        prepare(args.folder)
+        prepare(args.folder, args.limit)
     elif args.action == "run":
         run(args.folder, args.variant, args.seed, args.set, torch.device(args.device), args.limit, args.tune)
     else:

@@ -33,6 +33,22 @@ def test_script_runs(script: str, arguments: list[str], lines: int) -> None:
 
 
 @pytest.mark.slow
+def test_pointing_by_choosing_and_by_spelling(tmp_path: Path) -> None:
+    """Two steps of each variant; what labels can reach is known without training."""
+    script = [sys.executable, str(ROOT / "benchmarks/molmo_point.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*script, "prepare", str(tmp_path), "--limit", "30"], check=True, env=environment)
+    compare = [*script, "compare", str(tmp_path), "--seeds", "0", "--limit", "4", "--device", "cpu", "--set", "steps=2"]
+    output = subprocess.run(compare, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+    rows = [json.loads(line) for line in output if line.startswith("{")]
+    possible = {row["variant"]: row["possible"] for row in rows if "possible" in row}
+    assert possible.keys() == {"demo", "spelled", "chosen"}
+    assert all(found["within_5%"] == 1 for found in possible.values())
+    assert possible["chosen"]["within_1%"] < 1, "a cell is 2 % of the width"
+    assert len([line for line in output if line.startswith("| ")]) == 4
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (ROOT / ".venv-peers").is_dir(), reason="transformers' processors need torchvision (benchmarks/requirements-peers.txt)"
 )

@@ -68,8 +68,8 @@ def centre(pixels: np.ndarray) -> tuple[float, float]:
     return round(float(100 * x / width), 1), round(float(100 * y / height), 1)
 
 
-def records(split: Split) -> list[dict[str, Any]]:
-    """Records of a split, in the order of the image numbers.
+def records(split: Split, limit: int | None = None) -> list[dict[str, Any]]:
+    """Records of a split, in the order of the image numbers; `limit`: only the first ones.
 
     Each is `{"image": path, "message_list": [{"style", "question", "answer", "type", "weight"}, ...], "metadata"}`; `type` is shape,
     colour, yes_no or pointing, and metadata holds the figure's name and its `point` (x, y in percent). A test image is one record,
@@ -79,14 +79,16 @@ def records(split: Split) -> list[dict[str, Any]]:
     questions: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in json.loads((base / "questions.json").read_text()):
         questions[image].append((question, answer))
-    made = []
+    made: list[dict[str, Any]] = []
     for image, pairs in sorted(questions.items()):
+        if limit is not None and len(made) >= limit:
+            break
         parts = math.ceil(len(pairs) / TRAIN_QUESTIONS) if split == "train" else 1
         path, figure = base / "images" / f"{image}.png", _figure(pairs)
         with Image.open(path) as picture:
             place = centre(np.asarray(picture.convert("RGB")))
         made += [_record(path, pairs[part::parts], figure, place) for part in range(parts)]
-    return made
+    return made[:limit]
 
 
 def _record(path: Path, pairs: list[tuple[str, str]], figure: str, place: tuple[float, float]) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def _figure(pairs: list[tuple[str, str]]) -> str:
 
 def write(split: Split, path: Path, limit: int | None = None, points: bool = False) -> int:
     """Writes a split's records as JSON lines, unless they are there; returns their number. `points`: those of `with_points`."""
-    rows = records(split)[:limit]
+    rows = records(split, limit)
     rows = [with_points(row) for row in rows] if points else rows
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
