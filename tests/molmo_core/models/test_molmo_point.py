@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from molmo_core.config import ConfigError
 from molmo_core.generation.generate import Decoder, answer_text, prompt_batch
+from molmo_core.metrics import Target, Truth, metric
 from molmo_core.model_configs.molmo_point import MolmoPointConfig
 from molmo_core.models.molmo_point import MolmoPoint
 from molmo_core.preprocessing.point_places import points_of
@@ -226,20 +227,41 @@ def test_published_coordinates(folder: Path, model: MolmoPoint) -> None:
             np.testing.assert_allclose(ours, want[f"{kind}_coordinates_raw"].numpy(), rtol=1e-9)
 
 
+def forced_text(model: MolmoPoint, want: Tensors, metadata: dict[str, object]) -> str:
+    """What clients read of the tokens whose text was given."""
+    tokens, triples = want["forced_tokens"][0].tolist(), iter(want["forced_points"].tolist())
+    places, row = [], [-1, -1, -1]
+    for token in tokens:
+        if token not in model.tokenizer.point_token_ids:
+            places.append(-1)
+            continue
+        column = model.tokenizer.point_token_ids.index(token)
+        row = next(triples, [NO_MORE_POINTS, -1, -1]) if column == 0 else row
+        places.append(row[column])
+    return answer_text(model, tokens[:-1], places, metadata)
+
+
+def test_metrics_read_its_answers(folder: Path, model: MolmoPoint) -> None:
+    """F1 of the published pixels is 1, also of several images and of a video; a first point in its box hits, in another it does not."""
+    for case, want in cases(load_file(folder / "generated.safetensors")).items():
+        metadata, sizes = known_about(folder, case)
+        text, rows = forced_text(model, want, metadata), want["forced_coordinates"].tolist()
+        at = {"image_prompt": lambda row: None, "multi_prompt": lambda row: row[1] + 1, "video_prompt": lambda row: row[1]}[case]
+        targets = [Target(row[-2], row[-1], at(row)) for row in rows]
+        truth = Truth(targets=targets, image_sizes=sizes)
+        assert metric("pointing", radius=0.002)(text, truth) == {"f1": 1.0, "precision": 1.0, "recall": 1.0}, case
+        assert metric("pointing", radius=0.002)(text, Truth(targets=[t._replace(x=t.x + 5) for t in targets], image_sizes=sizes))["f1"] == 0
+        x, y = rows[0][-2:]
+        for box, hit in (((x - 1, y - 1, x + 1, y + 1), 1.0), ((x + 1, y + 1, x + 3, y + 3), 0.0)):
+            boxed = Truth(targets=[targets[0]._replace(box=box)], image_sizes=sizes)
+            assert metric("point_in_box")(text, boxed) == {"hit": hit, "valid": 1.0}, case
+
+
 def test_text_with_coordinates(folder: Path, model: MolmoPoint) -> None:
     """The published points, as text of Molmo2's form: ids as published, coordinates rounded to thousandths."""
     for case, want in cases(load_file(folder / "generated.safetensors")).items():
         metadata, sizes = known_about(folder, case)
-        tokens, triples = want["forced_tokens"][0].tolist(), iter(want["forced_points"].tolist())
-        places, row = [], [-1, -1, -1]
-        for token in tokens:
-            if token not in model.tokenizer.point_token_ids:
-                places.append(-1)
-                continue
-            column = model.tokenizer.point_token_ids.index(token)
-            row = next(triples, [NO_MORE_POINTS, -1, -1]) if column == 0 else row
-            places.append(row[column])
-        text = answer_text(model, tokens[:-1], places, metadata)
+        text = forced_text(model, want, metadata)
         assert text.endswith('">cups</points>')
         points = extract_points(text, 1, 1)
         expected = want["forced_coordinates"]
