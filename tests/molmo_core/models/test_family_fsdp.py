@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from molmo_core.models.base import BaseModelConfig, ModelBase
 from molmo_core.models.molmo2 import Molmo2Config
+from tests.molmo_core.models.golden_point import load_point_model
 
-MODELS = ("he_molmo", "molmo2")
+MODELS = ("he_molmo", "molmo2", "molmo_point")
 ROWS = {
     "image": {
         "image": np.arange(70 * 110 * 3, dtype=np.uint8).reshape(70, 110, 3),
@@ -24,6 +25,7 @@ ROWS = {
     },
     "text": {"question": "What is the capital of France?", "answer": "Paris.", "style": "demo"},
 }
+POINTS = {"style": "pointing", "label": "dogs", "points": [[10, 20], [90, 60]]}
 
 
 def build(name: str, golden: Path) -> ModelBase:
@@ -33,6 +35,8 @@ def build(name: str, golden: Path) -> ModelBase:
         model = BaseModelConfig.load(golden / "he-molmo" / "config.yaml", overrides).build_model()
         model.load_state_dict({k: v.float() for k, v in load_file(golden / "he-molmo" / "model.safetensors").items()})
         return model.train()
+    if name == "molmo_point":
+        return load_point_model(golden / "molmo-point" / "a").train()
     he = BaseModelConfig.load(golden / "he-molmo" / "config.yaml").as_dict()
     config = Molmo2Config.new(llm=he["llm"], vision_backbone=he["vision_backbone"], mm_preprocessor={"overlap_margins": (1, 1)})
     return config.build_model().train()
@@ -40,7 +44,8 @@ def build(name: str, golden: Path) -> ModelBase:
 
 def batch_of(model: ModelBase, *names: str) -> dict[str, torch.Tensor]:
     preprocessor = model.config.build_preprocessor(for_inference=False, is_training=False)
-    return model.config.build_collator(None, None, include_metadata=False)([preprocessor(ROWS[name]) for name in names])
+    rows = ROWS if model.config.model_name != "molmo_point" else ROWS | {"image": {"image": ROWS["image"]["image"], **POINTS}}
+    return model.config.build_collator(None, None, include_metadata=False)([preprocessor(rows[name]) for name in names])
 
 
 def step(model: Any, batch: dict[str, torch.Tensor], divisor: float) -> None:
