@@ -136,11 +136,20 @@ class PointWriter:
         return [self.places.locate(self._block(key), x, y) for key, points in blocks for x, y in points.tolist()]
 
     def _block(self, key: float) -> int:
-        if self.places.times is None:
+        """The image or frame of a block.
+
+        Raises:
+            ValueError: seconds where there are images, or further from all frames than these are from each other (at least a second).
+        """
+        times = self.places.times
+        if times is None:
             if not isinstance(key, int):
                 raise ValueError("points at times need a video; this example has images")
             return key - 1
-        return self.places.frame_at(float(key))
+        frame = self.places.frame_at(float(key))
+        if abs(times[frame] - key) > max(1.0, np.diff(times).max(initial=0.0)):
+            raise ValueError(f"a point at {key:g} s, but the frames are from {times[0]:g} to {times[-1]:g} s")
+        return frame
 
     def _tag(self, kind: str, chosen: Sequence[tuple[int, int, int]], numbers: Sequence[int], label: str) -> str:
         style, token = self.style, MARKS[0]

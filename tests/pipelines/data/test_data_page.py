@@ -46,7 +46,7 @@ def builders(tmp_path_factory):
         model = BaseModelConfig.load(ROOT / f"configs/models/{name}.yaml", overrides=[f"llm.tokenizer.identifier={folder}"])
         return ExampleBuilder(model.build_preprocessor(for_inference=False, max_seq_len=2048), 1_000_000)
 
-    return {name: load(name) for name in ("demo", "molmo2-4b")}
+    return {name: load(name) for name in ("demo", "molmo2-4b", "molmo-point-8b")}
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_record(row, builders, folder):
     local = json.loads(json.dumps(row).replace(HOST, f"{folder}/"))
     path = folder / "records.jsonl"
     path.write_text(json.dumps(local) + "\n")
-    assert check(builders["molmo2-4b"], path) == 1
+    assert check(builders["molmo2-4b"], path) == check(builders["molmo-point-8b"], path) == 1
     if "video" not in row:
         assert check(builders["demo"], path) == 1
 
