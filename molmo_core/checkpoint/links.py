@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from molmo_core.checkpoint.checksums import check_folder
 from molmo_core.checkpoint.folder import CheckpointError
@@ -84,7 +84,7 @@ def load_tensors(
     """Fills a model from a checkpoint, tensor by tensor.
 
     Tensors of the model on the meta device are created; others are overwritten in place and keep their type and
-    device. An FSDP-sharded model gets its own shard on every rank; all ranks read the same files.
+    device. Of an FSDP-sharded model every rank reads its own rows.
 
     Args:
         links: how names and rows correspond; links whose `other` the checkpoint lacks count as missing.
@@ -110,6 +110,8 @@ def load_tensors(
             module, leaf = owners[name]
             old = getattr(module, leaf)
             setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        elif isinstance(tensor, DTensor) and (held := held_rows(tensor)) and not any(p.transposed or p.convert for p in parts):
+            _assemble(tensor.to_local().detach(), parts_of(parts, held, reader), reader)
         elif isinstance(tensor, DTensor):
             full = torch.empty(tensor.shape, dtype=tensor.dtype)
             _assemble(full, parts, reader)
@@ -126,6 +128,34 @@ def fill(tensor: torch.Tensor, full: torch.Tensor) -> None:
         return
     local = distribute_tensor(full.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements, src_data_rank=None)
     typing.cast(DTensor, tensor.detach()).to_local().copy_(typing.cast(DTensor, local).to_local())
+
+
+def held_rows(tensor: DTensor) -> Rows | None:
+    """The rows [start, stop) of a tensor that this rank's shard is; None if it is sharded otherwise than by rows."""
+    start, stop = 0, tensor.shape[0] if tensor.ndim else 0
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            continue
+        if type(placement) is not Shard or placement.dim != 0:
+            return None
+        chunk = -(-(stop - start) // tensor.device_mesh.size(dimension))  # the last ranks may have fewer rows, or none
+        first = min(stop, start + chunk * tensor.device_mesh.get_local_rank(dimension))
+        start, stop = first, min(stop, first + chunk)
+    return (start, stop) if tensor.to_local().shape[:1] == (stop - start,) else None
+
+
+def parts_of(parts: list[Link], held: Rows, reader: SafetensorsReader) -> list[Link]:
+    """What plain links fill of rows [start, stop) of their tensor, as links to a tensor of these rows alone."""
+    found = []
+    for link in parts:
+        rows = reader.specs[link.other].shape[0]
+        there = link.other_rows or (0, rows)
+        here = link.native_rows or (0, there[1] - there[0])
+        first, last = max(here[0], held[0]), min(here[1], held[1])
+        if first < last:
+            moved = there[0] - here[0]
+            found.append(link._replace(native_rows=(first - held[0], last - held[0]), other_rows=(first + moved, last + moved)))
+    return found
 
 
 def export_specs(tensors: Mapping[str, torch.Tensor], links: list[Link], dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:

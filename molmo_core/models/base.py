@@ -20,7 +20,7 @@ from molmo_core.generation.generate import generate
 from molmo_core.nn.attention import AttentionImplementation
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.llm import Block
-from molmo_core.nn.vit import VitBlock
+from molmo_core.nn.vit import VisionTransformer, VitBlock
 from molmo_core.outputs import OLMoOutput
 from molmo_core.registry import BaseModelConfig
 
@@ -168,7 +168,7 @@ class ModelBase(nn.Module):
     # -- training ------------------------------------------------------------------------------------------------------
 
     def training_blocks(self) -> Iterator[nn.Module]:
-        """The repeated blocks: units of sharding and compilation."""
+        """The repeated blocks: units of compilation."""
         return (m for m in self.modules() if isinstance(m, Block | VitBlock))
 
     def apply_activation_checkpointing(self, enabled: bool = True) -> None:
@@ -191,19 +191,27 @@ class ModelBase(nn.Module):
         mesh: DeviceMesh | None = None,
         mp_policy: MixedPrecisionPolicy | None = None,
         reshard_after_forward: bool = True,
+        unit_blocks: int = 1,
+        vision_unit: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Shards the parameters with `fully_shard`: every block is a unit, everything else the root.
+        """Shards the parameters with `fully_shard`: blocks of the language model make units, everything else is the root.
 
         Inputs are never cast: the blocks take float32 rotary tables and the root float32 loss weights, whatever the parameters are.
 
         Args:
             mesh: one or two dimensions (hybrid sharding); None = all ranks.
             mp_policy: dtypes of the gathered parameters, of the reduction and of the output.
-            reshard_after_forward: free the gathered parameters of a block between forward and backward.
+            reshard_after_forward: free the gathered parameters of a unit between forward and backward.
+            unit_blocks: so many blocks that follow one another are a unit.
+            vision_unit: the vision encoder is a unit of its own.
             kwargs: further arguments of `fully_shard`.
         """
         policy = dataclasses.replace(mp_policy or MixedPrecisionPolicy(), cast_forward_inputs=False)
-        for block in self.training_blocks():
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **kwargs)
+        blocks = [m for m in self.modules() if isinstance(m, Block)]
+        units: list[Any] = [blocks[i : i + unit_blocks] for i in range(0, len(blocks), unit_blocks)]
+        if vision_unit:
+            units += [m for m in self.modules() if isinstance(m, VisionTransformer)]
+        for unit in units:
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **kwargs)
         fully_shard(self, mesh=mesh, mp_policy=policy, reshard_after_forward=False, **kwargs)

@@ -52,6 +52,7 @@ class HeMolmo(TokenScoring, Molmo):
     CONNECTOR: ClassVar[tuple[str, ...]] = (*Molmo.CONNECTOR, *(f"{name}." for name in TokenScoring.SCORER_LAYERS))
 
     FILLS_CACHE: ClassVar[bool] = True
+    SHARES_CONTEXT: ClassVar[bool] = False
 
     def __init__(self, config: HeMolmoConfig):
         super().__init__(config)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from molmo_core.inputs import Inputs, Targets, as_batch
@@ -15,6 +17,7 @@ from molmo_core.models.base import ModelBase
 from molmo_core.models.image_features import FeatureTarget, add_features, check_target, pooled_idx_of_tokens, tokens_of_input_idx
 from molmo_core.nn.attention import Attention, Cached, Mask, Whole
 from molmo_core.nn.connector import MolmoVisionBackbone
+from molmo_core.nn.context import Share
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import Pass, Transformer, TransformerOutput
 from molmo_core.nn.loss import LossSums, chunked_loss_sums, loss_sums, loss_weights
@@ -54,9 +57,13 @@ class Molmo(ModelBase):
     """Further inputs of `forward`, of other models of the family."""
     FILLS_CACHE: ClassVar[bool] = False
     """Whether `embed` saves work if it is given a cache."""
+    SHARES_CONTEXT: ClassVar[bool] = True
+    """Whether ranks can share a sequence (`share_context`)."""
 
     def __init__(self, config: MolmoConfig):
         super().__init__(config)
+        self.context: dist.ProcessGroup | None = None
+        """The ranks that share sequences with this one (`share_context`)."""
         self.transformer = Transformer(config.llm)
         self.vision_backbone = None if config.vision_backbone is None else MolmoVisionBackbone(config.vision_backbone, config.llm)
         if self.device.type != "meta":
@@ -135,8 +142,11 @@ class Molmo(ModelBase):
         targets = None if inputs.labels is None else Targets(inputs.labels, inputs.loss_masks, loss_divisor, z_loss_weight)
         weights: dict[int, torch.Tensor] | None = {} if output_attentions else None
 
-        embedded = self.embed(inputs, None if output_attentions else cache)
-        attention = self.attention(inputs, embedded.tokens.x.shape[1], cache, weights)
+        if self.context is not None and targets is not None and cache is None:
+            embedded, attention, targets = self.shared(inputs, targets, self.context)
+        else:
+            embedded = self.embed(inputs, None if output_attentions else cache)
+            attention = self.attention(inputs, embedded.tokens.x.shape[1], cache, weights)
         blocks = self.run(embedded.tokens, attention, output_hidden_states)
         output = self.head(embedded, blocks, targets, inputs.last_positions() if last_logits_only else None, return_logits)
         return output._replace(
@@ -228,6 +238,40 @@ class Molmo(ModelBase):
         hidden_states = tuple(blocks.hidden_states) or None
         return OLMoOutput(logits, loss, hidden_states=hidden_states, metrics=metrics or None, internal=embedded.internal)
 
+    def share_context(self, group: dist.ProcessGroup) -> None:
+        """From now on this rank does its part only of every batch with labels, which all ranks of `group` are given alike.
+
+        `forward` then returns logits, hidden states, metrics and loss of this rank's tokens. The loss is the part's share of a mean over
+        ranks: the mean over the group is the loss of the whole batch, and the mean of the gradients, which FSDP takes, its gradient.
+
+        Raises:
+            ValueError: a model that needs whole sequences.
+        """
+        if not self.SHARES_CONTEXT or self.config.llm.block_type == "moe":
+            what = "a mixture of experts balances" if self.SHARES_CONTEXT else f"{type(self).__name__} chooses from"
+            raise ValueError(f"context parallelism: {what} whole sequences, of which a rank would see a part only")
+        self.context = group
+
+    def shared(self, inputs: Inputs, targets: Targets, group: dist.ProcessGroup) -> tuple[Embedded, Attention, Targets]:
+        """What `embed` and `attention` give, and the targets, for this rank's tokens (`molmo_core.nn.context`)."""
+        if inputs.mask is not None:
+            raise ValueError("ranks that share a sequence need to know which tokens are real; a finished attention mask does not tell")
+        rows, length = inputs.input_ids.shape
+        share = Share(group, length, inputs.input_ids.device)
+        embedded = self.embed(inputs, look=None if self.vision_backbone is None else functools.partial(share.look, self.vision_backbone))
+        layout = sequence_layout(
+            inputs.input_ids, self.config.image_tokens, self.config.bi_directional_attn, inputs.valid, inputs.segments, inputs.response
+        )
+        whole = Whole(None, self.config.llm.attention_dropout if self.training else 0.0)
+        attention = share.attention(layout, rows, whole, self.attention_kind(inputs))
+        divisor = targets.divisor
+        if divisor is None:
+            divisor = loss_weights(targets.labels, targets.loss_masks).sum().clamp(min=1e-6) / share.ranks
+        masks = None if targets.loss_masks is None else share.of(targets.loss_masks)
+        targets = Targets(share.of(targets.labels), masks, divisor, targets.z_loss_weight)
+        tokens = Pass(*(None if t is None else share.of(t) for t in embedded.tokens))  # type: ignore[arg-type]
+        return embedded._replace(tokens=tokens), attention, targets
+
     # -- what they consist of, also for the other models of the family -------------------------------------------------
 
     def embed_tokens(self, ids: torch.Tensor) -> torch.Tensor:
@@ -289,9 +333,7 @@ class Molmo(ModelBase):
         queries = length if queries is None else queries
         if inputs.mask is not None:
             return inputs.mask[:, :, -queries:]
-        implementation = self.attention_implementation
-        if implementation == "auto":
-            implementation = "flex" if self.training and inputs.input_ids.is_cuda else "sdpa"
+        implementation = self.attention_kind(inputs)
         valid = inputs.valid
         # Without padding the plain causal kernel serves; a single query needs no look (nor a wait for the device).
         if valid is not None and queries > 1 and implementation == "sdpa" and bool(valid.all()):
@@ -300,6 +342,12 @@ class Molmo(ModelBase):
         layout = sequence_layout(inputs.input_ids, self.config.image_tokens, mode, None, inputs.segments, inputs.response)
         layout = dataclasses.replace(layout.after(inputs.past), valid=valid)
         return layout.mask(rows, inputs.past + length, queries, inputs.input_ids.device, implementation)
+
+    def attention_kind(self, inputs: Inputs) -> Literal["sdpa", "flex"]:
+        """The `attention_implementation`, decided for a call."""
+        if self.attention_implementation != "auto":
+            return self.attention_implementation
+        return "flex" if self.training and inputs.input_ids.is_cuda else "sdpa"
 
     def _loss(self, sums: LossSums, weight: torch.Tensor, targets: Targets, metrics: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss to minimise; adds what it consists of to `metrics` (means over this batch, without gradient)."""

@@ -43,6 +43,7 @@ class MolmoPoint(Molmo):
     vision_backbone: MolmoVisionBackbone
     EXTENDS: ClassVar[str] = "molmo2"
     FEATURES: ClassVar[tuple[str, ...]] = ("point_target_ids",)
+    SHARES_CONTEXT: ClassVar[bool] = False
 
     def __init__(self, config: MolmoPointConfig):
         super().__init__(config)

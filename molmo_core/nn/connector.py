@@ -122,11 +122,11 @@ class MolmoVisionBackbone(nn.Module):
     def blank_features(self, batch: int) -> torch.Tensor:
         """Features [B, 1, d] of a blank crop, so that every parameter takes part."""
         vit = self.config.vit
-        parameter = self.image_vit.positional_embedding
-        images = parameter.new_zeros(batch, 1, vit.patches_per_crop, vit.image_patch_size**2 * 3)
-        masks = parameter.new_zeros(batch, 1, vit.patches_per_crop)
+        device = self.image_vit.positional_embedding.device  # of a shard: the encoder gathers its own parameters
+        images = torch.zeros(batch, 1, vit.patches_per_crop, vit.image_patch_size**2 * 3, device=device)
+        masks = torch.zeros(batch, 1, vit.patches_per_crop, device=device)
         window = 4 if self.config.image_pooling_2d == "stack" else 1
-        idx = torch.zeros(batch, 1, window, dtype=torch.int64, device=parameter.device)
+        idx = torch.zeros(batch, 1, window, dtype=torch.int64, device=device)
         return self(images, masks, idx)[0][0]
 
     def pool(self, features: torch.Tensor, *pooled_idx: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -13,6 +13,7 @@ from molmo_core.config import BaseConfig, ConfigError, Count, Dropout, Positive,
 from molmo_core.registry import BaseModelConfig, config_class
 from pipelines.data.config import DataConfig
 from pipelines.model_folder import model_folder
+from pipelines.training.parallel_config import ParallelConfig
 
 MAX_NAME_BYTES = 200
 """Of a run's name: file systems take 255, and folders beside the run's have longer names."""
@@ -162,6 +163,7 @@ class TrainConfig(BaseConfig):
     """torch.compile every block."""
 
     num_workers: Annotated[int, Field(ge=1, le=100_000)] = 1
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """One GPU a worker, or none; `auto`: GPUs if the cluster has as many as workers."""
     cpus_per_worker: Annotated[float, Field(ge=0, le=1024)] = 1.0
@@ -189,14 +191,22 @@ class TrainConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share, rest = divmod(self.global_batch_size, self.num_workers)
+        readers = self.parallel.replicate * self.parallel.shard(self.num_workers)
+        share, rest = divmod(self.global_batch_size, readers)
         if rest:
-            raise ConfigError(f"global_batch_size={self.global_batch_size} is not a multiple of num_workers={self.num_workers}")
+            by = f"num_workers={self.num_workers}" if self.parallel.context == 1 else f"num_workers / parallel.context = {readers}"
+            raise ConfigError(f"global_batch_size={self.global_batch_size} is not a multiple of {by}")
         if self.device_batch_size and share % self.device_batch_size:
             raise ConfigError(
                 f"device_batch_size={self.device_batch_size} does not divide a worker's share of {share} sequences "
                 f"(global_batch_size / num_workers)"
             )
+        if self.sequence_length % (2 * self.parallel.context) and self.parallel.context > 1:
+            raise ConfigError(
+                f"sequence_length={self.sequence_length} is not a multiple of 2 · parallel.context = {2 * self.parallel.context}"
+            )
+        if self.parallel.context > 1 and not all(data.pad_to_max for data in self.all_data()):
+            raise ConfigError("parallel.context needs batches of one length: set data.pad_to_max=true (and that of validation.data)")
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable() or len(self.name.encode()) > MAX_NAME_BYTES:
             raise ConfigError(f"name={self.name[:300]!r} must be the name of a folder: printable, no slash, at most {MAX_NAME_BYTES} bytes")
         if not (self.ft_connector or self.ft_vit or self.ft_llm or self.ft_pointing):
@@ -209,7 +219,7 @@ class TrainConfig(BaseConfig):
     @property
     def micro_batches(self) -> int:
         """Forward and backward passes of one worker in one step."""
-        share = self.global_batch_size // self.num_workers
+        share = self.global_batch_size * self.parallel.context // self.num_workers
         return share // (self.device_batch_size or share)
 
     @classmethod

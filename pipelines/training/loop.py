@@ -11,15 +11,18 @@ import torch
 import torch.distributed as dist
 
 from molmo_core.config import ConfigError
+from pipelines.training.build import build
 from pipelines.training.checkpointing import Checkpointer, merged
 from pipelines.training.config import TrainConfig
 from pipelines.training.errors import TrainingError
 from pipelines.training.events import Done, Failed, Metrics, Started, Stopped
 from pipelines.training.health import Health, named
 from pipelines.training.hooks import Hook, Step
+from pipelines.training.mesh import Mesh
 from pipelines.training.meter import Meter
 from pipelines.training.optim import Optimizer
-from pipelines.training.parallel import all_sum, autocast, build, gathered, rank, world_size
+from pipelines.training.parallel import all_sum, autocast, gathered, rank, world_size
+from pipelines.training.parallelize import begin_micro_batch
 from pipelines.training.preemption import Preemption
 from pipelines.training.profiler import Profiler
 from pipelines.training.progress import Reporter
@@ -65,10 +68,11 @@ class Known(NamedTuple):
 def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
     """Trains from the newest whole checkpoint, or the beginning, to the last step."""
     device = ray.train.torch.get_device()
-    model = build(config, device)
+    mesh = Mesh.of(config, device)
+    model = build(config, device, mesh)
     optimizer = Optimizer(model, config.optim)
     sizes = {"global_batch_size": config.global_batch_size, "sequence_length": config.sequence_length}
-    loader = make_loader(config.data, config.model, **sizes, seed=config.seed, rank=rank(), world_size=world_size())
+    loader = make_loader(config.data, config.model, **sizes, seed=config.seed, rank=mesh.data_rank, world_size=mesh.data_size)
     meter = Meter(model, device)
     storage, preemption = Storage(config.storage, config.name), Preemption()
     checkpointer = Checkpointer(model, optimizer, storage, config.checkpoint, reporter.send)
@@ -79,7 +83,7 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
     if config.profile is not None:
         hooks.append(Profiler(config.profile, storage, reporter.note))
     if config.validation is not None:
-        hooks.append(Validator(config, make_loader, model, device, reporter.send))
+        hooks.append(Validator(config, make_loader, model, device, mesh, reporter.send))
     if config.samples is not None:
         hooks.append(Sampler(config, model, reporter.send))
 
@@ -101,12 +105,14 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
             meter.has_batch()
 
             # The divisor is the weight of the whole global batch, the same for all ranks and micro-batches; FSDP averages over ranks.
-            here = Known(loss_weight(batch), *meter.counts(batch), reporter.stop_requested, checkpointer.poll(), preemption.due())
+            share = [count / mesh.context for count in (loss_weight(batch), *meter.counts(batch))]  # of sequences that several ranks read
+            here = Known(*share, reporter.stop_requested, checkpointer.poll(), preemption.due())
             known = Known(*all_sum(torch.tensor(here, dtype=torch.float64)).tolist())
             if known.weight == 0:
                 raise ConfigError(f"step {number}: no token of the global batch has a loss weight. {named(examples(loader, before))}")
             divisor = known.weight / world_size() / config.micro_batches
-            for micro in micro_batches(batch, config.micro_batches):
+            for i, micro in enumerate(micro_batches(batch, config.micro_batches), start=1):
+                begin_micro_batch(model, config, last=i == config.micro_batches)
                 with autocast(config.precision, device):
                     output = model(**micro, loss_divisor=divisor, z_loss_weight=config.z_loss, return_logits=False)
                 (output.loss / config.micro_batches).backward()
@@ -178,4 +184,4 @@ def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
 
 def examples(loader: Any, before: dict[Any, Any]) -> list[str]:
     """Names the examples of all ranks in the step that begins at these states of their loaders, for people. All ranks call it."""
-    return [name for part in gathered(loader.names(before)) for name in part]
+    return list(dict.fromkeys(name for part in gathered(loader.names(before)) for name in part))  # ranks that share sequences say the same

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-import ray
 import torch
 
 from molmo_core.config import ConfigError
-from pipelines import cluster
 from pipelines.training.config import TrainConfig
 from pipelines.training.optim import freeze, is_matrix
 
@@ -59,15 +57,20 @@ def check_memory(config: TrainConfig) -> None:
     Raises:
         ConfigError: it does not fit; the message has the numbers.
     """
+    import ray  # `memory_needed` does without
+
+    from pipelines import cluster
+
     if not config.check_memory or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
         return
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     on_gpu = gpus >= config.num_workers if config.device == "auto" else config.device == "gpu" and gpus > 0
     need = memory_needed(config)
+    copies = config.parallel.replicate
     if on_gpu:
-        refuse(need, need.bytes // config.num_workers, torch.cuda.get_device_properties(0).total_memory, "in a GPU's memory of")
+        refuse(need, need.bytes * copies // config.num_workers, torch.cuda.get_device_properties(0).total_memory, "in a GPU's memory of")
     else:
-        refuse(need, need.bytes, cluster.free_memory(), "in this machine's free memory of")
+        refuse(need, need.bytes * copies, cluster.free_memory(), "in this machine's free memory of")
 
 
 def refuse(need: Need, share: int, available: int, where: str) -> None:

@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum and orthogonalised updates, for two-dimensional parameters.
 
     Args:
-        params: matrices, or groups of them; plain tensors or DTensors sharded on rows over one mesh dimension.
+        params: matrices, or groups of them; plain tensors or DTensors whose rows are sharded over the last mesh dimension.
         lr: the update of a matrix has this spectral norm, times sqrt(rows / columns) where there are more rows.
         momentum: of the gradient's moving average.
         weight_decay: decoupled, as in AdamW.
@@ -122,12 +122,10 @@ def orthogonalise_sharded(shards: list[torch.Tensor], parameters: list[torch.Ten
         parameters: what they belong to: shapes and, for DTensors, how rows lie over the ranks.
         stacks: the rows of the matrices that each parameter stacks.
     """
-    if not parameters or not isinstance(parameters[0], DTensor) or parameters[0].device_mesh.size() == 1:
+    if not parameters or not isinstance(parameters[0], DTensor) or parameters[0].device_mesh.size(parameters[0].device_mesh.ndim - 1) == 1:
         return orthogonalise_all(shards, stacks)
-    mesh = parameters[0].device_mesh
-    if mesh.ndim != 1:
-        raise ValueError(f"Muon works on parameters sharded over one mesh dimension, got {mesh}")
-    group, rank, world = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+    mesh = parameters[0].device_mesh  # replicas, if there are any, come first, and each does the same
+    group, rank, world = mesh.get_group(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
     owners = assign([tuple(p.shape) for p in parameters], world)
     owned = [[i for i, owner in enumerate(owners) if owner == r] for r in range(world)]
     rows = [[rows_of(p.shape[0], r, world) for r in range(world)] for p in parameters]

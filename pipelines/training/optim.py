@@ -103,8 +103,8 @@ class Optimizer:
             optimizer.zero_grad(set_to_none=True)
 
     def squared_norms(self) -> dict[str, torch.Tensor]:
-        """Σ gradient² of each part over what this process holds, float32 scalars."""
-        return {group: _squared_norm(parameters) for group, parameters in self.parameters.items()}
+        """Σ gradient² of each part over what this process holds, float32 scalars; what several hold counts once in the sum over all."""
+        return {group: _squared_norm(parameters) / _copies(parameters[0]) for group, parameters in self.parameters.items()}
 
     def clip(self, norms: dict[str, torch.Tensor]) -> None:
         """Scales every part's gradients down to `max_grad_norm`, given the norms over all processes."""
@@ -152,6 +152,13 @@ def learning_rate(peak: float, step: int, steps: int, group: GroupConfig, schedu
 def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     gradients = (p.grad for p in parameters if p.grad is not None)
     return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+
+
+def _copies(parameter: nn.Parameter) -> int:
+    """How many processes hold the same part of a parameter (hybrid sharding); a whole one that nobody shards counts as one."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    return math.prod(parameter.device_mesh.size(i) for i, placement in enumerate(parameter.placements) if placement.is_replicate())
 
 
 def _squared_norm(parameters: list[nn.Parameter]) -> torch.Tensor:

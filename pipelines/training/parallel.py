@@ -1,4 +1,4 @@
-"""One model over many processes: built, sharded (FSDP2) and filled with weights, on gloo and CPUs as on NCCL and GPUs."""
+"""What the ranks of a run tell each other, on gloo and CPUs as on NCCL and GPUs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from molmo_core.checkpoint.backbones import initialise_backbones
-from molmo_core.checkpoint.loading import begin_from
-from molmo_core.models.base import ModelBase
-from pipelines.training.config import Precision, TrainConfig
-from pipelines.training.optim import freeze
-
-# Below this number of parameters the whole model is one unit of FSDP: gathering all of it once costs less than many small messages.
-ONE_UNIT = 50_000_000
+from pipelines.training.config import Precision
 
 T = TypeVar("T")
 
@@ -29,54 +20,6 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def build(config: TrainConfig, device: torch.device) -> ModelBase:
-    """The model in training mode: frozen, checkpointed, compiled and sharded as configured, with its first weights.
-
-    New weights depend on the seed only, not on the number of processes: the first process draws them and hands them out.
-    """
-    first = rank() == 0
-    drawn = config.init_from is None
-    torch.manual_seed(config.seed)
-    with torch.device("cpu" if first and drawn else "meta"):
-        model = config.model.build_model()
-    if config.precision == "bf16":
-        model.to(torch.bfloat16)
-    weights = model.state_dict() if drawn else {}
-    freeze(model, config)
-    model.apply_activation_checkpointing(config.activation_checkpointing)
-    if config.compile:
-        model.apply_compile(dynamic=False)
-    if world_size() > 1:
-        shard(model, config.precision)
-        model.to_empty(device=device)
-    elif drawn:
-        model.to(device)
-    else:
-        model.to_empty(device=device)
-    if config.init_from is not None:
-        begin_from(model, config.init_from)
-        return model.train()
-    if world_size() > 1:
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, weights if first else {}, options=options)
-    initialise_backbones(model)
-    return model.train()
-
-
-def shard(model: ModelBase, precision: Precision) -> None:
-    """Shards parameters, gradients and optimiser state over all processes (`fully_shard`)."""
-    if precision == "amp_bf16":
-        # Inputs are not cast: rotary tables and masks stay in float32, autocast casts where it is right.
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    else:
-        policy = MixedPrecisionPolicy()
-    if model.num_params() < ONE_UNIT:
-        fully_shard(model, mp_policy=policy, reshard_after_forward=False)
-    else:
-        model.apply_fsdp2(mp_policy=policy)
-    register_fsdp_forward_method(model, "generate")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from pipelines.evaluation.questions import Question, judge
 from pipelines.training.config import TrainConfig
 from pipelines.training.events import Event, Metrics, Note, Samples
 from pipelines.training.hooks import Hook, Step
-from pipelines.training.parallel import all_sum, autocast, first, rank, world_size
+from pipelines.training.mesh import Mesh
+from pipelines.training.parallel import all_sum, autocast, first
 
 NO_ANSWER = "media: unreadable URL"
 """The rejection of an image that may come another time."""
@@ -30,12 +31,16 @@ SCORING = ScoringConfig()
 class Validator(Hook):
     """The mean loss over the same global batches every time."""
 
-    def __init__(self, config: TrainConfig, make_loader: Any, model: ModelBase, device: torch.device, send: Callable[[Event], None]):
+    def __init__(
+        self, config: TrainConfig, make_loader: Any, model: ModelBase, device: torch.device, mesh: Mesh, send: Callable[[Event], None]
+    ):
         assert config.validation is not None
         self.interval, self.send = config.validation.interval, send
         self.batches, self.precision, self.device, self.model = config.validation.batches, config.precision, device, model
         sizes = {"global_batch_size": config.global_batch_size, "sequence_length": config.sequence_length}
-        self.loader = make_loader(config.validation.data, config.model, **sizes, seed=config.seed, rank=rank(), world_size=world_size())
+        self.loader = make_loader(
+            config.validation.data, config.model, **sizes, seed=config.seed, rank=mesh.data_rank, world_size=mesh.data_size
+        )
         self.beginning = self.loader.state_dict()
 
     def after_step(self, step: Step) -> None:

@@ -18,6 +18,7 @@ from pipelines.training import loop
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.errors import TrainingError
 from pipelines.training.events import Metrics, Note, Started, Unusual
+from pipelines.training.parallel_config import ParallelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -101,14 +102,16 @@ def test_what_befalls_one_rank_is_known_to_both(tmp_path):
         assert poisoned["error"] is None
 
 
-def rank_of_some(rank, world, folder, port, steps):
-    """Goes on with a run, on `world` ranks; the first one's losses are in `losses_<steps>.json`."""
+def rank_of_some(rank, world, replicate, folder, port, steps):
+    """Goes on with a run, on `world` ranks in `replicate` groups; the first one's losses are in `losses_<steps>.json`."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     ray.train.torch.get_device = lambda: torch.device("cpu")
     events = Recorder()
-    loop.train(tiny_config(folder, name="moved", steps=steps, num_workers=world, global_batch_size=6), RandomLoader, events)
+    parallel = ParallelConfig(replicate=replicate)
+    config = tiny_config(folder, name="moved", steps=steps, num_workers=world, parallel=parallel, global_batch_size=12)
+    loop.train(config, RandomLoader, events)
     if rank == 0:
         losses = {event.step: event.values["loss"] for event in events if isinstance(event, Metrics)}
         Path(folder, f"losses_{steps}.json").write_text(json.dumps(losses))
@@ -116,22 +119,22 @@ def rank_of_some(rank, world, folder, port, steps):
     os._exit(0)
 
 
-def test_a_run_moves_from_two_ranks_to_one_and_to_three(tmp_path, monkeypatch):
+def test_a_run_moves_from_two_ranks_to_one_to_three_and_to_two_groups_of_two(tmp_path, monkeypatch):
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
 
     def alone(name, steps):
         events = Recorder()
-        loop.train(tiny_config(tmp_path, name=name, steps=steps, global_batch_size=6), RandomLoader, events)
+        loop.train(tiny_config(tmp_path, name=name, steps=steps, global_batch_size=12), RandomLoader, events)
         return {event.step: event.values["loss"] for event in events if isinstance(event, Metrics)}
 
-    expected, found = alone("alone", 6), {}
-    for world, steps in ((2, 2), (1, 4), (3, 6)):
+    expected, found = alone("alone", 8), {}
+    for world, replicate, steps in ((2, 1, 2), (1, 1, 4), (3, 1, 6), (4, 2, 8)):
         if world == 1:
             found |= alone("moved", steps)
             continue
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        mp.spawn(rank_of_some, (world, str(tmp_path), port, steps), nprocs=world)
+        mp.spawn(rank_of_some, (world, replicate, str(tmp_path), port, steps), nprocs=world)
         found |= {int(step): loss for step, loss in json.loads((tmp_path / f"losses_{steps}.json").read_text()).items()}
-    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert list(found) == list(range(1, 9))
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)

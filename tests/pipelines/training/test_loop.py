@@ -15,10 +15,12 @@ from batches import RandomLoader, looks, tiny_config
 from molmo_core.checkpoint import load_model
 from molmo_core.config import ConfigError
 from pipelines.data.records import media
-from pipelines.training import loop, meter
+from pipelines.training import loop, meter, preemption
+from pipelines.training.build import build
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.errors import NonFiniteError
 from pipelines.training.events import Done, Metrics, Note, Samples, Saved, Started, Stopped
+from pipelines.training.mesh import Mesh
 
 
 class Recorder:
@@ -54,6 +56,7 @@ class Recorder:
 def run(monkeypatch, tmp_path):
     """Trains in this process; every call is a run of its own, unless it gives a `name`."""
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(preemption, "ASK_S", math.inf)  # there is no Ray to ask, however slow the machine
     names, models, build = itertools.count(), [], loop.build
     monkeypatch.setattr(loop, "build", lambda *arguments: models.append(build(*arguments)) or models[-1])
 
@@ -97,8 +100,7 @@ def test_loss_is_the_weighted_mean_of_the_global_batch(run, tmp_path):
     """Against the formula, from logits."""
     recorder = run(steps=1, z_loss=0.0)
     config = tiny_config(tmp_path)
-    torch.manual_seed(config.seed)
-    model = config.model.build_model()
+    model = build(config, torch.device("cpu"), Mesh())
     batch = next(iter(RandomLoader(config.data, config.model, 4, 64, config.seed, 0, 1)))
     log_probabilities = model(**batch).logits.double().log_softmax(-1)
     weights = batch["loss_masks"].clamp(min=0).double()
