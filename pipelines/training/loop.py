@@ -105,8 +105,9 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
             meter.has_batch()
 
             # The divisor is the weight of the whole global batch, the same for all ranks and micro-batches; FSDP averages over ranks.
-            share = [count / mesh.context for count in (loss_weight(batch), *meter.counts(batch))]  # of sequences that several ranks read
-            here = Known(*share, reporter.stop_requested, checkpointer.poll(), preemption.due())
+            counts = (loss_weight(batch), *meter.counts(batch))
+            weight, tokens, teraflops = (count / mesh.context for count in counts)  # this rank's share of what several ranks read
+            here = Known(weight, tokens, teraflops, reporter.stop_requested, checkpointer.poll(), preemption.due())
             known = Known(*all_sum(torch.tensor(here, dtype=torch.float64)).tolist())
             if known.weight == 0:
                 raise ConfigError(f"step {number}: no token of the global batch has a loss weight. {named(examples(loader, before))}")
