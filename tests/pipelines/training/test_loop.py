@@ -164,7 +164,7 @@ def test_looking_at_the_model_does_not_change_its_training(run, tmp_path):
     assert validated[1] < validated[0]
     samples = looked.only(Samples)
     assert [event.step for event in samples] == [3, 6]
-    questions = [result["questions"][0] for result in samples[0].results]
+    questions = samples[0].results
     assert [question["type"] for question in questions] == ["colour", "yes_no", "colour"]
     assert {"question", "answers", "prediction", "score"} <= set(questions[0])
 
