@@ -31,16 +31,33 @@ class Split(BaseConfig):
 
 
 @dataclasses.dataclass
+class ScenesConfig(BaseConfig):
+    """Scenes of emoji by many artists that are composed as records (`records: emoji-scenes`)."""
+
+    size: Annotated[int, Field(ge=32, le=1024, multiple_of=2)] = 64
+    """Width and height in pixels."""
+    train: Size = 4000
+    """Scenes to train on."""
+    test: Size = 500
+    """New scenes by the same artists, and as many by an artist who drew none of the training scenes."""
+    clips: Share = 0.0
+    """Share of scenes that are clips of six seconds, for models that read videos."""
+
+
+@dataclasses.dataclass
 class PrepareConfig(BaseConfig):
     """`python -m jobs.prepare`: records → preprocessed Arrow shards, a report and the rejected rows."""
 
     records: str = ""
-    """A file, a folder or a glob of records (docs/data.md shows the forms), `easy-vqa` or, for MolmoPoint, `easy-vqa-points`."""
+    """A file, a folder or a glob of records (docs/data.md shows the forms); or what is made here: `easy-vqa`, `easy-vqa-points` (for
+    MolmoPoint), `emoji-scenes`."""
     output: str = ""
     """Folder of the shards; a second start continues there."""
     model: str = ""
     """Model configuration whose preprocessor and tokenizer are used."""
     format: RecordFormat = "auto"
+    scenes: ScenesConfig | None = None
+    """What `emoji-scenes` composes. None = the defaults."""
     tokenizer: TokenizerTraining | None = None
     """Train a tokenizer on the records first and use it instead of that of the model's configuration file. None = the model's own. A
     checkpoint folder always keeps its own: its weights know no other."""

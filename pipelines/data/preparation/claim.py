@@ -40,8 +40,9 @@ def claimed(folder: Path, config: PrepareConfig, records: Records) -> Iterator[N
         ConfigError: the folder holds another preparation.
     """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "actors", "max_reject_rate")}
-    if settings["split"] is None:
-        del settings["split"]  # as in folders from before there was one
+    for name in ("split", "scenes"):
+        if settings[name] is None:
+            del settings[name]  # as in folders from before there was one
     sources = records.stamp
     text = json.dumps([schema.VERSION, settings, _model_text(config.model), sources], sort_keys=True)
     state = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "settings": settings, "sources": sources}

@@ -17,11 +17,12 @@ from ray.data import ActorPoolStrategy
 from molmo_core.config import ConfigError
 from pipelines.cluster import quiet, reading
 from pipelines.data.builder import ExampleBuilder
-from pipelines.data.config import PrepareConfig
+from pipelines.data.config import PrepareConfig, ScenesConfig
 from pipelines.data.example_settings import example_settings
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.preparation import books, easy_vqa
 from pipelines.data.preparation.claim import claimed, open_folder
+from pipelines.data.preparation.emoji import records as emoji_records
 from pipelines.data.preparation.shards import read_summary, withdraw, write_shard
 from pipelines.data.preparation.train_tokenizer import model_for
 from pipelines.data.records.fetching import THREADS
@@ -55,9 +56,7 @@ class Preparation:
         if not model_folder(config.model).is_file():  # a checkpoint: its weights belong to its tokenizer
             config = dataclasses.replace(config, tokenizer=None)
         self.folder = Path(config.output).resolve()
-        if config.records in easy_vqa.NAMES:
-            open_folder(self.folder)
-        path = _easy_vqa(self.folder, config) if config.records in easy_vqa.NAMES else config.records
+        path = _made(self.folder, config) or config.records
         opened = open_records(path, config.format)
         total = min(len(opened), config.limit or len(opened))
         part = config.split and Part.of(path, config.format, config.seed, config.split.test, total, opened.stamp)
@@ -182,8 +181,15 @@ class ShardWriter:
             return {"shard": shard, "failed": f"{type(error).__name__}: {error}"}
 
 
-def _easy_vqa(folder: Path, config: PrepareConfig) -> str:
-    """Writes both splits as records; the train split is prepared, the test split is for evaluation."""
-    for split in ("train", "test"):
-        easy_vqa.write(split, folder / "records" / f"{split}.jsonl", config.limit, easy_vqa.NAMES[config.records])
+def _made(folder: Path, config: PrepareConfig) -> str | None:
+    """Writes the records that the project makes itself, every split; the path of those to prepare: the others are for evaluation."""
+    if config.records in easy_vqa.NAMES:
+        open_folder(folder)
+        for split in ("train", "test"):
+            easy_vqa.write(split, folder / "records" / f"{split}.jsonl", config.limit, easy_vqa.NAMES[config.records])
+    elif config.records == "emoji-scenes":
+        open_folder(folder)
+        emoji_records.write(folder / "records", config.scenes or ScenesConfig(), config.seed)
+    else:
+        return None
     return str(folder / "records" / "train.jsonl")
