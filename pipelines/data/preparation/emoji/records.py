@@ -97,4 +97,3 @@ def _mp4(frames: np.ndarray) -> bytes:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
         container.mux(stream.encode())
     return buffer.getvalue()
-
