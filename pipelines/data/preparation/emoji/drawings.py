@@ -5,12 +5,10 @@ They are fetched when scenes are made, never kept in the project; each version i
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
 import io
 import json
-import os
 import subprocess
 import tarfile
 import tempfile
@@ -21,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from molmo_core.config import ConfigError
+from pipelines.files import write_bytes
 
 FETCH_TIMEOUT_S = 300
 
@@ -30,40 +29,17 @@ class Artist(NamedTuple):
 
     package: str
     """Name and version for npm."""
-    sha512: str
-    """Of the package's archive, in base64, as npm's `dist.integrity` has it."""
-    licence: str
+    sha256: str
+    """Of the package's archive."""
 
 
 ARTISTS = {
-    "noto": Artist(
-        "@iconify-json/noto@1.2.9", "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==", "Apache-2.0"
-    ),
-    "twemoji": Artist(
-        "@iconify-json/twemoji@1.2.5",
-        "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
-        "CC-BY-4.0",
-    ),
-    "emojione": Artist(
-        "@iconify-json/emojione@1.2.3",
-        "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
-        "CC-BY-4.0",
-    ),
-    "fluent": Artist(
-        "@iconify-json/fluent-emoji-flat@1.2.6",
-        "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
-        "MIT",
-    ),
-    "fxemoji": Artist(
-        "@iconify-json/fxemoji@1.2.2",
-        "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
-        "Apache-2.0",
-    ),
-    "noto-v1": Artist(
-        "@iconify-json/noto-v1@1.2.5",
-        "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
-        "Apache-2.0",
-    ),
+    "noto": Artist("@iconify-json/noto@1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),  # Apache-2.0
+    "twemoji": Artist("@iconify-json/twemoji@1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),  # CC-BY-4.0
+    "emojione": Artist("@iconify-json/emojione@1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),  # CC-BY-4.0
+    "fluent": Artist("@iconify-json/fluent-emoji-flat@1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),  # MIT
+    "fxemoji": Artist("@iconify-json/fxemoji@1.2.2", "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),  # Apache-2.0
+    "noto-v1": Artist("@iconify-json/noto-v1@1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),  # Apache-2.0
 }
 UNSEEN = "noto-v1"
 """The artist that no training scene shows: Google's emoji from before 2017 ("blobs"), drawn anew since then for `noto`."""
@@ -120,10 +96,7 @@ def _icons(folder: Path, name: str, artist: Artist) -> dict[str, Any]:
     path = folder / f"{name}.json"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        icons = _fetch(artist)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(icons)
-        part.replace(path)
+        write_bytes(path, _fetch(artist))
     icons: dict[str, Any] = json.loads(path.read_bytes())
     return icons
 
@@ -143,9 +116,9 @@ def _fetch(artist: Artist) -> bytes:
         archives = list(Path(folder).glob("*.tgz"))
         if len(archives) != 1:
             raise ConfigError(f"npm fetched {len(archives)} archives for {artist.package}, not one")
-        digest = base64.b64encode(hashlib.sha512(archives[0].read_bytes()).digest()).decode()
-        if digest != artist.sha512:
-            raise ConfigError(f"{artist.package} is not the published package: its SHA-512 is {digest}, not {artist.sha512}")
+        digest = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+        if digest != artist.sha256:
+            raise ConfigError(f"{artist.package} is not the published package: its SHA-256 is {digest}, not {artist.sha256}")
         with tarfile.open(archives[0]) as archive:
             file = archive.extractfile("package/icons.json")
             if file is None:
