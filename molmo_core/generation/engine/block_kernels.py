@@ -51,7 +51,7 @@ def add_norm(x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor,
 
 @triton.jit
 def _rotate_kernel(
-    qkv, q_weight, k_weight, cos, sin, positions, scale, keys, values, pages, offsets, EPS, row_stride, page_row, head_row,
+    qkv, q_weight, k_weight, cos, sin, positions, scale, keys, values, pages, offsets, EPS, last, row_stride, page_row, head_row,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, EACH: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -68,7 +68,7 @@ def _rotate_kernel(
             w_b = tl.where(query, tl.load(q_weight + HALF + d), tl.load(k_weight + HALF + d)).to(tl.float32)[None, :]
             u = ((u * factor).to(a.dtype).to(tl.float32) * w_a).to(a.dtype).to(tl.float32)
             v = ((v * factor).to(a.dtype).to(tl.float32) * w_b).to(a.dtype).to(tl.float32)
-        place = tl.load(positions + row).to(tl.int64) * HALF
+        place = tl.minimum(tl.load(positions + row).to(tl.int64), last) * HALF
         c, s = tl.load(cos + place + d)[None, :], tl.load(sin + place + d)[None, :]
         a, b = (u * c - v * s).to(a.dtype), (v * c + u * s).to(a.dtype)
         tl.store(at, a)
@@ -101,7 +101,7 @@ def rotate_and_store(
         norms: weights [D] of queries and keys; None: no norm.
         eps: of the norms.
         rotary: of the layer.
-        positions: integers [T], below the table's length.
+        positions: integers [T], not negative; those behind the table are taken for its last.
         scale: float [T], factors of the values; None: 1.
         stored: where to.
 
@@ -116,8 +116,8 @@ def rotate_and_store(
         each *= 2
     weights = norms or (qkv, qkv)
     _rotate_kernel[(rows, width // size // each)](
-        qkv, *weights, *rotary, positions, qkv if scale is None else scale, *stored, eps, qkv.stride(0), stored.keys.stride(0),
-        stored.keys.stride(1), HEADS=heads, KV_HEADS=kv_heads, EACH=each, HALF=size // 2, NORM=norms is not None,
+        qkv, *weights, *rotary, positions, qkv if scale is None else scale, *stored, eps, len(rotary.cos) - 1, qkv.stride(0),
+        stored.keys.stride(0), stored.keys.stride(1), HEADS=heads, KV_HEADS=kv_heads, EACH=each, HALF=size // 2, NORM=norms is not None,
         SCALED=scale is not None, num_warps=1 if each < 4 else 2,
     )  # fmt: skip
     return qkv.view(rows, -1, size).split((heads, kv_heads, kv_heads), 1)  # type: ignore[return-value]

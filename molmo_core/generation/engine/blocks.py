@@ -12,6 +12,9 @@ from molmo_core.nn.llm import Block, BlockInputs, MoEBlock, Pass
 from molmo_core.nn.rope import Rotary, rotary_tables
 from molmo_core.nn.vit import VitBlock
 
+POSITION_SHARE = 2
+"""Rotary positions that are taken, in lengths of the longest sequence: they may run ahead of the tokens (HeMolmo leaves some out)."""
+
 
 class PagedAttention(Protocol):
     """Attention of the tokens of a step, whose keys and values go to pages."""
@@ -61,7 +64,7 @@ class FusedBlocks:
     def __init__(self, model: Any):
         self.transformer = model.transformer
         config, device = model.config.llm, next(model.parameters()).device
-        every = rotary_tables(config, torch.arange(config.max_sequence_length, device=device)[None])
+        every = rotary_tables(config, torch.arange(POSITION_SHARE * config.max_sequence_length, device=device)[None])
         half = config.head_width // 2
         tables = {id(cos): tuple(t[0, 0, :, :half].contiguous() for t in (cos, sin)) for cos, sin in every}
         self._rotary = [tables[id(cos)] for cos, _ in every]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from molmo_core.generation.engine.answers import Answers, Launched
+from molmo_core.generation.engine.blocks import POSITION_SHARE
 from molmo_core.generation.engine.decoding import Decoder, GraphDecoder, PlainDecoder
 from molmo_core.generation.engine.grammars import Grammars
 from molmo_core.generation.engine.limits import EngineLimits
@@ -109,6 +110,8 @@ class Engine:
         longest = len(prompt) + params.max_tokens
         if longest > config.llm.max_sequence_length:
             raise ValueError(f"prompt and answer may be {longest:,} tokens, but the model takes {config.llm.max_sequence_length:,}")
+        if prompt.next_position + params.max_tokens > POSITION_SHARE * config.llm.max_sequence_length:
+            raise ValueError(f"position_ids reach {prompt.next_position:,}, the model's sequences {config.llm.max_sequence_length:,}")
         if len(request.begun) >= params.max_tokens:
             raise ValueError(f"{len(request.begun)} tokens are generated already, max_tokens is {params.max_tokens}")
         sequence = Sequence(request, [*prompt.example["input_ids"].tolist(), *request.begun], len(prompt), prompt)

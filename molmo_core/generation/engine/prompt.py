@@ -41,6 +41,8 @@ class Prompt:
         self.example: dict[str, np.ndarray] = given
         self.positions: np.ndarray = given.setdefault("position_ids", np.arange(len(ids))).astype(np.int64)
         """int64 [prompt], rotary."""
+        if self.positions.shape != ids.shape or (self.positions < 0).any():
+            raise ValueError(f"position_ids must be {len(ids)} positions, one a token, none negative")
         self.whole: bool = model.FILLS_CACHE
         """It has to be computed in one piece, and shares no pages."""
         self._config, self._page_size = model.config, page_size

@@ -178,6 +178,9 @@ def test_what_cannot_be_answered_is_refused_at_once(model, prompts):
         engine.add(Request(prompts[0], SamplingParams(max_tokens=20_000)))
     with pytest.raises(ValueError, match="without padding"):
         engine.add(Request({"input_ids": np.array([1, -1])}))
+    for places, message in ((np.array([-1, 0]), "none negative"), (np.array([0]), "2 positions"), (np.array([0, 40_000]), "reach 40,001")):
+        with pytest.raises(ValueError, match=message):
+            engine.add(Request({"input_ids": np.array([1, 2]), "position_ids": places}, SamplingParams(max_tokens=4)))
     assert engine.active == 0
     with pytest.raises(ValueError, match="not even one page"):
         Engine(model, limits(cache_bytes=10))
