@@ -26,10 +26,9 @@ class Prompt(NamedTuple):
     inputs: Example
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """(width, height) of the first image; without one, percent."""
-        sizes = self.inputs.get("metadata", {}).get("image_sizes")
-        return tuple(sizes[0]) if sizes else (100, 100)
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of the images; without one, percent."""
+        return [(width, height) for width, height in self.inputs.get("metadata", {}).get("image_sizes") or [(100, 100)]]
 
 
 class Prompts:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from pipelines.evaluation.picture import draw_answers, spread
 from pipelines.evaluation.results import Results
 from pipelines.files import write_text
 
+SEED = 0
+"""Of the intervals."""
 REPORT, PAGE, PICTURE = "report.json", "report.html", "answers.png"
 
 
@@ -46,14 +48,14 @@ class Report:
 
 
 class Tally:
-    """What is kept while the shards go by: of every question numbers only, 33 bytes and more for metrics of several scores."""
+    """What is kept while the shards go by: of every question numbers only, 41 bytes and more for metrics of several scores."""
 
     def __init__(self) -> None:
         self.reasons: collections.Counter[str] = collections.Counter()
         self.kinds: list[tuple[str, str]] = []
         """(type, metric), in the order they came."""
-        self.scores: list[dict[str, array[float]]] = []
-        """Of each of them: all scores by name."""
+        self.scores: list[dict[str, tuple[array[float], array[int]]]] = []
+        """Of each of them: all scores by name, with their records."""
         self.confusion = Confusion()
         self._kind, self._record, self._number, self._score = array("i"), array("q"), array("i"), array("d")
 
@@ -64,14 +66,16 @@ class Tally:
             kind = row["type"], row["metric"]
             if kind not in self.kinds:
                 self.kinds.append(kind)
-                self.scores.append(collections.defaultdict(lambda: array("d")))
+                self.scores.append(collections.defaultdict(lambda: (array("d"), array("q"))))
             code = self.kinds.index(kind)
             self._kind.append(code)
             self._record.append(row["record"])
             self._number.append(row["number"])
             self._score.append(row["score"])
             for name, value in row["scores"]:
-                self.scores[code][name].append(value)
+                values, records = self.scores[code][name]
+                values.append(value)
+                records.append(row["record"])
             self.confusion.add(row["type"], row["metric"], row["answers"] or [], row["prediction"] or "")
 
     @property
@@ -125,7 +129,7 @@ def write_report(config: EvaluateConfig, results: Results, records: Records, sec
     for table in results.tables(TALLIED):
         tally.add(table)
     known = {"model": config.model, "set": config.records, "records": results.records}
-    figures = {**known, **summarise(tally), "seconds": round(seconds, 1)}
+    figures = {**known, **summarise(tally, of_sets(results, tally.kinds)), "seconds": round(seconds, 1)}
 
     def rows(chosen: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         return results.rows(tally.record[chosen].tolist(), tally.number[chosen].tolist())
@@ -138,18 +142,38 @@ def write_report(config: EvaluateConfig, results: Results, records: Records, sec
     return Report(figures, results)
 
 
-def summarise(tally: Tally) -> dict[str, Any]:
-    """The figures."""
+def of_sets(results: Results, kinds: Sequence[tuple[str, str]]) -> dict[int, dict[str, metrics.Figure]]:
+    """The figures of the kinds (by their number) whose metrics also judge a set as a whole (BLEU, CIDEr), which takes its texts."""
+    wholes = {kind: (code, whole) for code, kind in enumerate(kinds) if (whole := metrics.metric(kind[1]).whole)}
+    answers: dict[tuple[str, str], list[str]] = {kind: [] for kind in wholes}
+    truths: dict[tuple[str, str], list[metrics.Truth]] = {kind: [] for kind in wholes}
+    for table in results.tables(("number", "type", "metric", "prediction", "answers")) if wholes else ():
+        for row in table.filter(pc.is_valid(table.column("number"))).to_pylist():
+            if (kind := (row["type"], row["metric"])) in wholes:
+                answers[kind].append(row["prediction"])
+                truths[kind].append(metrics.Truth(captions=row["answers"]))
+    return {code: whole(answers[kind], truths[kind], SEED) for kind, (code, whole) in wholes.items()}
+
+
+def summarise(tally: Tally, sets: Mapping[int, dict[str, metrics.Figure]]) -> dict[str, Any]:
+    """The figures. Questions of one record are drawn together for the intervals: they are about the same media.
+
+    Args:
+        sets: further figures of kinds (`of_sets`).
+    """
     # Pointing is another kind of task; the mean over answers to questions stays comparable to published figures without it.
     names = np.array([metric for _, metric in tally.kinds])
-    answers = tally.score[names[tally.kind] != "pointing"] if tally.kinds else tally.score
+    counted = names[tally.kind] != "pointing" if tally.kinds else slice(None)
+    answers = tally.score[counted]
     types = {}
     for code, (kind, metric) in sorted(enumerate(tally.kinds), key=lambda item: item[1]):
         name = kind if sum(kind == other for other, _ in tally.kinds) == 1 else f"{kind} ({metric})"
-        scores = tally.score[tally.kind == code]
-        named = {key: _figure(np.asarray(values)) for key, values in tally.scores[code].items()}
-        types[name] = {"questions": len(scores), "metric": metric, **_figure(scores), "scores": named}
-    overall = _figure(answers) if len(answers) else {"score": None, "low": None, "high": None}
+        own = tally.kind == code
+        named = {key: _figure(np.asarray(values), np.asarray(records)) for key, (values, records) in tally.scores[code].items()}
+        named |= {key: _rounded(figure) for key, figure in sets.get(code, {}).items()}
+        main = _figure(tally.score[own], tally.record[own])
+        types[name] = {"questions": int(own.sum()), "metric": metric, **main, "scores": named}
+    overall = _figure(answers, tally.record[counted]) if len(answers) else {"score": None, "low": None, "high": None}
     return {
         "rejected": tally.reasons.total(),
         "reasons": dict(tally.reasons.most_common()),
@@ -161,6 +185,9 @@ def summarise(tally: Tally) -> dict[str, Any]:
     }
 
 
-def _figure(scores: np.ndarray) -> dict[str, float]:
-    found = metrics.summarise({"score": scores.tolist()}, seed=0)["score"]
-    return {"score": round(found.mean, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
+def _figure(scores: np.ndarray, records: np.ndarray) -> dict[str, float]:
+    return _rounded(metrics.summarise({"score": scores.tolist()}, SEED, records.tolist())["score"])
+
+
+def _rounded(figure: metrics.Figure) -> dict[str, float]:
+    return {"score": round(figure.mean, 4), "low": round(figure.low, 4), "high": round(figure.high, 4)}

@@ -53,13 +53,15 @@ def truth_of(task: dict[str, Any], answers: Sequence[str], image_sizes: Sequence
 
 
 def complete(truth: Truth, metric: Metric) -> Truth:
-    """With what a metric needs and the record gives only in words: the number, the points or the
-    moments that the first reference answer states."""
+    """With what a metric needs and the record gives only as answers: the number, the points or the
+    moments that the first of them states; answers for captions."""
     parts: dict[str, Any] = {}
     if truth.answers and "count" in metric.needs and truth.count is None:
         parts["count"] = parse_count(truth.answers[0])
     if truth.answers and "targets" in metric.needs and truth.targets is None:
         parts["targets"] = written_points(truth.answers[0], truth)
+    if truth.answers and "captions" in metric.needs and not truth.captions:
+        parts["captions"] = truth.answers
     if truth.answers and "spans" in metric.needs and truth.spans is None:
         parts["spans"] = written_spans(truth.answers[0]) or None
     return dataclasses.replace(truth, **parts)

@@ -60,7 +60,7 @@ class Worker:
             known = {"record": i, "source": source, "row": row}
             try:
                 prompts = self._prompts(self._records[i])
-                groups.append((i, known, [(prompt, judge(prompt.question, self._config, [prompt.image_size])) for prompt in prompts]))
+                groups.append((i, known, [(prompt, judge(prompt.question, self._config, prompt.image_sizes)) for prompt in prompts]))
             except Rejected as error:
                 rows[i] = [known | {"rejected": error.reason, "detail": error.detail}]
         inputs = [[prompt.inputs for prompt, _ in asked] for _, _, asked in groups]
@@ -81,8 +81,8 @@ def _scored(prompt: Prompt, by: Judge, prediction: str) -> dict[str, Any]:
         "prediction": prediction,
         "score": scores[by.metric.main],
         "scores": list(scores.items()),
-        "true_points": _shares(by.truth.targets or (), prompt.image_size),
-        "answer_points": _shares(written_points(prediction, by.truth), prompt.image_size),
+        "true_points": _shares(by.truth.targets or (), prompt.image_sizes[0]),
+        "answer_points": _shares(written_points(prediction, by.truth), prompt.image_sizes[0]),
     }
 
 

@@ -85,7 +85,7 @@ class Sampler(Hook):
             for i in range(min(self.settings.count, len(records))):
                 try:
                     for prompt in prompts(records[i], functools.partial(_of_type, turn=i)):
-                        judge(prompt.question, SCORING, [prompt.image_size])  # a question that cannot be scored is told now
+                        judge(prompt.question, SCORING, prompt.image_sizes)  # a question that cannot be scored is told now
                         found.append((i, prompt))
                 except Rejected as error:
                     message = f"samples.records: {self.settings.records}: record {i}: {error}"
@@ -118,7 +118,7 @@ class Sampler(Hook):
         results = []
         for (i, prompt), text in zip(self.samples, texts, strict=True):
             question = prompt.question
-            points = judge(question, SCORING, [prompt.image_size]).score(text)
+            points = judge(question, SCORING, prompt.image_sizes).score(text)
             answer = {"question": question.text, "type": question.type, "answers": question.answers, "prediction": text, "score": points}
             results.append({"record": i, **answer})
         return results

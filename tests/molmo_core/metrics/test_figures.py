@@ -44,6 +44,23 @@ def test_pairs_see_what_two_intervals_hide():
     assert paired_difference(a, a) == (0, 0, 0)
 
 
+def test_groups_are_drawn_whole():
+    """Ten questions about each of forty pictures that are all answered alike know no more than one question about each."""
+    pictures = np.random.default_rng(0).integers(0, 2, 40).astype(float)
+    one = summarise({"a": pictures}, 0)["a"]
+    repeated, numbers = np.repeat(pictures, 10), np.repeat(np.arange(40), 10)
+    ten = summarise({"a": repeated}, 0, numbers)["a"]
+    assert ten[:3] == pytest.approx(one[:3])
+    assert ten.n == 400
+    wrong = summarise({"a": repeated}, 0)["a"]
+    assert wrong.high - wrong.low < (ten.high - ten.low) / 2
+    alone = summarise({"a": pictures}, 0, np.arange(40)[::-1])["a"]
+    assert alone.high - alone.low == pytest.approx(one.high - one.low, rel=0.15), "groups of one are the answers"
+    assert paired_difference(repeated, 1 - repeated, 0, numbers) == pytest.approx(paired_difference(pictures, 1 - pictures))
+    with pytest.raises(ValueError, match="400 scores and 2 groups"):
+        summarise({"a": repeated}, 0, [1, 2])
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_the_interval_is_within_the_scores(scores):
     figure = summarise({"a": scores}, 0)["a"]

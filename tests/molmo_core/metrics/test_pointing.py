@@ -94,3 +94,21 @@ def test_images_and_times_are_kept_apart():
     assert metric("pointing")(swapped, truth)["f1"] == 0, "the right place, but in the other image"
     video = Truth(targets=[Target(50, 50, 2.0), Target(50, 50, 4.0)])
     assert metric("pointing")('<points coords="2.5 1 500 500;4.6 2 500 500">a</points>', video)["f1"] == 0.5, "0.5 s is the same time"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '<points x1="25.0" y1="50.0" x2="75.0" y2="50.0" alt="cups">cups</points>',
+        'Counting the <points x1="25.0" y1="50.0" x2="75.0" y2="50.0" alt="cups">cups</points> shows a total of 2.',
+        '<points coords="1 1 250 500 2 750 500">cups</points>',
+        '<points alt="cups" coords="1 1 250 500 2 750 500">cups</points>',
+        'There are 2 <points coords="1 1 250 500 2 750 500">cups</points>.',
+        "(25, 50) and (75.0, 50)",
+        "p=250,500 p=750,500",
+    ],
+)
+def test_every_form_of_the_family(answer):
+    """Molmo, Molmo2 (which is also how MolmoPoint's answers are read), and the older ones: the same points, the same scores."""
+    truth = Truth(targets=targets((50, 50), (150, 50)), image_sizes=[(200, 100)])
+    assert metric("pointing")(answer, truth) == {"f1": 1, "precision": 1, "recall": 1}

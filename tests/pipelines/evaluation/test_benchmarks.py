@@ -308,7 +308,7 @@ def test_the_model_is_asked(name, tmp_path, tiny_model):
     config, rows = prepared(name, tmp_path)
     prompts = Prompts(tiny_model.config)
     (prompt,) = prompts(mapped(open_records(config.records), config.fields)[0])
-    assert prompt.image_size == SIZE
+    assert prompt.image_sizes == [SIZE] * (2 if name == "mmmu" else 1)
     ids = np.asarray(prompt.inputs["input_ids"])
     said = tiny_model.tokenizer.decode(ids[(ids >= 0)].tolist())
     asked = rows[0][0].get("question", rows[0][0].get("label"))

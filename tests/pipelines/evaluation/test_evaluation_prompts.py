@@ -30,7 +30,7 @@ def test_a_prompt_a_question_with_the_inputs_of_inference(prompts, tiny_model, t
     asked = [{"style": "demo", "question": q, "answer": a} for q, a in (("what?", "x"), ("why?", "y"))]
     first, second = prompts(record(image=str(tmp_path / "a.png"), message_list=asked))
     assert (first.question.text, first.question.answers, second.question.text) == ("what?", ["x"], "why?")
-    assert first.image_size == (64, 40)
+    assert first.image_sizes == [(64, 40)]
     preprocess = tiny_model.config.build_preprocessor(for_inference=True, is_training=False)
     expected = preprocess({"image": tmp_path / "a.png", "style": "demo", "question": "why?"})
     np.testing.assert_array_equal(second.inputs["input_ids"], expected["input_ids"])
@@ -41,7 +41,7 @@ def test_a_prompt_a_question_with_the_inputs_of_inference(prompts, tiny_model, t
 
 def test_a_text_has_no_size(prompts):
     (prompt,) = prompts(record(style="demo", question="what?", answer="x"))
-    assert prompt.image_size == (100, 100)
+    assert prompt.image_sizes == [(100, 100)]
 
 
 class Fragile(TaskBuilder):

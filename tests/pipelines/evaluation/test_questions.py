@@ -110,10 +110,10 @@ def test_pointing_is_within_a_share_of_the_width():
     assert scored(written, '<point x="54.9" y="50.0" alt="a">a</point>', point_radius=0.02) == 0
 
 
-def shard(*records: dict) -> pa.Table:
+def shard(*records: dict, first: int = 0) -> pa.Table:
     """Rows as of a shard: a score by type for each record, or why it was rejected."""
     rows = []
-    for i, scores in enumerate(records):
+    for i, scores in enumerate(records, first):
         if "rejected" in scores:
             rows.append({"record": i, **scores})
         metrics = {kind: "pointing" if kind == "pointing" else "vqa_score" for kind in scores if kind != "rejected"}
@@ -126,8 +126,8 @@ def shard(*records: dict) -> pa.Table:
 def test_summary():
     tally = Tally()
     tally.add(shard({"colour": 1, "pointing": 0}, {"rejected": "x"}))
-    tally.add(shard({"colour": 0, "shape": 1}))
-    report = summarise(tally)
+    tally.add(shard({"colour": 0, "shape": 1}, first=2))
+    report = summarise(tally, {})
     assert report["questions"] == 3
     assert report["overall"] == pytest.approx(2 / 3, abs=1e-4)
     colour = {"score": 0.5, "low": 0, "high": 1}

@@ -60,6 +60,7 @@ def test_what_a_record_says_in_words():
     pointed = complete(truth_of({}, ['<point x="50.0" y="50.0" alt="a">a</point>'], SIZES), metric("pointing"))
     assert [(point.x, point.y) for point in pointed.targets] == [(100, 50)]
     assert complete(truth_of({}, ["some"], SIZES), metric("count")).count is None
+    assert complete(truth_of({}, ["a dog", "a cat"], SIZES), metric("caption")).captions == ("a dog", "a cat")
     assert complete(truth_of({}, ["from 2 to 5 seconds"], SIZES), metric("temporal_iou")).spans == [(2, 5)]
     with pytest.raises(TruthMissing, match="spans"):
         metric("temporal_iou")("2 - 5", complete(truth_of({}, ["later"], SIZES), metric("temporal_iou")))
