@@ -47,19 +47,16 @@ def test_a_key_given_twice():
 
 
 @pytest.mark.parametrize("part", [b"[],", b'{"a":1},', b'"",', b"1,"])
-def test_megabytes_of_brackets_are_not_parsed(part):
+def test_megabytes_of_brackets_are_not_parsed(part, monkeypatch):
     body = b'{"a": [' + part * (8_000_000 // len(part)) + b"1]}"
-    start = time.process_time()
+    monkeypatch.setattr(json_body.json, "loads", lambda _: pytest.fail("it was parsed"))
     with pytest.raises(ApiError, match="quotes, brackets and commas"):
         parse_json(body)
-    assert time.process_time() - start < 0.5
 
 
 def test_the_largest_that_is_parsed():
     body = b'{"a": [' + b"[]," * (MAX_STRUCTURE // 2 - 10) + b"1]}"
-    start = time.process_time()
     assert len(parse_json(body)["a"]) == MAX_STRUCTURE // 2 - 9
-    assert time.process_time() - start < 0.5
     image = b'{"a": "' + b"QUJD" * 5_000_000 + b'"}'
     assert len(parse_json(image)["a"]) == 20_000_000
 
