@@ -39,9 +39,10 @@ from molmo_core.preprocessing.images import ImageFeatures, preprocess_image
 from molmo_core.preprocessing.points import extract_points
 from molmo_core.registry import BaseModelConfig, config_class
 from pipelines.data.preparation import easy_vqa
+from pipelines.training.build import build
 from pipelines.training.config import TrainConfig
+from pipelines.training.mesh import Mesh
 from pipelines.training.optim import Optimizer
-from pipelines.training.parallel import build
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = {"demo": ("demo", False), "spelled": ("demo-point", True), "chosen": ("demo-point", True)}
@@ -108,7 +109,7 @@ class Examples:
 
 def train(config: TrainConfig, examples: Examples, device: torch.device) -> Any:
     """The loop of `pipelines.training.loop`, bare: one process, no hooks."""
-    model = build(config, device)
+    model = build(config, device, Mesh())
     model.attention_implementation = "sdpa"  # tiny sequences: compiling FlexAttention would take longer than the run
     optimizer = Optimizer(model, config.optim)
     collate = config.model.build_collator(None, None, include_metadata=False)

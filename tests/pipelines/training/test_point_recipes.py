@@ -10,9 +10,10 @@ from PIL import Image
 
 from molmo_core.model_configs.molmo_point import MolmoPointConfig
 from pipelines.data.batches.loader import TrainLoader
+from pipelines.training.build import build
 from pipelines.training.config import TrainConfig
+from pipelines.training.mesh import Mesh
 from pipelines.training.optim import Optimizer
-from pipelines.training.parallel import build
 
 CONFIGS = Path(__file__).parents[3] / "configs/train"
 RECIPES = {"pretrain": [], "sft": ["init_from=c"], "long": ["init_from=c"], "gui": ["init_from=c"]}
@@ -63,7 +64,7 @@ def test_a_step(home, name):
     collate = config.model.build_collator(None, None, include_metadata=False)
     batch = collate(loader.examples(8))
     assert (batch["point_target_ids"] >= 0).any()
-    model = build(config, torch.device("cpu"))
+    model = build(config, torch.device("cpu"), Mesh())
     optimizer = Optimizer(model, config.optim)
     before = {group: [p.detach().clone() for p in parameters] for group, parameters in optimizer.parameters.items()}
     output = model(**batch, z_loss_weight=config.z_loss)
