@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -35,7 +36,7 @@ import psutil
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, INTERVAL, VALIDATION = 100, 5, 6
+STEPS, INTERVAL, VALIDATION = 80, 5, 6
 STEP = re.compile(r"step (\d+)/\d+  loss")
 
 
@@ -43,6 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("workers", "driver", "nodes"), help="one kind of kill (default: three fifths, one, one)")
+    parser.add_argument("--folder", help="for runs and logs (default: one that is deleted); an undisturbed run there is used again")
     parser.add_argument("--train", nargs=2, metavar=("CONFIG", "NODES"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
@@ -50,26 +53,32 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     print(json.dumps({"machine": platform.platform(), "cores": os.cpu_count(), "steps": STEPS, "saved_every": INTERVAL}), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        prepare(folder)
-        began = time.perf_counter()
-        expected = run(folder, "undisturbed", [], rng)[1]
-        print(json.dumps({"run": "undisturbed", "seconds": round(time.perf_counter() - began, 1)}), flush=True)
-        drivers = nodes = arguments.kills // 5
-        workers = ["worker", "saving", "validating"] * arguments.kills
-        kinds = {"workers": workers[: arguments.kills - drivers - nodes], "driver": ["driver"] * drivers, "nodes": ["node"] * nodes}
+        folder = Path(arguments.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "undisturbed" / f"step_{STEPS:06d}" / "model").is_dir():
+            prepare(folder)
+            began = time.perf_counter()
+            run(folder, "undisturbed", [], rng)
+            print(json.dumps({"run": "undisturbed", "seconds": round(time.perf_counter() - began, 1)}), flush=True)
+        expected = outcome(folder, "undisturbed")
         kills = []
-        for name, plan in kinds.items():
+        for name, plan in plans(arguments.kills, arguments.only).items():
             if plan:
                 done, found = run(folder, name, plan, rng)
                 kills += [kill | compared(found, expected) for kill in done]
-                for kill in kills[-len(done) :]:
-                    print(json.dumps(kill), flush=True)
+                print(json.dumps({"run": name} | compared(found, expected)), flush=True)
         seconds = [kill["seconds"] for kill in kills if kill["seconds"] is not None]
         line = {"kills": len(kills), "completed": len(seconds), "equal": sum(kill["equal"] for kill in kills)}
         print(json.dumps(line | {"seconds_median": round(statistics.median(seconds), 1), "seconds_most": max(seconds)}), flush=True)
     if line["equal"] != arguments.kills:
         sys.exit(1)
+
+
+def plans(count: int, only: str | None) -> dict[str, list[str]]:
+    """The kills of each run."""
+    shares = {"workers": count - count // 5 * 2, "driver": count // 5, "nodes": count // 5} if only is None else {only: count}
+    kinds = {"workers": ("worker", "saving", "validating"), "driver": ("driver",), "nodes": ("node",)}
+    return {name: list(itertools.islice(itertools.cycle(kinds[name]), share)) for name, share in shares.items()}
 
 
 def compared(found: tuple[str, dict[int, float]], expected: tuple[str, dict[int, float]]) -> dict[str, object]:
@@ -153,7 +162,7 @@ class Training:
 
     def __init__(self, folder: Path, name: str, nodes: int):
         (folder / name).mkdir(exist_ok=True)
-        self.folder, self.log = folder / name, (folder / f"{name}.log").open("a")
+        self.folder, self.log = folder / name, (folder / f"{name}.log").open("a", buffering=1)
         command = [sys.executable, __file__, "--train", str(folder / name / "config"), str(nodes)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment(folder), stdout=subprocess.PIPE, stderr=self.log, text=True, start_new_session=True
@@ -204,6 +213,7 @@ def run(folder: Path, name: str, plan: list[str], rng: random.Random) -> tuple[l
             training = Training(folder, name, nodes)
         seen(training, reached, again=True)
         kills.append({"kill": kind, "process": victim, "at_step": reached, "seconds": round(time.perf_counter() - began, 1)})
+        print(json.dumps(kills[-1]), flush=True)
     for _ in training.lines():
         pass
     if training.process.wait() != 0:

@@ -15,6 +15,7 @@ import logging
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ STATE_NAME = "state.json"
 MODEL_FOLDER = "model"
 LATEST_NAME = "latest"
 """File with the name of the newest checkpoint: whether it has gone is seen by it."""
+WRITER_NAME = "writer"
+"""File that names who resumed last: workers of a killed driver, or of a node that was cut off, may live on beside it, and save no more."""
 RETRY_S = (1.0, 4.0, 16.0)
 """Waits before a save is tried again whose storage did not answer."""
 MOST_FAILED = 3
@@ -60,6 +63,8 @@ class Checkpointer:
         """The step of the newest checkpoint."""
         self.failed = 0
         """How many of the last saves failed."""
+        self._writer: str | None = None
+        """What this one wrote into WRITER_NAME (known to the first rank)."""
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._stager: DefaultStager | None = None
         self._save: _Save | None = None
@@ -96,6 +101,8 @@ class Checkpointer:
             self.saved, self.failed = save.step, 0
             self.tell(Saved(save.step, seconds=save.seconds, staging=save.staging, blocked=time.perf_counter() - began))
             return
+        if isinstance(error, Superseded):
+            raise error
         self.failed += 1
         problem = self._cannot_write(step_name(save.step), error)
         if last and unwritable(error) is None and not passing(error):
@@ -151,7 +158,7 @@ class Checkpointer:
         Raises:
             ConfigError: there were checkpoints, and none is whole.
         """
-        latest, steps = first(lambda: (self.storage.read(LATEST_NAME), self.storage.steps()))
+        latest, steps = first(lambda: (self._claim(), self.storage.read(LATEST_NAME), self.storage.steps())[1:])
         problems = []
         if latest is not None and latest not in map(step_name, steps):
             problems.append(f"{self.storage.url}/{latest}, the newest checkpoint, is gone")
@@ -199,7 +206,7 @@ class Checkpointer:
             try:
                 return self._write_once(name, staged, state)
             except Exception as error:
-                if rank() == 0:
+                if rank() == 0 and not isinstance(error, Superseded):
                     with contextlib.suppress(OSError):  # what the storage said first says more
                         self.storage.abandon(name)
                 if wait is None or not passing(error):  # all ranks have the same error
@@ -208,7 +215,7 @@ class Checkpointer:
 
     def _write_once(self, name: str, staged: dict[str, Any], state: dict[str, Any]) -> None:
         text = json.dumps(state)
-        folder = together(lambda: self.storage.begin(name) if rank() == 0 else "", self._group)[0]
+        folder = together(lambda: self._begin(name) if rank() == 0 else "", self._group)[0]
         writer = ShardWriter(self.storage, folder)
         try:
             dcp.save(staged, storage_writer=writer, process_group=self._group, no_dist=world_size() == 1)
@@ -221,12 +228,28 @@ class Checkpointer:
             total = Sum()
             total.add(text.encode())
             found = {file: sums for part in parts for file, sums in part.items()} | {STATE_NAME: total.result()}
+            self._check_writer()
             self.storage.publish(name, CHECKSUMS_NAME, as_text(found))
             self.storage.write(LATEST_NAME, name)
 
         together(lambda: publish() if rank() == 0 else None, self._group)
         if rank() == 0:
             self._prune(state["step"])
+
+    def _claim(self) -> None:
+        self._writer = uuid.uuid4().hex
+        try:
+            self.storage.write(WRITER_NAME, self._writer)
+        except OSError:  # a full disk: the first save will say so
+            self._writer = self.storage.read(WRITER_NAME)
+
+    def _check_writer(self) -> None:
+        if self.storage.read(WRITER_NAME) != self._writer:
+            raise Superseded(f"{self.storage.url}: the run has been continued by other workers; these save no more")
+
+    def _begin(self, name: str) -> str:
+        self._check_writer()
+        return self.storage.begin(name)
 
     def _load(self, name: str) -> dict[str, Any]:
         weights, moments = get_state_dict(self.model, self.optimizer.optimizers)
@@ -250,6 +273,10 @@ class Checkpointer:
         before = [step_name(step) for step in self.storage.steps()]
         kept = f"{before[0]} and what was saved before it are whole" if before else "nothing had been saved before"
         return f"{self.storage.url}/{name} cannot be written: {unwritable(error) or error}; {kept}."
+
+
+class Superseded(RuntimeError):
+    """Others have continued the run: what these workers do has no use. No `TrainingError`, which would end the others, too."""
 
 
 class _Save:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 
@@ -31,6 +32,15 @@ class Step:
 class Metrics:
     step: int
     values: dict[str, float]
+    when: int = dataclasses.field(default_factory=lambda: int(time.time() * 1000), compare=False)
+    """Milliseconds since 1970."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Before:
+    """What was logged shortly before the checkpoint that a run continues from: a driver that was killed may not have heard of it."""
+
+    metrics: list[Metrics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,4 +111,4 @@ class Failed:
     error: Exception
 
 
-Event = Note | Started | Step | Metrics | Samples | Unusual | Stuck | Saved | Stopped | Done | Failed
+Event = Note | Started | Step | Metrics | Before | Samples | Unusual | Stuck | Saved | Stopped | Done | Failed

@@ -26,6 +26,7 @@ from pipelines.training.parallelize import begin_micro_batch
 from pipelines.training.preemption import Preemption
 from pipelines.training.profiler import Profiler
 from pipelines.training.progress import Reporter
+from pipelines.training.recent import Recent
 from pipelines.training.storage import Storage
 from pipelines.training.stuck import StuckWatch
 from pipelines.training.validation import Sampler, Validator
@@ -76,14 +77,16 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
     meter = Meter(model, device)
     storage, preemption = Storage(config.storage, config.name), Preemption()
     checkpointer = Checkpointer(model, optimizer, storage, config.checkpoint, reporter.send)
+    recent = Recent(reporter.send)
     hooks: list[Hook] = [
+        recent,
         StuckWatch(config.stuck_after, reporter.alarm),
         Health(config, device, lambda before: examples(loader, before), reporter.send, checkpointer.newest),
     ]
     if config.profile is not None:
         hooks.append(Profiler(config.profile, storage, reporter.note))
     if config.validation is not None:
-        hooks.append(Validator(config, make_loader, model, device, mesh, reporter.send))
+        hooks.append(Validator(config, make_loader, model, device, mesh, recent.send))
     if config.samples is not None:
         hooks.append(Sampler(config, model, reporter.send))
 
@@ -136,7 +139,7 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
                 values = meter.means() | rates | {f"grad_norm/{group}": norm.item() for group, norm in norms.items()}
                 for hook in hooks:
                     values |= hook.at_interval()
-                reporter.send(Metrics(number, values))
+                recent.send(Metrics(number, values))
             for hook in hooks:
                 hook.after_step(step)
 

@@ -51,8 +51,9 @@ class Recorder:
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        self._put(self._metrics, (step, values, int(time.time() * 1000)), MAX_METRICS)
+    def metrics(self, step: int, values: dict[str, float], when: int) -> None:
+        """Logs numbers of a step; `when` they were measured: milliseconds since 1970. The same entry sent twice is there once."""
+        self._put(self._metrics, (step, values, when), MAX_METRICS)
 
     def picture(self, name: str, draw: Draw) -> None:
         """Logs a picture, e.g. as `samples/step_000100.png`. It is drawn in the thread, too; one that cannot be drawn costs a line."""

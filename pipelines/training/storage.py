@@ -73,7 +73,11 @@ class Storage:
             target = self.local / name
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(f".{target.name}.tmp")
-            temporary.write_bytes(data)
+            try:
+                temporary.write_bytes(data)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
             temporary.replace(target)
 
     def exists(self, name: str) -> bool:

@@ -20,7 +20,7 @@ from pipelines.evaluation.picture import draw_answers
 from pipelines.model_folder import fixed_model, model_folder
 from pipelines.training.belonging import check_belonging
 from pipelines.training.config import TrainConfig, pinned
-from pipelines.training.events import Done, Event, Failed, Metrics, Note, Samples, Saved, Started, Step, Stopped, Stuck, Unusual
+from pipelines.training.events import Before, Done, Event, Failed, Metrics, Note, Samples, Saved, Started, Step, Stopped, Stuck, Unusual
 from pipelines.training.fit import Fit
 from pipelines.training.health import named
 from pipelines.training.memory import check_memory
@@ -175,8 +175,11 @@ class Driver:
                     self.step, self.started = step, True
                 case Step(step):
                     self.bar.step(step)
-                case Metrics(step, values):
-                    self._metrics(step, values)
+                case Metrics():
+                    self._metrics(event)
+                case Before(entries):
+                    for entry in entries:
+                        self.recorder.metrics(entry.step, entry.values, entry.when)
                 case Samples(step, results):
                     self._samples(step, results)
                 case Unusual():
@@ -205,13 +208,14 @@ class Driver:
         self.step = saved.step
         values = {"save/seconds": saved.seconds, "save/staging": saved.staging, "save/blocked": saved.blocked}
         self.metrics.append((saved.step, values))
-        self.recorder.metrics(saved.step, values)
+        self.recorder.metrics(saved.step, values, int(time.time() * 1000))
         stood_still = saved.staging + saved.blocked
         self.bar.print(f"step {saved.step} is saved: {saved.seconds:.1f} s, of which training stood still for {stood_still:.2f} s")
 
-    def _metrics(self, step: int, values: dict[str, float]) -> None:
+    def _metrics(self, metrics: Metrics) -> None:
+        step, values = metrics.step, metrics.values
         self.metrics.append((step, values))
-        self.recorder.metrics(step, values)
+        self.recorder.metrics(step, values, metrics.when)
         if "loss" in values:
             self.bar.metrics(step, values)
         else:

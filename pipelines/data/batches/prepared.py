@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,14 @@ def damaged(path: Path, what: str) -> ConfigError:
     return ConfigError(f"{path}: damaged ({what}). Run `python -m jobs.prepare` again with the same settings: it makes this shard anew")
 
 
+def _footer(view: memoryview, verify: Callable[[int, int], None]) -> tuple[int, int]:
+    """The bytes of an Arrow file's footer, which may lie in several blocks: the file ends with its length (int32) and `ARROW1`."""
+    end = max(0, len(view) - 10)
+    verify(end, len(view))
+    length = int.from_bytes(view[end : end + 4], "little", signed=True)
+    return max(0, end - max(0, length)), len(view)
+
+
 class _Shard:
     """A memory-mapped Arrow file; record batches are mapped, and their bytes checked, when first used."""
 
@@ -100,11 +109,11 @@ class _Shard:
         except (OSError, ValueError):
             raise damaged(path, f"{path.with_suffix('.json').name}, which commits it, is missing or damaged") from None
         self._check = BlockCheck(view, expected) if expected is not None else None
-        self._verify(0, 1)  # the schema, and where its batches are
-        self._verify(len(view) - 1, len(view))
+        self._verify(0, 1)  # the schema
+        self._verify(*_footer(view, self._verify))  # where its batches are
         try:
             self._file = pa.ipc.open_file(pa.BufferReader(self._whole))
-        except (OSError, pa.ArrowInvalid) as error:  # the footer may begin in a block that was not checked yet
+        except (OSError, pa.ArrowInvalid) as error:  # of a shard without checksums
             raise damaged(path, str(error)) from error
         self._batches: list[pa.RecordBatch] = []
         self._columns: dict[int, schema.Columns] = {}

@@ -27,7 +27,7 @@ from pipelines.training import checkpointing, loop
 from pipelines.training.checkpointing import cause
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.errors import NonFiniteError, TrainingError, passing, unwritable
-from pipelines.training.events import Done, Note, Saved, Started
+from pipelines.training.events import Before, Done, Metrics, Note, Saved, Started
 from pipelines.training.storage import Storage
 
 SHARD, METADATA, STATE = "__0_0.distcp", ".metadata", "state.json"
@@ -51,6 +51,7 @@ class Recorder(list):
 def train(monkeypatch, tmp_path):
     """Trains the run `tmp_path / "run"` to a step, with a checkpoint of every step; returns its events."""
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("pipelines.training.preemption.ASK_S", float("inf"))  # here is no Ray Train to ask
 
     def train(steps, keep=None, interval=1, keep_every=None, storage=tmp_path, name="run", loader=RandomLoader):
         recorder = Recorder()
@@ -211,7 +212,7 @@ def test_half_written_folders_of_killed_processes_go(train, tmp_path):
     (tmp_path / "run/step_000001/.model.x1").mkdir()
     assert storage.steps() == [1]
     storage.tidy()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"step_000001", "latest"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"step_000001", "latest", "writer"}
     assert not (tmp_path / "run/step_000001/.model.x1").exists()
 
 
@@ -321,6 +322,34 @@ def test_a_save_that_is_being_written_ends_before_an_error_ends_the_run(train, m
     with pytest.raises(NonFiniteError, match=r"step 3: .*the last checkpoint is step_000002"):
         train(4, loader=functools.partial(RandomLoader, poison_at=3))
     assert train(4).only(Started) == [Started(2)]
+
+
+class Overtaken(RandomLoader):
+    """Other workers continue the run while step 3 waits for its batch, as if this driver had been killed."""
+
+    def __init__(self, *arguments, folder, **settings):
+        super().__init__(*arguments, **settings)
+        self.folder = folder
+
+    def __iter__(self):
+        for number, batch in enumerate(super().__iter__(), 1):
+            if number == 3:
+                Storage(str(self.folder), "run").write(checkpointing.WRITER_NAME, "others")
+            yield batch
+
+
+def test_workers_that_outlive_their_driver_save_no_more(train, tmp_path):
+    with pytest.raises(checkpointing.Superseded, match="has been continued by other workers"):
+        train(6, loader=functools.partial(Overtaken, folder=tmp_path))
+    assert Storage(str(tmp_path), "run").steps() == [2, 1]
+    assert train(3).only(Started) == [Started(2)]
+
+
+def test_numbers_that_a_killed_driver_has_not_heard_are_sent_again(train):
+    heard = train(3).only(Metrics)
+    (before,) = train(4).only(Before)
+    assert before.metrics == heard
+    assert [entry.when for entry in before.metrics] == [entry.when for entry in heard]
 
 
 KILLED = """

@@ -42,6 +42,7 @@ class Recorder(list):
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("pipelines.training.preemption.ASK_S", float("inf"))  # here is no Ray Train to ask
 
     def train(loader=RandomLoader, recorder=None, name="run", **changes):
         recorder = Recorder() if recorder is None else recorder

@@ -75,12 +75,21 @@ def until(true):
 
 def test_what_is_logged_arrives_in_order_and_the_run_ends(recorder, run):
     for step in range(5):
-        recorder.metrics(step, {"loss": 5.0 - step})
+        recorder.metrics(step, {"loss": 5.0 - step}, when=1000 + step)
     recorder.picture("samples/step_000004.png", picture)
     recorder.close("FINISHED")
     assert logged(run) == [(step, 5.0 - step) for step in range(5)]
     assert [a.path for a in run.client.list_artifacts(run.id, "samples")] == ["samples/step_000004.png"]
     assert run.client.get_run(run.id).info.status == "FINISHED"
+    assert recorder.lines == []
+
+
+def test_what_is_sent_twice_is_there_once(recorder, run):
+    for _ in range(2):
+        for step in range(3):
+            recorder.metrics(step, {"loss": float("nan") if step == 2 else 1.0}, when=1000 + step)
+    recorder.close("FINISHED")
+    assert [step for step, _ in logged(run)] == [0, 1, 2]
     assert recorder.lines == []
 
 
@@ -91,7 +100,7 @@ def test_an_outage_is_said_once_and_what_waited_is_sent_afterwards(recorder, run
         if step == begin:
             until(lambda: not recorder._waiting())
             outage.begin()
-        recorder.metrics(step, {"loss": float(step)})
+        recorder.metrics(step, {"loss": float(step)}, when=1000 + step)
         recorder.look()
         time.sleep(0.06)
     until(lambda: recorder.look() or recorder.lines)
@@ -106,10 +115,10 @@ def test_an_outage_is_said_once_and_what_waited_is_sent_afterwards(recorder, run
 
 
 def test_at_the_end_the_rest_is_kept_and_sent_when_the_run_is_continued(recorder, run, outage, tmp_path):
-    recorder.metrics(1, {"loss": 1.0})
+    recorder.metrics(1, {"loss": 1.0}, when=1001)
     until(lambda: not recorder._waiting())
     outage.begin()
-    recorder.metrics(2, {"loss": 2.0})
+    recorder.metrics(2, {"loss": 2.0}, when=1002)
     recorder.picture("samples/step_000002.png", picture)
     recorder.picture("training.png", lambda: run.client.get_metric_history(run.id, "loss") and picture())
     started = time.monotonic()
@@ -121,7 +130,7 @@ def test_at_the_end_the_rest_is_kept_and_sent_when_the_run_is_continued(recorder
     assert (step, values) == (2, {"loss": 2.0})
     outage.end()
     again = Recorder(tracking.Run("tests", "observed", run.id), recorder.storage, recorder.lines.append)
-    again.metrics(3, {"loss": 3.0})
+    again.metrics(3, {"loss": 3.0}, when=1003)
     again.close("FINISHED")
     assert logged(run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert not (tmp_path / "run" / module.UNSENT_METRICS).exists()
@@ -130,7 +139,7 @@ def test_at_the_end_the_rest_is_kept_and_sent_when_the_run_is_continued(recorder
 def test_a_server_that_never_answers_a_call_delays_the_end_for_a_bounded_time(recorder, monkeypatch):
     silent = threading.Event()
     monkeypatch.setattr(tracking.Run, "log_metrics", lambda *_: silent.wait(60))
-    recorder.metrics(1, {"loss": 1.0})
+    recorder.metrics(1, {"loss": 1.0}, when=1001)
     started = time.monotonic()
     recorder.close("FINISHED")
     assert time.monotonic() - started < 6
@@ -142,7 +151,7 @@ def test_memory_is_bounded_and_what_is_dropped_is_counted(recorder, run, outage,
     monkeypatch.setattr(module, "MAX_METRICS", 3)
     outage.begin()
     for step in range(10):
-        recorder.metrics(step, {"loss": float(step)})
+        recorder.metrics(step, {"loss": float(step)}, when=1000 + step)
     assert recorder._waiting() <= 3
     outage.end()
     recorder.close("FINISHED")
@@ -154,10 +163,10 @@ def test_pictures_that_cannot_be_drawn_and_entries_that_are_refused_cost_a_line(
     recorder.picture("samples/step_000001.png", lambda: 1 / 0)
     until(lambda: len(recorder.lines) == 1)
     recorder.run.log_metrics = _refused
-    recorder.metrics(2, {"loss": 2.0})
+    recorder.metrics(2, {"loss": 2.0}, when=1002)
     until(lambda: len(recorder.lines) == 2)
     del recorder.run.log_metrics
-    recorder.metrics(3, {"loss": 3.0})
+    recorder.metrics(3, {"loss": 3.0}, when=1003)
     recorder.close("FINISHED")
     assert sorted(recorder.lines) == ["MLflow refuses an entry: no such name", "samples/step_000001.png cannot be drawn: division by zero"]
     assert logged(run)[-1] == (3, 3.0)
