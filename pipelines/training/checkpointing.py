@@ -158,7 +158,7 @@ class Checkpointer:
         Raises:
             ConfigError: there were checkpoints, and none is whole.
         """
-        latest, steps = first(lambda: (self._claim(), self.storage.read(LATEST_NAME), self.storage.steps())[1:])
+        latest, steps = first(self._claim)
         problems = []
         if latest is not None and latest not in map(step_name, steps):
             problems.append(f"{self.storage.url}/{latest}, the newest checkpoint, is gone")
@@ -236,12 +236,14 @@ class Checkpointer:
         if rank() == 0:
             self._prune(state["step"])
 
-    def _claim(self) -> None:
+    def _claim(self) -> tuple[str | None, list[int]]:
+        """Makes these workers the ones that may save; gives the name of the newest checkpoint, and the steps of those that are there."""
         self._writer = uuid.uuid4().hex
         try:
             self.storage.write(WRITER_NAME, self._writer)
         except OSError:  # a full disk: the first save will say so
             self._writer = self.storage.read(WRITER_NAME)
+        return self.storage.read(LATEST_NAME), self.storage.steps()
 
     def _check_writer(self) -> None:
         if self.storage.read(WRITER_NAME) != self._writer:
