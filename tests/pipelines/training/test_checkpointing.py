@@ -341,8 +341,9 @@ class Overtaken(RandomLoader):
 def test_workers_that_outlive_their_driver_save_no_more(train, tmp_path):
     with pytest.raises(checkpointing.Superseded, match="has been continued by other workers"):
         train(6, loader=functools.partial(Overtaken, folder=tmp_path))
-    assert Storage(str(tmp_path), "run").steps() == [2, 1]
-    assert train(3).only(Started) == [Started(2)]
+    newest = Storage(str(tmp_path), "run").steps()[0]
+    assert newest in (1, 2), "that of step 2 may have been under way"
+    assert train(3).only(Started) == [Started(newest)]
 
 
 def test_numbers_that_a_killed_driver_has_not_heard_are_sent_again(train):
