@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -14,15 +14,12 @@ from molmo_core.metrics import Target
 from molmo_core.metrics.pointing import written_points
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import Records
-from pipelines.evaluation.answering import answer
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.evaluation.prompts import Prompt, Prompts
-from pipelines.evaluation.questions import Judge, judge
+from pipelines.evaluation.generation import answers_of
+from pipelines.evaluation.prompts import Prompts
+from pipelines.evaluation.questions import Judge, Question, judge
 from pipelines.evaluation.results import encode
 from pipelines.model_folder import model_folder
-
-TOGETHER = 16
-"""Records whose questions are answered in one batch."""
 
 
 class Worker:
@@ -41,6 +38,7 @@ class Worker:
         self._records: Records = ray.get(records) if isinstance(records, ray.ObjectRef) else records
         self._model = load_model(model_folder(model), getattr(torch, config.dtype), device)
         self._prompts = Prompts(self._model.config)
+        self._answer = answers_of(self._model, config.max_new_tokens)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Answers the records of shards; a `shard` and its `file` (`results.encode`) each."""
@@ -50,40 +48,57 @@ class Worker:
 
     def rows(self, records: range) -> list[dict[str, Any]]:
         """The rows of records (`results.SCHEMA`)."""
-        return [row for start in records[::TOGETHER] for row in self._answered(range(start, min(start + TOGETHER, records.stop)))]
-
-    def _answered(self, records: range) -> list[dict[str, Any]]:
         rows: dict[int, list[dict[str, Any]]] = {}
-        groups: list[tuple[int, dict[str, Any], list[tuple[Prompt, Judge]]]] = []
-        for i in records:
-            source, row = self._records.where(i)
-            known = {"record": i, "source": source, "row": row}
-            try:
-                prompts = self._prompts(self._records[i])
-                groups.append((i, known, [(prompt, judge(prompt.question, self._config, prompt.image_sizes)) for prompt in prompts]))
-            except Rejected as error:
-                rows[i] = [known | {"rejected": error.reason, "detail": error.detail}]
-        inputs = [[prompt.inputs for prompt, _ in asked] for _, _, asked in groups]
-        texts = answer(self._model, inputs, self._prompts.collate, self._config.max_new_tokens) if groups else []
-        for (i, known, asked), predictions in zip(groups, texts, strict=True):
-            answers = zip(asked, predictions, strict=True)
-            rows[i] = [known | {"number": k} | _scored(prompt, by, text.strip()) for k, ((prompt, by), text) in enumerate(answers)]
+        asked: list[tuple[dict[str, Any], list[_Asked]]] = []
+
+        def prompts() -> Iterator[list[dict[str, Any]]]:
+            for i in records:
+                source, row = self._records.where(i)
+                known = {"record": i, "source": source, "row": row}
+                try:
+                    made = self._prompts(self._records[i])
+                    judges = [judge(prompt.question, self._config, prompt.image_sizes) for prompt in made]
+                except Rejected as error:
+                    rows[i] = [known | _rejected(error)]
+                    continue
+                asked.append((known, [_Asked(prompt.question, prompt.image_sizes[0], by) for prompt, by in zip(made, judges)]))
+                yield [prompt.inputs for prompt in made]
+
+        for k, answers in enumerate(self._answer(prompts())):
+            known, questions = asked[k]
+            if isinstance(answers, Rejected):
+                rows[known["record"]] = [known | _rejected(answers)]
+            else:
+                scored = (question.scored(text.strip()) for question, text in zip(questions, answers, strict=True))
+                rows[known["record"]] = [known | {"number": number} | row for number, row in enumerate(scored)]
         return [row for i in records for row in rows[i]]
 
 
-def _scored(prompt: Prompt, by: Judge, prediction: str) -> dict[str, Any]:
-    question, scores = prompt.question, by(prediction)
-    return {
-        "question": question.text,
-        "type": question.type,
-        "metric": by.metric.name,
-        "answers": question.answers,
-        "prediction": prediction,
-        "score": scores[by.metric.main],
-        "scores": list(scores.items()),
-        "true_points": _shares(by.truth.targets or (), prompt.image_sizes[0]),
-        "answer_points": _shares(written_points(prediction, by.truth), prompt.image_sizes[0]),
-    }
+def _rejected(error: Rejected) -> dict[str, str]:
+    return {"rejected": error.reason, "detail": error.detail}
+
+
+class _Asked(NamedTuple):
+    """A question that waits for its answer; its pixels are not kept."""
+
+    question: Question
+    size: tuple[int, int]
+    """(width, height) of the first image."""
+    by: Judge
+
+    def scored(self, prediction: str) -> dict[str, Any]:
+        question, scores = self.question, self.by(prediction)
+        return {
+            "question": question.text,
+            "type": question.type,
+            "metric": self.by.metric.name,
+            "answers": question.answers,
+            "prediction": prediction,
+            "score": scores[self.by.metric.main],
+            "scores": list(scores.items()),
+            "true_points": _shares(self.by.truth.targets or (), self.size),
+            "answer_points": _shares(written_points(prediction, self.by.truth), self.size),
+        }
 
 
 def _shares(points: Iterable[Target], size: tuple[int, int]) -> list[dict[str, float]]:
