@@ -1,6 +1,6 @@
-"""Pointing by choosing and by spelling: tiny models of one size learn easy-VQA from nothing, on several seeds.
+"""Pointing by choosing and by spelling: tiny models of one size learn easy-VQA's pointing tasks from nothing, on several seeds.
 
-    python benchmarks/molmo_point.py prepare FOLDER          # 6 MB: pictures, records, tokenizers, configurations
+    python benchmarks/molmo_point.py prepare FOLDER          # 3 MB: pictures, records, tokenizers, configurations
     python benchmarks/molmo_point.py compare FOLDER          # trains and tests 3 variants on seeds 0, 1, 2: 9 processes at once
     python benchmarks/molmo_point.py run FOLDER --variant chosen --seed 0
 
@@ -84,11 +84,15 @@ def prepare(folder: Path, limit: int | None) -> None:
 
 
 def read(folder: Path, split: str, points: bool) -> list[dict[str, Any]]:
-    """`train` and `test` as published; for choices of settings `most`, nine of ten pictures of `train`, and `validation`, the others."""
+    """Pictures with their pointing tasks: `train` and `test` as published; for choices of settings `most`, nine of ten pictures of `train`,
+    and `validation`, the others."""
     with gzip.open(folder / f"{'test' if split == 'test' else 'train'}.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     if split in ("most", "validation"):
         rows = [row for row in rows if (int(Path(row["image"]).stem) % 10 == 0) == (split == "validation")]
+    rows = list({row["image"]: row for row in rows}.values())
+    for row in rows:
+        row["message_list"] = [{key: value for key, value in row["message_list"][-1].items() if key != "weight"}]
     return [easy_vqa.with_points(row) for row in rows] if points else rows
 
 

@@ -20,6 +20,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PICTURES = 4
 SIZE = 64
+SMALL = [
+    "model.llm.n_layers=1",
+    "model.vision_backbone.vit.image_default_input_size=[32,32]",
+    "model.vision_backbone.vit.image_num_pos=64",
+]
+"""A quarter of the patches: a step is quick."""
 
 
 def run(job, *arguments):
@@ -46,7 +52,7 @@ def records(tmp_path_factory):
 def test_train_evaluate_register_serve(records, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     changes = [f"data.datasets.easy_vqa.path={records}", "data.actors=1", "data.shuffle=false", f"storage={tmp_path}", "name=tiny"]
-    changes += [f"model.llm.tokenizer.identifier={records.parent / 'tokenizer'}", "num_workers=1", "log_interval=10"]
+    changes += [f"model.llm.tokenizer.identifier={records.parent / 'tokenizer'}", "num_workers=1", "log_interval=10", *SMALL]
     with cluster.connect(num_cpus=3, object_store_memory=256 << 20):
         run(train, ROOT / "configs/train/demo-point.yaml", *changes, "steps=60", f"global_batch_size={PICTURES}")
         (model,) = tmp_path.glob("tiny/step_*/model")
@@ -61,13 +67,12 @@ def test_train_evaluate_register_serve(records, tmp_path, monkeypatch):
             port = probe.getsockname()[1]
         with serving(ServeConfig(model="models:/tiny-point@champion", port=port, max_new_tokens=24)) as url:
             answers = {row["image"]: answered(url, row) for row in map(json.loads, records.read_text().splitlines())}
-    print(report["types"], answers, predicted)
-    texts = [text for text, _ in answers.values()]
+    # What it was taught, within the 5 % of the width that the metric asks for; clients read what evaluation was given.
+    assert report["types"]["pointing"]["score"] >= 0.75
+    texts = {text.strip() for text, _ in answers.values()}
     assert all(text.startswith('<points coords="1 1 ') and text.endswith("</points>") for text in texts), texts
-    right = [extract_points(text, 1, 1)[0] for text in texts]
-    assert len({(point.x, point.y) for point in right}) > 1, "it looks at the picture"
-    # What evaluation was given is what clients read.
-    assert sorted(texts) == sorted(row["prediction"] for row in predicted if row["type"] == "pointing")
+    assert texts == {row["prediction"].strip() for row in predicted if row["type"] == "pointing"}
+    assert len(texts) > 1, "it looks at the picture"
 
 
 def answered(url, record):
