@@ -4,6 +4,7 @@ import json
 import socket
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -60,7 +61,7 @@ def test_train_evaluate_register_serve(records, tmp_path, monkeypatch):
         run(evaluate, ROOT / "configs/evaluate/own.yaml", *evaluation)
         report = json.loads((tmp_path / "evaluation/report.json").read_text())
         assert report["types"]["pointing"]["questions"] == PICTURES
-        predicted = [json.loads(line) for line in (tmp_path / "evaluation/predictions.jsonl").read_text().splitlines()]
+        predicted = pq.read_table(tmp_path / "evaluation/predictions").to_pylist()
         run(register, ROOT / "configs/register/own.yaml", f"checkpoint={model}", "name=tiny-point")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
