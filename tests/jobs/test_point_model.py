@@ -57,7 +57,7 @@ def test_train_evaluate_register_serve(records, tmp_path, monkeypatch):
     with cluster.connect(num_cpus=3, object_store_memory=256 << 20):
         run(train, ROOT / "configs/train/demo-point.yaml", *changes, "steps=60", f"global_batch_size={PICTURES}")
         (model,) = tmp_path.glob("tiny/step_*/model")
-        evaluation = [f"model={model}", f"records={records}", f"output={tmp_path / 'evaluation'}", "metric=exact_match", "workers=1"]
+        evaluation = [f"model={model}", f"records={records}", f"output={tmp_path / 'evaluation'}", "workers=1"]
         run(evaluate, ROOT / "configs/evaluate/own.yaml", *evaluation)
         report = json.loads((tmp_path / "evaluation/report.json").read_text())
         assert report["types"]["pointing"]["questions"] == PICTURES
