@@ -206,7 +206,7 @@ def batch_of(config: TrainConfig, number: int, arguments: argparse.Namespace) ->
 def steps(part: str, parallel: ParallelConfig, device: torch.device, arguments: argparse.Namespace, **lever: Any) -> dict[str, Any]:
     """Seconds of a step of one row a rank, or of one over all of them."""
     began = time.perf_counter()
-    shared = {"activation_checkpointing": True, "sequence_length": 128 if arguments.tiny else 36864} if parallel.context > 1 else {}
+    shared = {"activation_checkpointing": "full", "sequence_length": 128 if arguments.tiny else 36864} if parallel.context > 1 else {}
     config = config_of(parallel, world_size() // parallel.context, arguments, **shared)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

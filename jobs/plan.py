@@ -50,7 +50,7 @@ def main(
     for variant, fitting in found[:3]:
         reshard = variant.parallel.reshard_after_forward
         words = [f"device_batch_size={variant.device_batch_size}"]
-        words.append(f"activation_checkpointing={str(variant.activation_checkpointing).lower()}")
+        words.append(f"activation_checkpointing={variant.activation_checkpointing}")
         words += [] if reshard is None else [f"parallel.reshard_after_forward={str(reshard).lower()}"]
         print(f"  {' '.join(words)}: {fitting.peak / GiB:.1f} GiB, about {fitting.tokens_per_second:,.0f} tokens/s a GPU")
 

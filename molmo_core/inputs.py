@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from molmo_core.nn.host import to_device
+from molmo_core.nn.loss import loss_positions
+
 
 class Inputs(NamedTuple):
     """The inputs of one call: B rows, S tokens of this call, P tokens already in a cache. Absent ones are None.
@@ -37,6 +40,8 @@ class Inputs(NamedTuple):
     """int64 [B, S], the target of each position."""
     loss_masks: torch.Tensor | None = None
     """float [B, S], weights of the positions in the loss."""
+    loss_positions: torch.Tensor | None = None
+    """int64 [n], the positions with a weight among all [B · S]; None = look at all."""
     past: int = 0
     """P."""
 
@@ -52,6 +57,7 @@ class Inputs(NamedTuple):
         response_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         loss_masks: torch.Tensor | None = None,
+        loss_positions: torch.Tensor | None = None,
         images: torch.Tensor | None = None,
         image_masks: torch.Tensor | None = None,
         image_input_idx: torch.Tensor | None = None,
@@ -89,6 +95,7 @@ class Inputs(NamedTuple):
             features={name: value for name, value in features.items() if value is not None},
             labels=labels,
             loss_masks=loss_masks,
+            loss_positions=loss_positions,
             past=past,
         )
 
@@ -126,14 +133,25 @@ class Targets(NamedTuple):
     loss_masks: torch.Tensor | None = None
     divisor: torch.Tensor | float | None = None
     z_loss_weight: float = 0.0
+    positions: torch.Tensor | None = None
+    """int64 [n], the only positions [B · S] with a weight; None = look at all."""
 
 
 def as_batch(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors with a batch axis on `device`. Arrays and lists are converted; if `input_ids` is one example [S], all get an axis."""
+    """Tensors with a batch axis on `device`, which nothing here waits for.
+
+    Arrays and lists are converted; if `input_ids` is one example [S], all get an axis. If the labels come from the host, it finds
+    `loss_positions`.
+    """
     tensors = {k: _tensor(v) if isinstance(v, np.ndarray | list) else v for k, v in inputs.items()}
     if tensors["input_ids"].dim() == 1:
         tensors = {k: v[None] if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
+    labels, masks = tensors.get("labels"), tensors.get("loss_masks")
+    if labels is not None and tensors.get("loss_positions") is None:
+        on_host = all(t is None or t.device.type == "cpu" for t in (labels, masks))
+        if on_host and (masks is None or masks.shape[1:] == labels.shape[1:]):
+            tensors["loss_positions"] = loss_positions(labels, masks)
+    return {k: to_device(v, device) if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
 
 
 def valid_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ from molmo_core.generation.generate import generate
 from molmo_core.nn.attention import AttentionImplementation
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.llm import Block
+from molmo_core.nn.recompute import Recompute
 from molmo_core.nn.vit import VisionTransformer, VitBlock
 from molmo_core.outputs import OLMoOutput
 from molmo_core.registry import BaseModelConfig
@@ -171,16 +172,22 @@ class ModelBase(nn.Module):
         """The repeated blocks: units of compilation."""
         return (m for m in self.modules() if isinstance(m, Block | VitBlock))
 
-    def apply_activation_checkpointing(self, enabled: bool = True) -> None:
-        """Recomputes every block and the connector in the backward pass instead of keeping their activations."""
+    def apply_activation_checkpointing(self, policy: Recompute = "full") -> None:
+        """What every block and the connector compute again in the backward pass instead of keeping it."""
         for module in self.modules():
             if isinstance(module, Block | VitBlock | MolmoVisionBackbone):
-                module.checkpointing = enabled
+                module.recompute = policy
 
     def apply_compile(self, **kwargs: Any) -> None:
-        """Compiles every block for itself (`torch.compile` arguments); parameter names stay as they are."""
+        """Compiles every block for itself, and the connector (`torch.compile` arguments); parameter names stay as they are.
+
+        One size is compiled first; when sequences or numbers of crops vary, once more for any (`dynamic=None`).
+        """
         for block in self.training_blocks():
             block.compile(**kwargs)
+        for module in self.modules():
+            if isinstance(module, MolmoVisionBackbone):
+                module.compile_connector(**kwargs)
 
     def get_fsdp_wrap_policy(self) -> ModuleWrapPolicy:
         """The `auto_wrap_policy` of FullyShardedDataParallel: every block of encoder and language model is a unit."""

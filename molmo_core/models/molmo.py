@@ -20,7 +20,7 @@ from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.context import Share
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import Pass, Transformer, TransformerOutput
-from molmo_core.nn.loss import LossSums, chunked_loss_sums, loss_sums, loss_weights
+from molmo_core.nn.loss import LossSums, loss_sums, loss_weights
 from molmo_core.nn.sequence_layout import sequence_layout
 from molmo_core.outputs import OLMoOutput
 
@@ -89,6 +89,7 @@ class Molmo(ModelBase):
         return_logits: bool = True,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        loss_positions: torch.Tensor | None = None,
         loss_divisor: torch.Tensor | float | None = None,
         z_loss_weight: float = 0.0,
         metadata: Any = None,
@@ -120,6 +121,8 @@ class Molmo(ModelBase):
             return_logits: False: `logits` is empty [B, 0, E] and the loss is computed in chunks, without holding all logits.
             output_hidden_states: the outputs of all blocks, each [B, S, d].
             output_attentions: the attention weights of all blocks, each [B, H, S, K] (slow).
+            loss_positions: int64 [n], the positions with a weight among all [B · S] (`molmo_core.nn.loss.loss_positions`): without all
+                logits only these are computed. Found here if the labels come from the host; None: all.
             loss_divisor: divides the weighted sum of the loss (default: the sum of the weights of this batch).
             z_loss_weight: factor of logsumexp², added to the cross entropy.
             metadata: ignored, so that a collated batch can be passed whole.
@@ -137,9 +140,12 @@ class Molmo(ModelBase):
             "input_ids": input_ids, "images": images, "image_masks": image_masks, "image_input_idx": image_input_idx, "labels": labels,
             "attention_mask": attention_mask, "pooled_patches_idx": pooled_patches_idx, "loss_masks": loss_masks,
             "position_ids": position_ids, "subsegment_ids": subsegment_ids, "response_mask": response_mask,
+            "loss_positions": loss_positions,
         }  # fmt: skip
         inputs = self.inputs(given | features, 0 if cache is None else cache.length)
-        targets = None if inputs.labels is None else Targets(inputs.labels, inputs.loss_masks, loss_divisor, z_loss_weight)
+        targets = (
+            None if inputs.labels is None else Targets(inputs.labels, inputs.loss_masks, loss_divisor, z_loss_weight, inputs.loss_positions)
+        )
         weights: dict[int, torch.Tensor] | None = {} if output_attentions else None
 
         if self.context is not None and targets is not None and cache is None:
@@ -230,9 +236,12 @@ class Molmo(ModelBase):
                 raise ValueError(f"labels {tuple(labels.shape)} must fit the logits of all {tuple(blocks.hidden.shape[:2])} positions")
             weights = loss_weights(labels, targets.loss_masks).flatten()
             if return_logits:
-                sums = loss_sums(logits.flatten(0, 1), labels.flatten(), weights)
+                sums = loss_sums(logits.flatten(0, 1), labels.flatten(), weights, targets.z_loss_weight)
             else:
-                sums = chunked_loss_sums(self.transformer.logits, hidden.flatten(0, 1), labels.flatten(), weights)
+                h, y, w = hidden.flatten(0, 1), labels.flatten(), weights
+                if targets.positions is not None:
+                    h, y, w = (t.index_select(0, targets.positions) for t in (h, y, w))
+                sums = self.transformer.loss_sums(h, y, w, targets.z_loss_weight)
             loss = self._loss(sums, weights.sum(), targets, metrics)
             loss = loss if embedded.loss is None else loss + embedded.loss
         hidden_states = tuple(blocks.hidden_states) or None
@@ -352,8 +361,8 @@ class Molmo(ModelBase):
     def _loss(self, sums: LossSums, weight: torch.Tensor, targets: Targets, metrics: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss to minimise; adds what it consists of to `metrics` (means over this batch, without gradient)."""
         own = weight.clamp(min=1e-6)
-        cross_entropy, z, correct = (s.detach() / own for s in sums)
-        loss = (sums.cross_entropy + targets.z_loss_weight * sums.z) / (own if targets.divisor is None else targets.divisor)
+        cross_entropy, z, correct = (s / own for s in sums[1:])
+        loss = sums.total / (own if targets.divisor is None else targets.divisor)
         llm = self.config.llm
         for name, factor in (("router_load_balancing", llm.moe_loss_weight), ("router_z", llm.moe_zloss_weight)):
             if factor and name in metrics:

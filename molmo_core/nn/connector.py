@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from molmo_core.config import ConfigError
 from molmo_core.nn.configs import NORMALISATION, LlmConfig, MolmoVisionBackboneConfig, VitConfig
+from molmo_core.nn.host import constant
 from molmo_core.nn.mlp import GatedMlp
+from molmo_core.nn.recompute import Recompute, recomputed
 from molmo_core.nn.vit import MultiHeadAttention, VisionTransformer
 
 _WIDER = {"attention_2wide": 2, "attention_meanq_2x": 2, "attention_meanq_4x": 4}
@@ -19,7 +21,7 @@ _WIDER = {"attention_2wide": 2, "attention_meanq_2x": 2, "attention_meanq_4x": 4
 
 def normalise_pixels(pixels: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     """uint8 pixels with the channel fastest on the last axis -> normalised `dtype`."""
-    mean, std = (torch.tensor(values, device=pixels.device) for values in NORMALISATION[kind])
+    mean, std = (constant(values, pixels.device) for values in NORMALISATION[kind])
     x = pixels.unflatten(-1, (-1, 3)).float() / 255
     return ((x - mean) / std).flatten(-2).to(dtype)
 
@@ -43,7 +45,7 @@ class MolmoVisionBackbone(nn.Module):
     def __init__(self, config: MolmoVisionBackboneConfig, llm: LlmConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.recompute: Recompute = "none"
         vit = config.vit
         self.layers = used_layers(config)
         self.image_vit = VisionTransformer(vit, max(self.layers) + 1 if config.skip_unused_layers else None)
@@ -140,12 +142,13 @@ class MolmoVisionBackbone(nn.Module):
         for idx in pooled_idx:
             if features.device.type == "cpu" and idx.numel() and int(idx.max()) >= features.shape[1]:
                 raise ValueError(f"a token reads patch {int(idx.max())}, but the images have {features.shape[1]} (crops · patches)")
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            projected = checkpoint(self._project, features, *pooled_idx, use_reentrant=False)
-        else:
-            projected = self._project(features, *pooled_idx)
+        projected = recomputed(lambda x: self._project(x, *pooled_idx), features, self.recompute if self.training else "none")
         parts = projected.split([idx.shape[0] * idx.shape[1] for idx in pooled_idx])
         return [(part.unflatten(0, idx.shape[:2]), (idx >= 0).any(-1)) for part, idx in zip(parts, pooled_idx)]
+
+    def compile_connector(self, **kwargs: Any) -> None:
+        """Compiles what is neither encoder nor indexing (`torch.compile` arguments)."""
+        self._project = torch.compile(self._project, **kwargs)  # type: ignore[method-assign]
 
     def _project(self, features: torch.Tensor, *pooled_idx: torch.Tensor) -> torch.Tensor:
         """[tokens of all index tensors, d]."""

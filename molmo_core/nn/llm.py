@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from molmo_core.nn.attention import Attention, Cached
 from molmo_core.nn.configs import LlmConfig
 from molmo_core.nn.linear import Linear
+from molmo_core.nn.loss import LossSums, chunked_loss_sums
 from molmo_core.nn.mlp import fused_swiglu
 from molmo_core.nn.moe import MixtureOfExperts, RouterLosses
 from molmo_core.nn.norm import RMSNorm
+from molmo_core.nn.recompute import Recompute, recomputed
 from molmo_core.nn.rope import Rotary, apply_rotary, rotary_tables
 
 
@@ -91,7 +92,7 @@ class Block(nn.Module):
     def __init__(self, config: LlmConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.recompute: Recompute = "none"
         queries, keys = config.n_heads * config.head_width, config.kv_heads * config.head_width
         self.widths = (queries, keys, keys)
         self._build_projections()
@@ -133,12 +134,12 @@ class Block(nn.Module):
         Raises:
             ValueError: activation checkpointing and a cache: recomputation would add to the cache again.
         """
-        if self.checkpointing and self.training and torch.is_grad_enabled():
+        if self.recompute != "none" and self.training and torch.is_grad_enabled():
             if isinstance(inputs.attention, Cached):
                 raise ValueError(
                     "a key/value cache cannot be used in training with activation checkpointing; use torch.no_grad() or eval()"
                 )
-            return checkpoint(self._run, x, rotary, inputs, layer, use_reentrant=False)
+            return recomputed(lambda x: self._run(x, rotary, inputs, layer), x, self.recompute)
         return self._run(x, rotary, inputs, layer)
 
     def _run(self, x: torch.Tensor, rotary: Rotary, inputs: BlockInputs, layer: int) -> BlockOutput:
@@ -274,6 +275,16 @@ class Transformer(nn.Module):
             if router is not None:
                 out.router.append(router)
         return out._replace(hidden=x)
+
+    def loss_sums(self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, z_weight: float) -> LossSums:
+        """The loss of positions, without holding their logits: hidden [n, d], labels int64 [n], weights float32 [n]."""
+        if self.config.weight_tying:
+            matrices: list[Any] = [self.wte.embedding, self.wte.new_embedding]
+        else:
+            matrices = [self.ff_out.weight, getattr(self.ff_out, "new_weight", None)]
+        matrices = matrices if self.config.can_predict_extra_tokens else matrices[:1]
+        scale = self.config.d_model**-0.5 if self.config.scale_logits else 1.0
+        return chunked_loss_sums(self.ln_f(hidden), matrices, labels, weights, z_weight, scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head: [..., d] -> [..., E]. The additional tokens have no logits (they are never generated) unless

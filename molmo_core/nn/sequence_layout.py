@@ -6,12 +6,13 @@ import torch
 
 from molmo_core.nn.attention import SequenceLayout
 from molmo_core.nn.configs import BidirectionalAttention
+from molmo_core.nn.host import constant
 from molmo_core.tokens import PACK_STRIDE, ImageTokenIds
 
 
 def in_image(input_ids: torch.Tensor, tokens: ImageTokenIds) -> torch.Tensor:
     """bool, same shape: the token is part of an image."""
-    return torch.isin(input_ids, torch.tensor(tokens.all, device=input_ids.device))
+    return torch.isin(input_ids, constant(tokens.all, input_ids.device))
 
 
 def sequence_layout(
@@ -37,7 +38,7 @@ def sequence_layout(
     image = in_image(input_ids, tokens)
     pack = torch.zeros_like(input_ids) if segments is None else segments // PACK_STRIDE
     if mode == "within_image":
-        opens = torch.isin(input_ids, torch.tensor(tokens.openers, device=input_ids.device))
+        opens = torch.isin(input_ids, constant(tokens.openers, input_ids.device))
         group = pack * (input_ids.shape[1] + 1) + opens.cumsum(-1)
     else:
         group = pack

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from molmo_core.nn.configs import VitConfig
 from molmo_core.nn.mlp import VitMlp
+from molmo_core.nn.recompute import Recompute, recomputed
 
 
 class MultiHeadAttention(nn.Module):
@@ -40,7 +40,7 @@ class VitBlock(nn.Module):
     def __init__(self, config: VitConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.recompute: Recompute = "none"
         size = config.image_emb_dim
         self.attention = MultiHeadAttention(size, size, config.image_num_heads, config.image_head_dim, config.image_num_key_value_heads)
         self.feed_forward = VitMlp(size, config.image_mlp_dim, config.image_mlp_activations)
@@ -52,9 +52,7 @@ class VitBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, tokens, D] -> same."""
-        if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(self._run, x, use_reentrant=False)
-        return self._run(x)
+        return recomputed(self._run, x, self.recompute if self.training else "none")
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         scaled = self.config.image_model_type == "dino"

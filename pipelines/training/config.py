@@ -59,6 +59,11 @@ class OptimConfig(BaseConfig):
     max_grad_norm: Positive | None = 1.0
     """Gradients of each part are scaled down to this norm; None = never."""
     muon_momentum: Dropout = 0.95
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """How an updated bfloat16 weight is rounded (`precision: bf16`): `nearest` loses every update below 1/512 of the weight, which at
+    learning rates about 1e-5 is most of them; `stochastic` keeps them on average."""
+    moments: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype of AdamW's moments of weights that are rounded stochastically: 4 or 8 bytes a parameter. Others have that of the weights."""
 
     def of(self, group: str) -> GroupConfig:
         """Settings of `connector`, `vit`, `llm` or `pointing`."""
@@ -157,8 +162,9 @@ class TrainConfig(BaseConfig):
 
     precision: Precision = "amp_bf16"
     """`amp_bf16`: float32 weights, bfloat16 arithmetic; `bf16`: everything in bfloat16; `fp32`: everything in float32."""
-    activation_checkpointing: bool = False
-    """Recompute every block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What every block computes again in the backward pass instead of keeping it: nothing; all but the results of matrix products and of
+    attention; all of it."""
     compile: bool = False
     """torch.compile every block."""
 

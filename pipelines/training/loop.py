@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ray.train
@@ -17,21 +16,20 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.errors import TrainingError
 from pipelines.training.events import Done, Failed, Metrics, Started, Stopped
 from pipelines.training.health import Health, named
-from pipelines.training.hooks import Hook, Step
+from pipelines.training.hooks import Hook
 from pipelines.training.mesh import Mesh
 from pipelines.training.meter import Meter
 from pipelines.training.optim import Optimizer
-from pipelines.training.parallel import all_sum, autocast, gathered, rank, world_size
-from pipelines.training.parallelize import begin_micro_batch
+from pipelines.training.parallel import all_sum, gathered, rank, world_size
 from pipelines.training.preemption import Preemption
 from pipelines.training.profiler import Profiler
 from pipelines.training.progress import Reporter
 from pipelines.training.recent import Recent
+from pipelines.training.step import TrainStep, loss_weight
 from pipelines.training.storage import Storage
 from pipelines.training.stuck import StuckWatch
 from pipelines.training.validation import Sampler, Validator
 
-Batch = dict[str, torch.Tensor]
 MAX_SEED = 2**63
 
 
@@ -89,6 +87,7 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
         hooks.append(Validator(config, make_loader, model, device, mesh, recent.send))
     if config.samples is not None:
         hooks.append(Sampler(config, model, reporter.send))
+    train_step = TrainStep(config, model, optimizer, meter, hooks)
 
     start = 0
     state = checkpointer.resume()
@@ -107,36 +106,17 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
             batch = next(batches)
             meter.has_batch()
 
-            # The divisor is the weight of the whole global batch, the same for all ranks and micro-batches; FSDP averages over ranks.
             counts = (loss_weight(batch), *meter.counts(batch))
             weight, tokens, teraflops = (count / mesh.context for count in counts)  # this rank's share of what several ranks read
             here = Known(weight, tokens, teraflops, reporter.stop_requested, checkpointer.poll(), preemption.due())
             known = Known(*all_sum(torch.tensor(here, dtype=torch.float64)).tolist())
             if known.weight == 0:
                 raise ConfigError(f"step {number}: no token of the global batch has a loss weight. {named(examples(loader, before))}")
-            divisor = known.weight / world_size() / config.micro_batches
-            for i, micro in enumerate(micro_batches(batch, config.micro_batches), start=1):
-                begin_micro_batch(model, config, last=i == config.micro_batches)
-                with autocast(config.precision, device):
-                    output = model(**micro, loss_divisor=divisor, z_loss_weight=config.z_loss, return_logits=False)
-                (output.loss / config.micro_batches).backward()
-                meter.add(output)
-
-            # From here to the log nothing waits for the device.
-            squares = optimizer.squared_norms()
-            totals = all_sum(torch.cat([torch.stack(list(squares.values())), meter.step_sums()]))
-            norms, sums = dict(zip(squares, totals[: len(squares)].sqrt())), totals[len(squares) :]
-            step = Step(number, number == config.steps, meter.loss(sums), norms, before)
-            for hook in hooks:
-                hook.after_backward(step)
-            optimizer.clip(norms)
-            rates = optimizer.set_learning_rates(number, config.steps)
-            optimizer.step(step.left_out)
-            optimizer.zero_grad()
+            step, sums, rates = train_step(number, batch, known.weight, before)
             meter.end(sums, step.left_out, known.tokens, known.teraflops)
 
             if number % config.log_interval == 0 or step.last:
-                values = meter.means() | rates | {f"grad_norm/{group}": norm.item() for group, norm in norms.items()}
+                values = meter.means() | rates | {f"grad_norm/{group}": norm.item() for group, norm in step.norms.items()}
                 for hook in hooks:
                     values |= hook.at_interval()
                 recent.send(Metrics(number, values))
@@ -169,21 +149,6 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
         reporter.send(Done(checkpointer.saved, checkpointer.save_model(checkpointer.saved)))
     if world_size() > 1:
         dist.barrier()  # gloo may abort a rank whose peers are gone while it still tidies up
-
-
-def loss_weight(batch: Batch) -> float:
-    """Sum of the loss weights of a local batch."""
-    return torch.where(batch["labels"] >= 0, batch["loss_masks"].clamp(min=0), 0.0).sum().item()
-
-
-def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:
-    """Equal parts of a local batch, along the batch axis."""
-    if count == 1:
-        yield batch
-        return
-    size = len(batch["input_ids"]) // count
-    for i in range(count):
-        yield {key: value[i * size : (i + 1) * size] for key, value in batch.items()}
 
 
 def examples(loader: Any, before: dict[Any, Any]) -> list[str]:

@@ -36,7 +36,9 @@ def memory_needed(config: TrainConfig) -> Need:
     with torch.device("meta"):
         model = config.model.build_model()
     freeze(model, config)
-    size = 2 if config.precision == "bf16" else 4
+    size = moment = 2 if config.precision == "bf16" else 4
+    if config.precision == "bf16" and config.optim.rounding == "stochastic" and config.optim.moments == "float32":
+        moment = 4
     parameters = sum(p.numel() for p in model.parameters())
     trained = states = 0
     for group, named in model.parameter_groups().items():
@@ -44,8 +46,11 @@ def memory_needed(config: TrainConfig) -> Need:
             if p.requires_grad:
                 trained += p.numel()
                 # Muon keeps a momentum, AdamW two moments.
-                states += p.numel() * (1 if config.optim.of(group).muon_lr is not None and is_matrix(name, p) else 2)
-    return Need(parameters, trained, parameters * size, trained * size, states * size)
+                if config.optim.of(group).muon_lr is not None and is_matrix(name, p):
+                    states += p.numel() * size
+                else:
+                    states += 2 * p.numel() * moment
+    return Need(parameters, trained, parameters * size, trained * size, states)
 
 
 def check_memory(config: TrainConfig) -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from pipelines.training.rounding import first_position, local, random_bits, rounded
+
 # Coefficients of the quintic iteration: steep at 0, so that five steps bring all singular values to about 1.
 A, B, C = 3.4445, -4.7750, 2.0315
 STEPS = 5
@@ -29,6 +31,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled, as in AdamW.
         fused: rows of the matrices that a fused parameter stacks (queries, keys and values, say), by `id` of the parameter;
             each is orthogonalised by itself.
+        stochastic: round the updates of bfloat16 parameters stochastically (see `rounding`).
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         fused: dict[int, list[int]] | None = None,
+        stochastic: bool = False,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.fused = fused or {}
+        self.stochastic = stochastic
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -60,18 +65,29 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
+                    if self.stochastic and p.dtype == torch.bfloat16:
+                        state["step"] = torch.zeros((), device=local(p).device)
                 gradient, buffer = local(p.grad), local(state["momentum_buffer"])
                 _set(buffer, buffer.lerp(gradient, 1 - group["momentum"]), left_out)
                 updates.append(gradient.lerp(buffer, group["momentum"]))
                 parameters.append(p)
         stacks = [self.fused.get(id(p), [p.shape[0]]) for p in parameters]
         results = dict(zip(map(id, parameters), orthogonalise_sharded(updates, parameters, stacks)))
+        number = 0
         for group in self.param_groups:
             for p in group["params"]:
-                if id(p) in results:
-                    weights = local(p)
-                    decayed = weights * (1 - group["lr"] * group["weight_decay"])
-                    _set(weights, decayed.add_(results[id(p)], alpha=-group["lr"]), left_out)
+                number += 1
+                if id(p) not in results:
+                    continue
+                weights = local(p)
+                step = self.state[p].get("step")
+                decayed = (weights if step is None else weights.float()) * (1 - group["lr"] * group["weight_decay"])
+                new = decayed.add_(results[id(p)], alpha=-group["lr"])
+                if step is not None:
+                    step += 1
+                    positions = torch.arange(weights.numel(), dtype=torch.int32, device=weights.device).view_as(weights)
+                    new = rounded(new, random_bits(step.int() * 65537 + number, positions + first_position(p)))
+                _set(weights, new, left_out)
 
 
 def _set(tensor: torch.Tensor, value: torch.Tensor, left_out: torch.Tensor | None) -> None:
@@ -165,8 +181,3 @@ def rows_of(rows: int, rank: int, world: int) -> int:
     """Rows of a matrix that a rank holds: FSDP2 gives equal chunks from the top, so the last ranks may have fewer or none."""
     chunk = -(-rows // world)
     return max(0, min(chunk, rows - rank * chunk))
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor (a view on it)."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

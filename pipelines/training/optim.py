@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
 from molmo_core.nn.configs import LlmConfig
+from pipelines.training.adamw import AdamW
 from pipelines.training.config import GroupConfig, OptimConfig, ScheduleConfig, TrainConfig
 from pipelines.training.muon import Muon
 
@@ -55,6 +56,7 @@ class Optimizer:
         self.parameters: dict[str, list[nn.Parameter]] = {}
         """Trainable parameters of each part that has any."""
         adamw: list[dict[str, Any]] = []
+        rounding: list[dict[str, Any]] = []
         muon: list[dict[str, Any]] = []
         fused: dict[int, list[int]] = {}
         for group, named in model.parameter_groups().items():
@@ -69,14 +71,19 @@ class Optimizer:
             rest = [p for p in self.parameters[group] if id(p) not in chosen]
             shared = {"group": group, "weight_decay": settings.weight_decay}
             if rest:
-                adamw.append({"params": rest, "lr": settings.lr, "betas": settings.betas, "eps": settings.eps, **shared})
+                rounds = rest[0].dtype == torch.bfloat16 and config.rounding == "stochastic"
+                kind = rounding if rounds else adamw
+                kind.append({"params": rest, "lr": settings.lr, "betas": settings.betas, "eps": settings.eps, **shared})
             if matrices:
                 muon.append({"params": matrices, "lr": settings.muon_lr, "momentum": config.muon_momentum, **shared})
+        self._chunks: tuple[list[int], Any] | None = None
         self.optimizers: list[torch.optim.Optimizer] = []
         if adamw:
             self.optimizers.append(torch.optim.AdamW(adamw, fused=True))
+        if rounding:
+            self.optimizers.append(AdamW(rounding, moments=getattr(torch, config.moments)))
         if muon:
-            self.optimizers.append(Muon(muon, fused=fused))
+            self.optimizers.append(Muon(muon, fused=fused, stochastic=config.rounding == "stochastic"))
 
     def set_learning_rates(self, step: int, steps: int) -> dict[str, float]:
         """Sets the rates of step `step` (from 1) of `steps`; returns them as `lr/<part>` and `lr/<part>_muon`."""
@@ -104,16 +111,36 @@ class Optimizer:
 
     def squared_norms(self) -> dict[str, torch.Tensor]:
         """Σ gradient² of each part over what this process holds, float32 scalars; what several hold counts once in the sum over all."""
-        return {group: _squared_norm(parameters) / _copies(parameters[0]) for group, parameters in self.parameters.items()}
+        parts = {group: [g for g in _local_gradients(parameters) if g.numel()] for group, parameters in self.parameters.items()}
+        gradients = [g for part in parts.values() for g in part]
+        copies = {group: _copies(parameters[0]) for group, parameters in self.parameters.items()}
+        zero = torch.zeros((), device=next(iter(self.parameters.values()))[0].device)
+        if not gradients or not gradients[0].is_cuda or len({g.dtype for g in gradients}) > 1:
+            norms = {group: torch._foreach_norm(part, dtype=torch.float32) for group, part in parts.items() if part}
+            sums = {group: torch.stack(norms[group]).square().sum() if group in norms else zero for group in parts}
+            return {group: square / copies[group] for group, square in sums.items()}
+        from pipelines.training.optim_kernels import Chunks, squared_sums  # Triton is there with a GPU only
+
+        sizes = [g.numel() for g in gradients]
+        if self._chunks is None or self._chunks[0] != sizes:
+            self._chunks = (sizes, Chunks(sizes, zero.device))
+        chunks: Chunks = self._chunks[1]
+        squares, counts = squared_sums([g.contiguous() for g in gradients], chunks), iter(chunks.counts)
+        lengths = [sum(next(counts) for _ in part) for part in parts.values()]
+        return {group: part.sum() / copies[group] for group, part in zip(parts, squares.split(lengths))}
 
     def clip(self, norms: dict[str, torch.Tensor]) -> None:
         """Scales every part's gradients down to `max_grad_norm`, given the norms over all processes."""
         limit = self.config.max_grad_norm
         if limit is None:
             return
-        for group, parameters in self.parameters.items():
-            scale = (limit / (norms[group] + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(_local_gradients(parameters), scale)
+        scales = {group: (limit / (norm + 1e-6)).clamp(max=1.0) for group, norm in norms.items()}
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, AdamW):
+                optimizer.gradient_scales = scales  # it reads the gradients anyway
+                continue
+            for parameters in optimizer.param_groups:
+                torch._foreach_mul_(_local_gradients(parameters["params"]), scales[parameters["group"]])
 
 
 def is_matrix(name: str, parameter: torch.Tensor) -> bool:
@@ -159,10 +186,3 @@ def _copies(parameter: nn.Parameter) -> int:
     if not isinstance(parameter, DTensor):
         return 1
     return math.prod(parameter.device_mesh.size(i) for i, placement in enumerate(parameter.placements) if placement.is_replicate())
-
-
-def _squared_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    gradients = [g for g in _local_gradients(parameters) if g.numel()]
-    if not gradients:
-        return torch.zeros((), device=parameters[0].device)
-    return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()

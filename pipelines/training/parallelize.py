@@ -35,7 +35,7 @@ def parallelize(model: ModelBase, mesh: Mesh, config: TrainConfig, device: torch
         share_context(model, mesh.sequence)
     model.apply_activation_checkpointing(config.activation_checkpointing)
     if config.compile:
-        model.apply_compile(dynamic=False)
+        model.apply_compile()
     if mesh.weights is not None:
         shard(model, mesh, config, device)
 

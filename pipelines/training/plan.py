@@ -8,7 +8,7 @@ workspaces; leave a tenth of the memory to them.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -16,15 +16,16 @@ from molmo_core.models.base import ModelBase
 from molmo_core.nn.configs import LlmConfig, VitConfig
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.llm import Block
+from molmo_core.nn.recompute import Recompute
 from pipelines.training.config import TrainConfig
 from pipelines.training.flops import PEAK, StepFlops
 from pipelines.training.memory import memory_needed
 from pipelines.training.parallelize import unit_blocks
 
-LOGITS_CHUNK = 1024
+LOGITS_CHUNK = 2048
 """Positions whose logits exist at a time (`molmo_core.nn.loss.chunked_loss_sums`)."""
-LOGIT_BYTES = 14
-"""Of one logit: in half and in full precision, and two gradients."""
+LOGIT_BYTES = 2
+"""Of one logit in half precision; its gradient takes its place."""
 REACHED = 0.40
 """Share of the data sheet's FLOP/s that one GPU reaches in a step (docs/experiments.md)."""
 USABLE = 0.9
@@ -67,6 +68,13 @@ def kept_by_block(llm: LlmConfig) -> int:
     return 4 * llm.d_model + 3 * (queries + keys) + 3 * inner
 
 
+def kept_of_products(llm: LlmConfig) -> int:
+    """Of them, what `selective` recomputation keeps: the input, and the results of products and attention that it needs."""
+    queries, keys = llm.n_heads * llm.head_width, llm.kv_heads * llm.head_width
+    inner = llm.intermediate_size * (llm.moe_top_k if llm.block_type == "moe" else 1)
+    return 2 * llm.d_model + 2 * (queries + keys) + 2 * inner
+
+
 def kept_by_vision_block(vit: VitConfig) -> int:
     """Numbers a patch that a block of the vision encoder keeps."""
     return 4 * vit.image_emb_dim + 4 * vit.image_num_heads * vit.image_head_dim + 2 * vit.image_mlp_dim
@@ -102,7 +110,9 @@ def plan(config: TrainConfig, rows: int | None = None, crops: int | None = None)
     crops = most_crops(model, config) if crops is None else crops
     tokens = rows * config.sequence_length // parallel.context
     numbers = llm.n_layers * kept_by_block(llm)
-    if config.activation_checkpointing:
+    if config.activation_checkpointing == "selective":
+        numbers = llm.n_layers * kept_of_products(llm)
+    elif config.activation_checkpointing == "full":
         numbers = llm.n_layers * llm.d_model + kept_by_block(llm)
     language = numbers * tokens * used
     vision, pixels = vision_bytes(model, config, rows, crops, used)
@@ -152,11 +162,14 @@ def vision_bytes(model: ModelBase, config: TrainConfig, rows: int, crops: int, u
     pixels = patches * vit.image_patch_size**2 * 3
     width = vit.image_emb_dim * len(vision.layers)
     block = kept_by_vision_block(vit)
-    kept = layers * vit.image_emb_dim + block if config.activation_checkpointing else layers * block
+    full = config.activation_checkpointing == "full"
+    if config.activation_checkpointing == "selective":
+        block -= 2 * vit.image_emb_dim + vit.image_mlp_dim  # normed inputs, what the activation gives
+    kept = layers * vit.image_emb_dim + block if full else layers * block
     pooled = patches // 4
-    connector = patches * width + (0 if config.activation_checkpointing else pooled * (4 * (width + 2 * vit.image_emb_dim)))
+    connector = patches * width + (0 if full else pooled * (4 * (width + 2 * vit.image_emb_dim)))
     llm = model.config.llm
-    connector += pooled * (llm.d_model + 3 * llm.intermediate_size * (not config.activation_checkpointing))
+    connector += pooled * (llm.d_model + 3 * llm.intermediate_size * (not full))
     return (patches * kept + connector) * used + 4 * pixels, pixels
 
 
@@ -169,7 +182,7 @@ def seconds(model: ModelBase, config: TrainConfig, rows: int, crops: int) -> flo
         batch["images"] = torch.empty(rows, crops, vit.patches_per_crop, 3, device="meta")
         batch["pooled_patches_idx"] = torch.empty(rows, crops * vit.patches_per_crop // 4, 4, device="meta")
     flops = StepFlops(model)(batch) / config.parallel.context
-    return flops * (4 / 3 if config.activation_checkpointing else 1) / (REACHED * PEAK["H100"])
+    return flops * (4 / 3 if config.activation_checkpointing == "full" else 1) / (REACHED * PEAK["H100"])
 
 
 def suggestions(config: TrainConfig, memory: int) -> list[tuple[TrainConfig, Plan]]:
@@ -177,7 +190,7 @@ def suggestions(config: TrainConfig, memory: int) -> list[tuple[TrainConfig, Pla
     share = config.global_batch_size * config.parallel.context // config.num_workers
     found = []
     for rows in (rows for rows in (1, 2, 4, 8, 16) if share % rows == 0):
-        for recompute in (False, True):
+        for recompute in get_args(Recompute):
             for reshard in (False, True) if config.num_workers > config.parallel.replicate else (None,):
                 parallel = dataclasses.replace(config.parallel, reshard_after_forward=reshard)
                 variant = dataclasses.replace(config, device_batch_size=rows, activation_checkpointing=recompute, parallel=parallel)

@@ -51,7 +51,7 @@ def travel(config: TrainConfig) -> Travel:
     replicas = 2 * (parallel.replicate - 1) / parallel.replicate * trained * reduced / sharded
     tokens = config.sequence_length * (config.device_batch_size or 1) * config.micro_batches
     keys = 2 * llm.n_layers * llm.kv_heads * llm.head_width * used
-    turns = 3 if config.activation_checkpointing else 2  # forward, again, and the gradients' way back
+    turns = 3 if config.activation_checkpointing == "full" else 2  # forward, again, and the gradients' way back
     context = turns * keys * tokens * (parallel.context - 1) / parallel.context
     inside = NVLINK if sharded <= HOST else NETWORK
     between = NVLINK if workers <= HOST else NETWORK

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
         ("he_molmo.py", ["--batch", "1", "--repeats", "1"], 5),
         ("molmo2_parity.py", [], 9),
         ("decode.py", ["--rounds", "1", "--compare", "--peer"], 10),
-        ("train_step.py", ["--steps", "4"], 2),
+        ("train_step.py", ["--steps", "2"], 5),
     ],
 )
 def test_script_runs(script: str, arguments: list[str], lines: int) -> None:

@@ -138,14 +138,14 @@ def gradients(model: Molmo, **changes) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "apply",
-    ["apply_activation_checkpointing", *(pytest.param(a, marks=pytest.mark.slow) for a in ("apply_compile", "both"))],
+    ["full", "selective", *(pytest.param(a, marks=pytest.mark.slow) for a in ("compile", "compile full", "compile selective"))],
 )
 def test_recomputed_and_compiled_blocks_are_the_same(apply):
     model = tiny_model().train()
     expected, names = gradients(model), set(model.state_dict())
-    if apply != "apply_compile":
-        model.apply_activation_checkpointing()
-    if apply != "apply_activation_checkpointing":
+    if apply != "compile":
+        model.apply_activation_checkpointing(apply.removeprefix("compile "))
+    if apply.startswith("compile"):
         model.apply_compile(backend="aot_eager")
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)

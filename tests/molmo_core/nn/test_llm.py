@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from molmo_core.nn.attention import Cached, SequenceLayout, Whole
 from molmo_core.nn.configs import LlmConfig
@@ -85,22 +86,34 @@ def test_packed_equals_separate(style, lengths):
 def test_recomputation_gives_the_same_gradients(style):
     model = make(style, residual_dropout=0.1).train()
     ids, gradients = torch.randint(0, 58, (2, 9)), []
-    for checkpointing in (False, True):
+    for policy in ("none", "selective", "full"):
         for block in model.blocks:
-            block.checkpointing = checkpointing
+            block.recompute = policy
         model.zero_grad()
         torch.manual_seed(5)
         run(model, ids).logsumexp(-1).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b)
+    for a, b, c in zip(*gradients):
+        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(c, a)
+
+
+def test_selective_recomputation_multiplies_no_matrix_twice():
+    model, counts = make("qwen2").train(), {}
+    for policy in ("none", "selective", "full"):
+        for block in model.blocks:
+            block.recompute = policy
+        with FlopCounterMode(display=False) as counter:
+            run(model, torch.randint(0, 58, (2, 9))).logsumexp(-1).sum().backward()
+        counts[policy] = counter.get_total_flops()
+    assert counts["none"] == counts["selective"] < counts["full"]
 
 
 def test_recomputation_refuses_a_cache():
     """It would be filled twice."""
     model = make().train()
     for block in model.blocks:
-        block.checkpointing = True
+        block.recompute = "full"
     with pytest.raises(ValueError, match="activation checkpointing"):
         run(model, torch.ones(1, 4, dtype=torch.int64), cache=KVCache())
     with torch.no_grad():

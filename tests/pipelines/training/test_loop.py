@@ -108,7 +108,7 @@ def test_loss_is_the_weighted_mean_of_the_global_batch(run, tmp_path):
     assert recorder.values("loss")[0] == pytest.approx(-((weights * chosen).sum() / weights.sum()).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"activation_checkpointing": True}, {"log_interval": 3}])
+@pytest.mark.parametrize("changes", [{"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}, {"log_interval": 3}])
 def test_settings_that_must_not_change_the_result(run, changes):
     plain, other = run(steps=3), run(steps=3, **changes)
     assert sum(other.values("loss")) / len(other.values("loss")) == pytest.approx(sum(plain.values("loss")) / 3, rel=0.01)

@@ -25,7 +25,7 @@ CASES = {
     "a unit a block": {"unit_blocks": 1, "vision_unit": True, "reshard_after_forward": True},
     "accumulated": {"unit_blocks": 2, "reshard_after_forward": True, "rows": 1},
     "accumulated whole": {"unit_blocks": 2, "whole_gradients": True, "rows": 1},
-    "recomputed": {"unit_blocks": 2, "recompute": True},
+    "recomputed": {"unit_blocks": 2, "recompute": "full"},
 }
 LONG = {"shared sequences": {"context": 2}, "shared sequences, accumulated": {"context": 2, "unit_blocks": 1, "rows": 2}}
 HYBRID = {
@@ -56,7 +56,7 @@ class Packs(RandomLoader):
 
 def config_of(case, workers):
     settings = dict(case)
-    changes = {"device_batch_size": settings.pop("rows", None), "activation_checkpointing": settings.pop("recompute", False)}
+    changes = {"device_batch_size": settings.pop("rows", None), "activation_checkpointing": settings.pop("recompute", "none")}
     parallel = ParallelConfig(**settings) if workers > 1 else ParallelConfig()
     model = dataclasses.replace(tiny_model(n_layers=3), bi_directional_attn="within_image")
     data = DataConfig.new(datasets={"random": {"path": "-"}}, pad_to_max=True)
