@@ -20,8 +20,12 @@ class RegisterConfig(BaseConfig):
     """The alias that the new version gets; whoever serves `models:/name@alias` serves it from the next start on."""
     run_id: str | None = None
     """The MLflow run that trained it (None: a run of its own)."""
+    evaluation: str | None = None
+    """The output of `jobs.evaluate` for this checkpoint: its figures and pictures go into the model card."""
+    data: str | None = None
+    """The output of `jobs.prepare` that it was trained on: its report goes with the version."""
 
-    PATHS: ClassVar[tuple[str, ...]] = ("checkpoint",)
+    PATHS: ClassVar[tuple[str, ...]] = ("checkpoint", "evaluation", "data")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 import json
 import socket
 
+import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
@@ -86,8 +87,8 @@ def test_an_outage_after_the_work_loses_nothing_and_can_be_made_up_for(evaluated
         raise MlflowException("database is gone")
 
     with monkeypatch.context() as outage:
-        outage.setattr(tracking.mlflow.MlflowClient, "log_batch", down)
-        outage.setattr(tracking.mlflow.MlflowClient, "set_terminated", down)
+        outage.setattr(mlflow.MlflowClient, "log_batch", down)
+        outage.setattr(mlflow.MlflowClient, "set_terminated", down)
         result = CliRunner().invoke(app, evaluated)
     assert result.exit_code == 2
     assert "colour" in result.stdout, "the result is shown first"

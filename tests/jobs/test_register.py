@@ -1,5 +1,8 @@
 """Registering a checkpoint: a new version each time, the alias on the last one."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -10,13 +13,9 @@ from pipelines.registry.register import register
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
+def checkpoint(tmp_path, monkeypatch, tiny_checkpoint):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("model_name: molmo\n")
-    (folder / "model.safetensors").write_bytes(b"weights")
-    return folder
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
 
 
 def test_versions_and_alias(checkpoint, tmp_path):
@@ -27,7 +26,8 @@ def test_versions_and_alias(checkpoint, tmp_path):
         assert result.exit_code == 0, result.output
         assert f"Registered tiny version {version} as models:/tiny@champion" in result.output
     assert tracking.versioned("models:/tiny@champion") == "models:/tiny/2"
-    assert (tracking.resolve("models:/tiny@champion") / "model.safetensors").read_bytes() == b"weights"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert (tracking.resolve("models:/tiny@champion") / "model.safetensors").read_bytes() == weights
     result = register(RegisterConfig(str(checkpoint), "tiny", alias="candidate"))
     assert result == {"name": "tiny", "version": "3", "alias": "candidate", "uri": "models:/tiny@candidate"}
     assert tracking.versioned("models:/tiny@champion") == "models:/tiny/2"
@@ -50,4 +50,14 @@ def test_a_name_that_mlflow_refuses_is_told_before_anything_is_written(checkpoin
     result = CliRunner().invoke(app, [str(config), setting])
     assert (result.exit_code, "Traceback" in result.output) == (2, False)
     assert told in result.stderr
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_damaged_weights_are_told_before_anything_is_written(checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    config = tmp_path / "register.yaml"
+    config.write_text("checkpoint: model\nname: tiny\n")
+    result = CliRunner().invoke(app, [str(config)])
+    assert (result.exit_code, "Traceback" in result.output) == (2, False)
+    assert "model.safetensors" in result.stderr
     assert not (tmp_path / "mlflow.db").exists()

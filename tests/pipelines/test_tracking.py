@@ -114,9 +114,9 @@ def test_artifacts_elsewhere_are_downloaded_once(database, checkpoint, monkeypat
         return str(tmp_path / "got")
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
-    monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_download_uri", lambda *_: "s3://bucket/checkpoint")
+    monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_download_uri", lambda *_: "s3://bucket/model")
     folders = [tracking.resolve("models:/remote@champion") for _ in range(2)]
-    assert fetched == ["s3://bucket/checkpoint"]
+    assert fetched == ["s3://bucket/model/data/checkpoint"]
     assert folders == [database / "runs" / "models" / "remote" / version] * 2
     assert place != folders[0]
 
@@ -132,7 +132,7 @@ def test_replicas_that_download_at_once_share_the_first_copy(database, checkpoin
         return str(Path(dst_path) / "checkpoint")
 
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
-    monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_download_uri", lambda *_: "s3://bucket/checkpoint")
+    monkeypatch.setattr(mlflow.MlflowClient, "get_model_version_download_uri", lambda *_: "s3://bucket/model")
     assert tracking.resolve(f"models:/shared/{version}") == cache
     assert [path.name for path in cache.parent.iterdir()] == [version], "nothing else is left"
 

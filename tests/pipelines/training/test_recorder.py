@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 
+import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
@@ -38,7 +39,7 @@ def outage(monkeypatch):
 
     state = Outage()
     for name in ("log_batch", "log_artifact", "set_terminated", "get_metric_history"):
-        call = getattr(tracking.mlflow.MlflowClient, name)
+        call = getattr(mlflow.MlflowClient, name)
 
         def guarded(*arguments, call=call, **settings):
             state.asked += 1
@@ -46,7 +47,7 @@ def outage(monkeypatch):
                 raise MlflowException("API request failed: connection refused")
             return call(*arguments, **settings)
 
-        monkeypatch.setattr(tracking.mlflow.MlflowClient, name, guarded)
+        monkeypatch.setattr(mlflow.MlflowClient, name, guarded)
     return state
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import ray
 from batches import tiny_config
+from mlflow.exceptions import MlflowException
 
 from molmo_core.config import ConfigError
 from pipelines import tracking
@@ -81,7 +82,7 @@ def test_a_run_that_cannot_begin_leaves_its_folder_free(tmp_path, monkeypatch):
 
 
 def _refused(self, params):
-    raise tracking.MlflowException("no such name")
+    raise MlflowException("no such name")
 
 
 @pytest.mark.parametrize("dataset", ["vqa@v2", "a b", "ä", "x" * 400, "a/b", "a.b", "#%&"])
