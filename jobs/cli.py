@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-VERBS = ("prepare", "plan", "train", "evaluate", "register", "serve", "ask", "export", "inventory", "inspect", "demo")
+VERBS = ("prepare", "plan", "train", "evaluate", "register", "promote", "serve", "ask", "export", "inventory", "inspect", "demo")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 

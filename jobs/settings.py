@@ -21,7 +21,7 @@ from molmo_core.config import BaseConfig, limits_of
 from molmo_core.registry import MODELS, BaseModelConfig, config_class
 from pipelines.data.config import PrepareConfig
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.registry.config import RegisterConfig
+from pipelines.registry.config import PromoteConfig, RegisterConfig
 from pipelines.serving.config import ServeConfig
 from pipelines.training.config import TrainConfig
 
@@ -30,6 +30,7 @@ JOBS: dict[str, type[BaseConfig]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "register": RegisterConfig,
+    "promote": PromoteConfig,
     "serve": ServeConfig,
 }
 WIDTH = 110

@@ -100,6 +100,7 @@ def demo(overrides: list[str] | None = None) -> dict[str, Any]:
 
         stage("Register", "in MLflow's model registry")
         registration.run_id = registration.run_id or trained.run_id
+        registration.evaluation, registration.data = evaluation.output, preparation.output
         registered = register(registration)
         console.print(f"{registered['uri']} is version {registered['version']}", highlight=False)
 

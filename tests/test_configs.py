@@ -8,7 +8,7 @@ from molmo_core.config import BaseConfig, ConfigError
 from molmo_core.models.base import BaseModelConfig
 from pipelines.data.config import PrepareConfig
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.registry.config import RegisterConfig
+from pipelines.registry.config import PromoteConfig, RegisterConfig
 from pipelines.serving.config import ServeConfig
 from pipelines.training.config import TrainConfig
 
@@ -19,6 +19,7 @@ CLASSES: dict[str, type[BaseConfig]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "register": RegisterConfig,
+    "promote": PromoteConfig,
     "serve": ServeConfig,
 }
 CHECKPOINT = Path(__file__).parent / "golden/molmo-qwen2-clip"

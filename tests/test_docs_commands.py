@@ -15,7 +15,7 @@ from jobs.cli import VERBS
 from molmo_core.config import BaseConfig
 from pipelines.data.config import PrepareConfig
 from pipelines.evaluation.config import EvaluateConfig
-from pipelines.registry.config import RegisterConfig
+from pipelines.registry.config import PromoteConfig, RegisterConfig
 from pipelines.serving.config import ServeConfig
 from pipelines.training.config import TrainConfig
 
@@ -27,6 +27,7 @@ CONFIGS: dict[str, type[BaseConfig]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "register": RegisterConfig,
+    "promote": PromoteConfig,
     "serve": ServeConfig,
 }
 ROUTES = (
@@ -111,12 +112,12 @@ def job(verb: str, arguments: list[str]) -> None:
     positional = [word for word in arguments if not word.startswith("-") and "=" not in word]
     overrides = [word for word in arguments if not word.startswith("-") and "=" in word]
     overrides = [word.replace("CHECKPOINT", str(CHECKPOINT)) for word in overrides]
-    if any(Path(word).stem == "mine" for word in positional):  # the reader's own file
+    if any(re.fullmatch(r"mine\.\w+", Path(word).name) for word in positional):  # the reader's own file
         return
     for path in (word for word in positional if word.startswith("configs/")):
         assert (ROOT / path).is_file(), f"{path} does not exist"
-    if verb in CONFIGS and positional and positional[0].startswith("configs/"):
-        CONFIGS[verb].load(ROOT / positional[0], overrides)
+        if verb in CONFIGS:
+            CONFIGS[verb].load(ROOT / path, overrides)
 
 
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value[:60])

@@ -70,11 +70,11 @@ def _facts(checkpoint: Path, run_id: str | None) -> str:
 
 def _evaluation(report: dict[str, Any]) -> str:
     lines = [f"{report['records']:,} records, {report['rejected']:,} of them could not be used.", ""]
-    lines += ["| questions | number | score | metric |", "|---|---:|---:|---|"]
+    lines += ["| questions | number | score | 95 % interval | metric |", "|---|---:|---:|---:|---|"]
     if report.get("overall") is not None:
-        lines.append(f"| **all but pointing** | {report['questions']:,} | **{report['overall']:.1%}** | mean |")
+        lines.append(f"| **all but pointing** | {report['questions']:,} | **{report['overall']:.1%}** | {_interval(report)} | mean |")
     for kind, found in report["types"].items():
-        lines.append(f"| {_cell(kind)} | {found['questions']:,} | {_share(found['score'])} | {found['metric']} |")
+        lines.append(f"| {_cell(kind)} | {found['questions']:,} | {_share(found['score'])} | {_interval(found)} | {found['metric']} |")
     return "\n".join(lines)
 
 
@@ -93,6 +93,10 @@ def _data(report: dict[str, Any]) -> str:
 
 def _share(score: float | None) -> str:
     return "" if score is None else f"{score:.1%}"
+
+
+def _interval(figure: dict[str, Any]) -> str:
+    return f"{figure['low']:.1%} to {figure['high']:.1%}" if figure.get("low") is not None else ""
 
 
 def _cell(text: str) -> str:

@@ -29,7 +29,7 @@ EVALUATION, DATA, CARD = "evaluation", "data_report", "README.md"
 REPORT = "report.json"
 PACKAGES = (
     "torch", "numpy", "pillow", "opencv-python-headless", "omegaconf", "pyyaml", "pydantic", "safetensors", "tokenizers", "llguidance",
-    "transformers", "scipy", "pandas", "mlflow",
+    "transformers", "scipy", "rapidfuzz", "pandas", "mlflow",
 )  # fmt: skip
 """What `molmo_core` and `pipelines.registry.pyfunc` import."""
 _CODE = Path(__file__).resolve().parents[2]

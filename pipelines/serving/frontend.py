@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from molmo_core.generation.engine.requests import SamplingParams
 from molmo_core.registry import BaseModelConfig
-from pipelines.model_folder import model_folder
+from pipelines.model_folder import REGISTRY, model_folder
 from pipelines.serving.answer import Answer
 from pipelines.serving.api.chat import ChatRequest
 from pipelines.serving.api.completions import CompletionRequest
@@ -111,7 +111,8 @@ class Frontend:
         self._reporter = Reporter(collector, process_name(), self.metrics.registry)
         prepare = self.metrics.timed(self._media)
         self._services: dict[str, ChatService] = {}
-        names = [one.served_name for one, _, _ in served]
+        self._places = {one.served_name: place for one, place, _ in served}
+        names = list(self._places)
         for one, place, replicas in served:
             generate = partial(self._generate, one.served_name, replicas)
             self._services[one.served_name] = ChatService(one, BaseModelConfig.load(model_folder(place)), generate, prepare, names)
@@ -219,7 +220,9 @@ class Frontend:
 
     def _entry(self, service: ChatService) -> dict[str, Any]:
         entry = {"id": service.name, "object": "model", "created": self._created, "owned_by": "molmo-pipelines"}
-        return {**entry, "max_model_len": service.context}
+        place = self._places[service.name]
+        version = {"root": place} if place.startswith(REGISTRY) else {}  # a path of this machine is nobody's business
+        return {**entry, "max_model_len": service.context, **version}
 
     async def _read(self, request: Request, body: bytearray) -> None:
         async for part in request.stream():

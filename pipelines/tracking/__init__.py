@@ -7,7 +7,7 @@ it: workers send their numbers to the driver, so a cluster's nodes need no acces
 from pipelines.tracking.names import MAX_NAME, MAX_RUN_NAME, TrackingError, check_names, key
 from pipelines.tracking.places import RUNS, client, tracking_uri
 from pipelines.tracking.runs import EVALUATION, TRAINING_PAGES, Run, known_experiment
-from pipelines.tracking.versions import CHECKPOINT, check_checkpoint, register, resolve, version_of, versioned
+from pipelines.tracking.versions import CHECKPOINT, check_checkpoint, check_model, register, resolve, version_of, versioned
 
 __all__ = [
     "CHECKPOINT",
@@ -19,6 +19,7 @@ __all__ = [
     "Run",
     "TrackingError",
     "check_checkpoint",
+    "check_model",
     "check_names",
     "client",
     "key",

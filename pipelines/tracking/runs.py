@@ -71,6 +71,10 @@ class Run:
         log = self.client.log_artifacts if Path(path).is_dir() else self.client.log_artifact
         log(self.id, str(path), folder)
 
+    def log_text(self, text: str, name: str) -> None:
+        """Saves a text among the run's artifacts."""
+        self.client.log_text(self.id, text, name)
+
     def log_picture(self, picture: Image, name: str) -> None:
         """Saves a picture among the run's artifacts, e.g. as `samples/step_000100.png`."""
         with tempfile.TemporaryDirectory() as folder:

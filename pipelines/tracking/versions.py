@@ -171,10 +171,7 @@ def version_of(opened: mlflow.MlflowClient, uri: str) -> tuple[str, str]:
         raise TrackingError(f"{uri}: a registered model is written models:/name@alias or models:/name/version")
     name, alias, version = match.groups()
     check_name("model", name, validation._validate_model_name, MAX_NAME)
-    if not _exists(opened, name):
-        names = [model.name for model in opened.search_registered_models(max_results=20)]
-        there = ", ".join(names) or "none yet (`make demo` trains and registers a small one, `molmo register` one of yours)"
-        raise TrackingError(f"{uri}: no registered model {name!r} in {masked(tracking_uri())}. There are: {there}")
+    check_model(opened, name, f"{uri}: ")
     model = opened.get_registered_model(name)
     if version:
         try:
@@ -184,3 +181,11 @@ def version_of(opened: mlflow.MlflowClient, uri: str) -> tuple[str, str]:
     if alias not in model.aliases:
         raise TrackingError(f"{uri}: {name!r} has no alias {alias!r}. There are: {', '.join(sorted(model.aliases)) or 'none'}")
     return name, str(model.aliases[alias])
+
+
+def check_model(opened: mlflow.MlflowClient, name: str, before: str = "") -> None:
+    """Raises TrackingError if there is no such registered model, with the names of those that there are; `before` is its beginning."""
+    if not _exists(opened, name):
+        names = [model.name for model in opened.search_registered_models(max_results=20)]
+        there = ", ".join(names) or "none yet (`make demo` trains and registers a small one, `molmo register` one of yours)"
+        raise TrackingError(f"{before}no registered model {name!r} in {masked(tracking_uri())}. There are: {there}")

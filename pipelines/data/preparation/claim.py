@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +32,41 @@ def open_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"output={folder}: cannot be written ({error.strerror or error}); choose another folder") from None
+
+
+class FolderLock:
+    """Keeps every other preparation out of a folder, from here to `release`. The kernel releases it when this process ends, however it
+    ends. It is on the folder itself: no file is left.
+
+    Raises:
+        ConfigError: another preparation is at work there, or nothing can be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder: int | None = None
+        open_folder(folder)
+        self._folder = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ConfigError(
+                f"output={folder}: another preparation is at work in this folder. Wait for it and run this again, or choose another output"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF):
+                self.release()
+                raise
+            # A filesystem without locks (EBADF: NFS, of a folder): nothing keeps two apart there, as nothing did before.
+
+    def release(self) -> None:
+        """Lets others in."""
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+
+    def __del__(self) -> None:
+        self.release()
 
 
 @contextlib.contextmanager

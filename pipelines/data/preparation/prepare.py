@@ -21,7 +21,7 @@ from pipelines.data.config import PrepareConfig, ScenesConfig
 from pipelines.data.example_settings import example_settings
 from pipelines.data.isolation import IsolatedBuilder
 from pipelines.data.preparation import books, easy_vqa
-from pipelines.data.preparation.claim import claimed, open_folder
+from pipelines.data.preparation.claim import FolderLock, claimed
 from pipelines.data.preparation.emoji import records as emoji_records
 from pipelines.data.preparation.shards import read_summary, withdraw, write_shard
 from pipelines.data.preparation.train_tokenizer import model_for
@@ -31,6 +31,9 @@ from pipelines.data.rejects import Rejects, TooManyRejected
 from pipelines.data.sources import open_records
 from pipelines.model_folder import model_folder
 from pipelines.progress import RecordProgress
+
+EMOJI_SCENES = "emoji-scenes"
+"""In place of records: made here, as those of easy-vqa are."""
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -48,14 +51,27 @@ class Preparation:
         report: of the finished preparation that the folder holds, None while something is left to do.
 
     Raises:
-        ConfigError: the folder holds another preparation or cannot be written, or records or model cannot be opened.
+        ConfigError: the folder holds another preparation, or one is at work there, or it cannot be written, or records or model cannot
+            be opened.
     """
 
     def __init__(self, config: PrepareConfig):
+        self._lock: FolderLock | None = None
+        try:
+            self._open(config)
+        except BaseException:
+            self.close()
+            raise
+        if self.report is not None:
+            self.close()
+
+    def _open(self, config: PrepareConfig) -> None:
         config.require_paths()
         if not model_folder(config.model).is_file():  # a checkpoint: its weights belong to its tokenizer
             config = dataclasses.replace(config, tokenizer=None)
         self.folder = Path(config.output).resolve()
+        if config.records in (*easy_vqa.NAMES, EMOJI_SCENES):
+            self._lock = FolderLock(self.folder)
         path = _made(self.folder, config) or config.records
         opened = open_records(path, config.format)
         total = min(len(opened), config.limit or len(opened))
@@ -63,7 +79,7 @@ class Preparation:
         self.records = opened.part(part.others()) if part else opened
         self.total = len(self.records) if part else total
         self.held_out = total - self.total
-        open_folder(self.folder)
+        self._lock = self._lock or FolderLock(self.folder)
         with claimed(self.folder, config, opened):
             model = model_for(self.folder, config, self.records, self.total)
             self.config = dataclasses.replace(config, sequence_length=config.sequence_length or model.llm.max_sequence_length)
@@ -92,8 +108,12 @@ class Preparation:
             ConfigError: a shard cannot be written.
             TooManyRejected: a source is worse than `max_reject_rate`.
         """
-        if self.report is not None:
-            return self.report
+        try:
+            return self._run() if self.report is None else self.report
+        finally:
+            self.close()
+
+    def _run(self) -> dict[str, Any]:
         started = time.perf_counter()
         rejects = Rejects(self.config.max_reject_rate)
         for summary in self.done.values():
@@ -114,6 +134,11 @@ class Preparation:
             self.folder, self.done, self.total, self.config.sequence_length, self.made_for, made, seconds, self.held_out
         )
         return self.report
+
+    def close(self) -> None:
+        """Lets other preparations into the folder; `run` does it, too."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def records_done(self) -> int:
@@ -184,11 +209,9 @@ class ShardWriter:
 def _made(folder: Path, config: PrepareConfig) -> str | None:
     """Writes the records that the project makes itself, every split; the path of those to prepare: the others are for evaluation."""
     if config.records in easy_vqa.NAMES:
-        open_folder(folder)
         for split in ("train", "test"):
             easy_vqa.write(split, folder / "records" / f"{split}.jsonl", config.limit, easy_vqa.NAMES[config.records])
-    elif config.records == "emoji-scenes":
-        open_folder(folder)
+    elif config.records == EMOJI_SCENES:
         emoji_records.write(folder / "records", config.scenes or ScenesConfig(), config.seed)
     else:
         return None

@@ -31,6 +31,8 @@ REPORT = {
     "rejected": 1,
     "questions": 29,
     "overall": 0.75,
+    "low": 0.6,
+    "high": 0.9,
     "types": {"colour|s": {"questions": 29, "metric": "exact_match", "score": 0.75}},
 }
 
@@ -70,7 +72,12 @@ def test_it_carries_its_signature_example_requirements_reports_and_card(register
     assert info.signature.outputs.input_names() == ["answer"]
     assert (folder / "requirements.txt").read_text().split() == requirements()
     card = (folder / "README.md").read_text()
-    for told in ("# mine", "| **all but pointing** | 29 | **75.0%** | mean |", "| colour\\|s | 29 | 75.0% |", "| records | 4,000 |"):
+    for told in (
+        "# mine",
+        "| **all but pointing** | 29 | **75.0%** | 60.0% to 90.0% | mean |",
+        "| colour\\|s | 29 | 75.0% |  |",
+        "| records | 4,000 |",
+    ):
         assert told in card
     assert "![What it answers](evaluation/answers.png)" in card
     assert (folder / "evaluation/answers.png").is_file()

@@ -48,6 +48,7 @@ def made(prepared: Preparation) -> Preparation:
     prepared.report = books.close(
         prepared.folder, prepared.done, prepared.total, 512, prepared.made_for, prepared.total, 1.0, prepared.held_out
     )
+    prepared.close()
     return prepared
 
 
@@ -206,6 +207,7 @@ def test_every_flipped_byte_is_found(checkpoint, good_records, tmp_path, monkeyp
             PreparedDataset(prepared.folder)
         again = preparation(good_records, tmp_path / "out", f"model={checkpoint}", "shard_rows=20")
         assert (again.report, again.todo) == (None, [1])
+        again.close()
     made(again)
     assert path.read_bytes() == whole, "made again, byte for byte"
     summary = path.with_suffix(".json")
@@ -215,6 +217,7 @@ def test_every_flipped_byte_is_found(checkpoint, good_records, tmp_path, monkeyp
             PreparedDataset(prepared.folder)[20]
         again = preparation(good_records, tmp_path / "out", f"model={checkpoint}", "shard_rows=20")
         assert (again.report, again.todo) == (None, [1])
+        again.close()
     made(again)
     assert preparation(good_records, tmp_path / "out", f"model={checkpoint}", "shard_rows=20").report is not None
 
@@ -249,3 +252,14 @@ def test_a_stop_says_what_was_wrong_and_what_to_do(tmp_path):
     assert (tmp_path / "rejected.parquet").is_file()
     done[0]["rejected"].append(["a.jsonl", 7, "media: missing file", "/x/y.png"])
     assert "when the missing media are there (they are tried again)" in str(books.stop(tmp_path, done, error.value))
+
+
+def test_two_preparations_at_once_are_kept_apart(checkpoint, make, tmp_path):
+    records = tmp_path / "records.jsonl"
+    records.write_text(json.dumps(make.chat(question="How?", answer="so")) + "\n")
+    first = preparation(records, tmp_path / "out", f"model={checkpoint}")
+    with pytest.raises(ConfigError, match="another preparation is at work in this folder"):
+        preparation(records, tmp_path / "out", f"model={checkpoint}")
+    preparation(records, tmp_path / "other", f"model={checkpoint}").close()
+    made(first)
+    assert preparation(records, tmp_path / "out", f"model={checkpoint}").report == first.report
