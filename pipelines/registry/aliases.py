@@ -196,7 +196,7 @@ class AliasLock:
 
     def _write(self, move: Move | None) -> None:
         self._mine = dataclasses.replace(self._mine, expires=time.time() + EXPIRES_S, move=move)
-        self._client.set_registered_model_tag(self._model, TAG, json.dumps(dataclasses.asdict(self._mine)))
+        self._client.set_registered_model_tag(self._model, TAG, json.dumps(dataclasses.asdict(self._mine), ensure_ascii=False))
 
     def _is_mine(self) -> bool:
         found = holder(self._client, self._model)

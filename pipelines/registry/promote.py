@@ -29,6 +29,8 @@ from pipelines.registry.promotion_report import report_text
 
 WHY, RUN, REPLACED, BEFORE = "promotion.why", "promotion.run", "promotion.replaced", "promotion.previous_before"
 """Tags of a version: why, the MLflow run with the report, and where @champion and @previous were before it was promoted."""
+MAX_WHY = 2000
+"""Characters; while aliases move, it is part of a tag of the model, for which MLflow's databases have 5,000."""
 MARKDOWN, DATA = "promotion.md", "promotion.json"
 
 
@@ -80,7 +82,7 @@ def promote(name: str, candidate: str, config: PromoteConfig, dry_run: bool = Fa
         if dry_run:
             return Promotion(version, before.champion, decision, lock.notes, text, None)
         run_id = _record(name, version, before.champion, config, decision, text)
-        tags = {OUTCOME: "promoted" if decision.passed else "refused", WHY: decision.why[:5000], RUN: run_id}
+        tags = {OUTCOME: "promoted" if decision.passed else "refused", WHY: decision.why[:MAX_WHY], RUN: run_id}
         if decision.passed:
             tags |= {REPLACED: before.champion or "", BEFORE: before.previous or ""}
             after = Aliases(version, before.champion if before.champion is not None else before.previous)
