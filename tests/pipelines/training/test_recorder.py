@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pipelines import tracking
+from pipelines.tracking import places
 from pipelines.training import recorder as module
 from pipelines.training.recorder import Recorder
 from pipelines.training.storage import Storage
@@ -189,7 +190,7 @@ def test_a_damaged_file_of_unsent_numbers_is_said(run, tmp_path):
 def test_a_server_that_is_not_there_or_does_not_speak_is_said_at_once(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for port, problem, seconds in ((9, "connection refused", 5), (silent.getsockname()[1], "takes too long", 3)):
-            monkeypatch.setattr(tracking, "CONNECT_TIMEOUT_S", 1)
+            monkeypatch.setattr(places, "CONNECT_TIMEOUT_S", 1)
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
             started = time.monotonic()
             with pytest.raises(tracking.TrackingError, match=f"MLFLOW_TRACKING_URI=http://127.0.0.1:{port}: no MLflow server.*{problem}"):
