@@ -1,6 +1,7 @@
 """Checkpoints of two ranks, without Ray: one rank's disk is full, one rank's shard is damaged."""
 
 import json
+import math
 import os
 import resource
 import socket
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from batches import RandomLoader, tiny_config
 
-from pipelines.training import loop
+from pipelines.training import loop, preemption
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.errors import TrainingError
 from pipelines.training.events import Metrics, Note, Started, Unusual
@@ -40,6 +41,7 @@ def rank_of_two(rank, folder, port):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     ray.train.torch.get_device = lambda: torch.device("cpu")
+    preemption.ASK_S = math.inf  # there is no Ray to ask, however slow the machine
     told = [start(folder, steps=2)]
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
@@ -108,6 +110,7 @@ def rank_of_some(rank, world, replicate, folder, port, steps):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     ray.train.torch.get_device = lambda: torch.device("cpu")
+    preemption.ASK_S = math.inf  # there is no Ray to ask, however slow the machine
     events = Recorder()
     parallel = ParallelConfig(replicate=replicate)
     config = tiny_config(folder, name="moved", steps=steps, num_workers=world, parallel=parallel, global_batch_size=12)
@@ -121,6 +124,7 @@ def rank_of_some(rank, world, replicate, folder, port, steps):
 
 def test_a_run_moves_from_two_ranks_to_one_to_three_and_to_two_groups_of_two(tmp_path, monkeypatch):
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(preemption, "ASK_S", math.inf)
 
     def alone(name, steps):
         events = Recorder()
