@@ -36,11 +36,12 @@ from pipelines.data.config import DataConfig
 from pipelines.training.build import build
 from pipelines.training.config import GroupConfig, OptimConfig, TrainConfig
 from pipelines.training.mesh import Mesh
+from pipelines.training.meter import Meter
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import all_sum, rank, world_size
 from pipelines.training.parallel_config import ParallelConfig
-from pipelines.training.parallelize import begin_micro_batch
 from pipelines.training.plan import plan
+from pipelines.training.step import TrainStep, loss_weight
 
 PARTS = ("step", "hybrid", "context", "equal", "serve")
 EQUAL_STEPS = 20
@@ -196,11 +197,11 @@ def crops_of(config: TrainConfig, arguments: argparse.Namespace) -> tuple[int, i
     return (2, 50) if arguments.tiny else (14, 392 + 2160)
 
 
-def batch_of(config: TrainConfig, number: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """A row of random documents, the same for a number everywhere."""
+def batch_of(config: TrainConfig, numbers: list[int], arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Rows of random documents, each the same for a number everywhere."""
     crops, tokens = crops_of(config, arguments)
-    row = pack(config.model, np.random.RandomState(number), 1, config.sequence_length, crops, tokens)
-    return {key: torch.from_numpy(value) for key, value in row.items()}
+    rows = [pack(config.model, np.random.RandomState(number), 1, config.sequence_length, crops, tokens) for number in numbers]
+    return {key: torch.from_numpy(np.concatenate([row[key] for row in rows])) for key in rows[0]}
 
 
 def steps(part: str, parallel: ParallelConfig, device: torch.device, arguments: argparse.Namespace, **lever: Any) -> dict[str, Any]:
@@ -212,13 +213,13 @@ def steps(part: str, parallel: ParallelConfig, device: torch.device, arguments: 
         torch.cuda.reset_peak_memory_stats()
     run = Run(config, device)
     built = time.perf_counter() - began
-    batch = {key: value.to(device) for key, value in batch_of(config, run.mesh.data_rank, arguments).items()}
+    batch = batch_of(config, [run.mesh.data_rank], arguments)
     times, hosts = [], []
     for _ in range(arguments.steps):
         if world_size() > 1:
             dist.barrier()
         start = time.perf_counter()
-        run.step([batch])
+        run.step(batch)
         hosts.append(time.perf_counter() - start)
         wait(device)
         times.append(time.perf_counter() - start)
@@ -231,7 +232,7 @@ def steps(part: str, parallel: ParallelConfig, device: torch.device, arguments: 
         "loss": round(run.loss, 4),
     }  # fmt: skip
     if device.type == "cuda":
-        line |= communication(lambda: run.step([batch]), device) | {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
+        line |= communication(lambda: run.step(batch), device) | {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
         line["predicted_gib"] = round(plan(config, rows=1, crops=crops_of(config, arguments)[0]).peak / 2**30, 1)
     return line
 
@@ -243,43 +244,30 @@ def equal(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]
     run, losses = Run(config, device), []
     for number in range(EQUAL_STEPS):
         mine = range(number * rows, (number + 1) * rows)[run.mesh.data_rank :: run.mesh.data_size]
-        run.step([{key: value.to(device) for key, value in batch_of(config, i, arguments).items()} for i in mine])
+        run.step(batch_of(config, list(mine), arguments))
         losses.append(round(run.loss, 5))
     return {"part": "equal", "workers": world_size(), "rows": rows, "losses": losses}
 
 
 class Run:
-    """The step of `pipelines.training.loop`, without what it tells and saves."""
+    """A run's model and its steps, without what `pipelines.training.loop` tells and saves."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
-        self.config = config
         self.mesh = Mesh.of(config, device)
         self.model = build(config, device, self.mesh)
-        self.optimizer = Optimizer(self.model, config.optim)
-        self._loss = torch.zeros((), device=device)
+        self.meter = Meter(self.model, device)
+        self.take = TrainStep(config, self.model, Optimizer(self.model, config.optim), self.meter, [])
+        self._loss = torch.zeros(())
 
     @property
     def loss(self) -> float:
         """Mean cross entropy of the last step's global batch."""
         return float(self._loss)
 
-    def step(self, rows: list[dict[str, torch.Tensor]]) -> None:
-        config, mesh = self.config, self.mesh
-        weight = sum((row["loss_masks"] * (row["labels"] >= 0)).sum() for row in rows) / mesh.context
-        weight = all_sum(torch.as_tensor(weight, dtype=torch.float32).clone())
-        total = torch.zeros_like(self._loss)
-        for i, row in enumerate(rows, start=1):
-            begin_micro_batch(self.model, config, last=i == len(rows))
-            output = self.model(**row, loss_divisor=weight / mesh.size, z_loss_weight=config.z_loss, return_logits=False)
-            output.loss.backward()
-            total += output.metrics["cross_entropy"] * output.metrics["loss_weight"]
-        squares = self.optimizer.squared_norms()
-        sums = all_sum(torch.stack([*squares.values(), total]))
-        self.optimizer.clip({group: square.sqrt() for group, square in zip(squares, sums)})
-        self.optimizer.set_learning_rates(1, config.steps)
-        self.optimizer.step(torch.zeros((), dtype=torch.bool, device=total.device))
-        self.optimizer.zero_grad()
-        self._loss = sums[-1] / weight
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        """One step on this rank's batch, which is on the host."""
+        weight = all_sum(torch.tensor(loss_weight(batch) / self.mesh.context, dtype=torch.float64)).item()
+        self._loss = self.meter.loss(self.take(1, batch, weight, {}).sums)
 
 
 def wait(device: torch.device) -> None:
