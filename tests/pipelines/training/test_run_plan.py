@@ -12,6 +12,7 @@ from molmo_core.nn.attention import Whole
 from molmo_core.nn.llm import BLOCKS, BlockInputs
 from molmo_core.nn.rope import rotary_tables
 from molmo_core.nn.vit import VitBlock
+from molmo_core.registry import BaseModelConfig
 from pipelines.training.build import build
 from pipelines.training.config import GroupConfig, OptimConfig
 from pipelines.training.mesh import Mesh
@@ -70,6 +71,17 @@ def test_weights_gradients_and_moments_are_those_of_a_run(precision):
     assert made.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     states = (state for o in optimizer.optimizers for state in o.state.values())
     assert made.optimizer == sum(t.nbytes for state in states for t in state.values() if t.ndim)
+
+
+@pytest.mark.parametrize(("rows", "recompute", "measured"), [(1, "none", 50.3), (2, "selective", 56.9), (2, "full", 34.9)])
+def test_peaks_are_those_measured_on_a_gpu(rows, recompute, measured):
+    """GiB of one H100 at Molmo2-4B's size (docs/scaling.md)."""
+    groups = {group: GroupConfig() for group in ("connector", "vit", "llm")}
+    config = tiny_config(
+        "-", model=BaseModelConfig.load("configs/models/molmo2-4b.yaml"), precision="bf16", activation_checkpointing=recompute,
+        global_batch_size=rows, sequence_length=4096, optim=OptimConfig(**groups),
+    )  # fmt: skip
+    assert plan(config, crops=14).peak / 2**30 == pytest.approx(measured, rel=0.15)
 
 
 def test_more_workers_hold_less_each():
