@@ -4,15 +4,16 @@
 
 Three runs of a small model on two workers: in one a random worker is killed (SIGKILL) at random moments, while a checkpoint is written and
 while the model is validated; in one the driver, which is started again; in one a node of a two-node cluster (ray.cluster_utils), in whose
-place another one comes. A kill counts as equal if the run that it hit ends with bitwise the weights of the undisturbed one, and if no loss
-that was logged is another. `losses_missing` counts steps whose loss is in no log: a driver that is killed takes with it what its workers
-trained and saved since it last heard of them. `seconds` is from the kill until the step that was reached before it is done again.
+place another one comes. A kill counts as equal if the run that it hit ends with bitwise the weights of the undisturbed one, and if MLflow
+has the same loss for every step. `seconds` is from the kill until the step that was reached before it is done again; `parts` are those of
+the worker's start among them.
 Every line is one JSON object; the last one sums up.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import itertools
 import json
@@ -36,7 +37,8 @@ import psutil
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, INTERVAL, VALIDATION = 80, 5, 6
+STEPS, INTERVAL, VALIDATION = 50, 4, 5
+PARTS = re.compile(r"start of a worker: (.*)")
 STEP = re.compile(r"step (\d+)/\d+  loss")
 
 
@@ -85,7 +87,7 @@ def compared(found: tuple[str, dict[int, float]], expected: tuple[str, dict[int,
     """Whether a run's outcome is the undisturbed one's."""
     weights, differ = found[0] == expected[0], sum(found[1][step] != expected[1].get(step) for step in found[1])
     missing = len(expected[1].keys() - found[1].keys())
-    return {"equal": weights and not differ, "weights_equal": weights, "losses_differ": differ, "losses_missing": missing}
+    return {"equal": weights and not differ and not missing, "weights_equal": weights, "losses_differ": differ, "losses_missing": missing}
 
 
 def prepare(folder: Path) -> None:
@@ -121,7 +123,7 @@ def train(config: str, nodes: int) -> None:
         f"name={folder.name}", f"storage={folder.parent}", f"steps={STEPS}", f"checkpoint.interval={INTERVAL}", "log_interval=1",
         "global_batch_size=8", "max_failures=100", f"data.datasets.easy_vqa.path={folder.parent}/data",
         f"model.llm.tokenizer.identifier={folder.parent}/data/tokenizer",
-        f"validation={{data: {{datasets: {{other: {{path: {folder.parent}/data}}}}}}, interval: {VALIDATION}, batches: 4}}",
+        f"validation={{data: {{datasets: {{other: {{path: {folder.parent}/data}}}}}}, interval: {VALIDATION}, batches: 2}}",
     ]  # fmt: skip
     settings = TrainConfig.load(folder.parent / "train.yaml", overrides)
     if not nodes:
@@ -167,8 +169,16 @@ class Training:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment(folder), stdout=subprocess.PIPE, stderr=self.log, text=True, start_new_session=True
         )
+        self.parts = ""
+        """Of the last start of a worker."""
+        atexit.register(self._end)
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
+
+    def _end(self) -> None:
+        """Should this process be stopped before it."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -212,7 +222,9 @@ def run(folder: Path, name: str, plan: list[str], rng: random.Random) -> tuple[l
             training.process.wait()
             training = Training(folder, name, nodes)
         seen(training, reached, again=True)
-        kills.append({"kill": kind, "process": victim, "at_step": reached, "seconds": round(time.perf_counter() - began, 1)})
+        kills.append(
+            {"kill": kind, "process": victim, "at_step": reached, "seconds": round(time.perf_counter() - began, 1), "parts": training.parts}
+        )
         print(json.dumps(kills[-1]), flush=True)
     for _ in training.lines():
         pass
@@ -224,6 +236,8 @@ def run(folder: Path, name: str, plan: list[str], rng: random.Random) -> tuple[l
 def seen(training: Training, target: int, again: bool = False) -> int:
     """Waits until a step is done; after a kill (`again`) until the run has continued and it is done once more, or was saved."""
     for line in training.lines():
+        if match := PARTS.match(line):
+            training.parts = match[1]
         if again:
             again = not line.startswith("continues after")
         elif (match := STEP.search(line)) and int(match[1]) >= target:

@@ -16,10 +16,11 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,6 +33,7 @@ from molmo_core.models.base import ModelBase
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.errors import TrainingError, passing, unwritable
 from pipelines.training.events import Note, Saved
+from pipelines.training.hooks import Hook
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import first, gathered, rank, together, world_size
 from pipelines.training.shards import ShardReader, ShardWriter
@@ -69,15 +71,16 @@ class Checkpointer:
         self._stager: DefaultStager | None = None
         self._save: _Save | None = None
 
-    def begin(self, state: dict[str, Any]) -> None:
-        """Copies model and optimiser, and starts to write them and `state` (JSON; `step` names the checkpoint). One save at a time: an
-        earlier one is waited for."""
+    def begin(self, state: dict[str, Any], hooks: Sequence[Hook] = ()) -> None:
+        """Copies model, optimiser and what the hooks hold, and starts to write them and `state` (JSON; `step` names the checkpoint). One
+        save at a time: an earlier one is waited for."""
         self.wait()
         began = time.perf_counter()
         weights, moments = get_state_dict(self.model, self.optimizer.optimizers)
-        staged = self._staged({"model": weights, "optim": moments})
+        states = {_name(hook): hook.state() for hook in hooks}
+        staged = self._staged({"model": weights, "optim": moments} | _tensors(hooks))
         self._save = _Save(state["step"], time.perf_counter() - began)
-        self._save.start(lambda: self._write(staged, state))
+        self._save.start(lambda: self._write(staged, state | {"hooks": states}))
 
     def poll(self) -> bool:
         """Whether this rank has written all of a save that `wait` was not called for. The others may not have."""
@@ -149,8 +152,8 @@ class Checkpointer:
         steps = self.storage.steps()
         return f"the last checkpoint is {step_name(steps[0])}" if steps else "there is no checkpoint yet"
 
-    def resume(self) -> dict[str, Any] | None:
-        """Loads the newest checkpoint that is whole into model and optimiser; tells of each newer one that is not.
+    def resume(self, hooks: Sequence[Hook] = ()) -> dict[str, Any] | None:
+        """Loads the newest checkpoint that is whole into model, optimiser and hooks; tells of each newer one that is not.
 
         Returns:
             Its `state`; None if the run has no checkpoint yet.
@@ -167,7 +170,7 @@ class Checkpointer:
             found = self.damage(step_name(step))
             if not found:
                 self.saved = step
-                return self._load(step_name(step))
+                return self._load(step_name(step), hooks)
             problems.append(f"{self.storage.url}/{step_name(step)} is damaged: {'; '.join(found)}")
             self.tell(Note(problems[-1]))
         if problems:
@@ -253,11 +256,16 @@ class Checkpointer:
         self._check_writer()
         return self.storage.begin(name)
 
-    def _load(self, name: str) -> dict[str, Any]:
+    def _load(self, name: str, hooks: Sequence[Hook]) -> dict[str, Any]:
+        state = json.loads(self.storage.read(f"{name}/{STATE_NAME}") or "")
+        saved = state.get("hooks", {})
         weights, moments = get_state_dict(self.model, self.optimizer.optimizers)
-        dcp.load({"model": weights, "optim": moments}, storage_reader=ShardReader(self.storage, name), no_dist=world_size() == 1)
+        tensors = {"model": weights, "optim": moments} | _tensors([hook for hook in hooks if _name(hook) in saved])
+        dcp.load(tensors, storage_reader=ShardReader(self.storage, name), no_dist=world_size() == 1)
         set_state_dict(self.model, self.optimizer.optimizers, model_state_dict=weights, optim_state_dict=moments)
-        return json.loads(self.storage.read(f"{name}/{STATE_NAME}") or "")
+        for hook in hooks:
+            hook.load_state(saved.get(_name(hook), {}))
+        return state
 
     def _prune(self, newest: int) -> None:
         """Deletes what is older than the last `keep` and no milestone, and what is newer: it was damaged when the run resumed before it."""
@@ -307,6 +315,15 @@ class _Save:
     def join(self) -> Exception | None:
         self._thread.join()
         return self._error
+
+
+def _name(hook: Hook) -> str:
+    return type(hook).__name__
+
+
+def _tensors(hooks: Iterable[Hook]) -> dict[str, dict[str, torch.Tensor]]:
+    """What hooks hold beside JSON, of those that hold any."""
+    return {_name(hook): tensors for hook in hooks if (tensors := hook.tensors())}
 
 
 def cause(error: CheckpointException) -> Exception:

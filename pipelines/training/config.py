@@ -122,6 +122,16 @@ class ProfileConfig(BaseConfig):
 
 
 @dataclasses.dataclass
+class EmaConfig(BaseConfig):
+    """An exponential moving average of the weights, beside them."""
+
+    decay: Dropout = 0.999
+    """Share of the average that a step keeps."""
+    export: bool = True
+    """Whether the trained `model` has the averaged weights, or those of the last step."""
+
+
+@dataclasses.dataclass
 class TrainConfig(BaseConfig):
     """`python -m jobs.train`. A run of the same `name` and `storage` resumes where it stopped."""
 
@@ -183,6 +193,7 @@ class TrainConfig(BaseConfig):
     on_spike: Literal["report", "skip"] = "report"
     """A loss more than 6 standard deviations above the mean of the last 128: reported; with `skip` the step is not taken, either."""
 
+    ema: EmaConfig | None = None
     stuck_after: Positive = 600.0
     """Seconds without the end of a step after which each rank says where it stands."""
     profile: ProfileConfig | None = None

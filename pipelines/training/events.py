@@ -19,6 +19,8 @@ class Started:
     """The model is there and the first step begins, after step `step`."""
 
     step: int
+    parts: dict[str, float] = dataclasses.field(default_factory=dict, compare=False)
+    """Seconds of the worker's start (`startup.Startup`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,10 @@ class Hook:
         """What a resumed run needs (JSON); called before every save. What is still to be said of earlier steps is said here."""
         return {}
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors that a resumed run needs, sharded as the model's are: saved as they are, and filled in place before `load_state`."""
+        return {}
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes back what `state` gave; empty if the run was saved without this hook."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import ray.train
@@ -13,6 +14,7 @@ from molmo_core.config import ConfigError
 from pipelines.training.build import build
 from pipelines.training.checkpointing import Checkpointer, merged
 from pipelines.training.config import TrainConfig
+from pipelines.training.ema import Ema
 from pipelines.training.errors import TrainingError
 from pipelines.training.events import Done, Failed, Metrics, Started, Stopped
 from pipelines.training.health import Health, named
@@ -25,6 +27,7 @@ from pipelines.training.preemption import Preemption
 from pipelines.training.profiler import Profiler
 from pipelines.training.progress import Reporter
 from pipelines.training.recent import Recent
+from pipelines.training.startup import Startup
 from pipelines.training.step import TrainStep, loss_weight
 from pipelines.training.storage import Storage
 from pipelines.training.stuck import StuckWatch
@@ -66,10 +69,12 @@ class Known(NamedTuple):
 
 def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
     """Trains from the newest whole checkpoint, or the beginning, to the last step."""
+    startup = Startup()
     device = ray.train.torch.get_device()
     mesh = Mesh.of(config, device)
     model = build(config, device, mesh)
     optimizer = Optimizer(model, config.optim)
+    startup.done("model")
     sizes = {"global_batch_size": config.global_batch_size, "sequence_length": config.sequence_length}
     loader = make_loader(config.data, config.model, **sizes, seed=config.seed, rank=mesh.data_rank, world_size=mesh.data_size)
     meter = Meter(model, device)
@@ -83,20 +88,23 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
     ]
     if config.profile is not None:
         hooks.append(Profiler(config.profile, storage, reporter.note))
+    averaged = None
+    if config.ema is not None:
+        hooks.append(averaged := Ema(model, config.ema))
     if config.validation is not None:
-        hooks.append(Validator(config, make_loader, model, device, mesh, recent.send))
+        hooks.append(Validator(config, make_loader, model, device, mesh, recent.send, averaged))
     if config.samples is not None:
         hooks.append(Sampler(config, model, reporter.send))
     train_step = TrainStep(config, model, optimizer, meter, hooks)
 
+    startup.done("data")
     start = 0
-    state = checkpointer.resume()
+    state = checkpointer.resume(hooks)
+    startup.done("checkpoint")
     if state is not None:
         loader.load_state_dict(state["loader"])
         start, meter.tokens = state["step"], state["tokens"]
-        for hook in hooks:
-            hook.load_state(state.get("hooks", {}).get(type(hook).__name__, {}))
-    reporter.send(Started(start))
+    reporter.send(Started(start, startup.parts))
     batches = iter(loader)
     try:
         for number in range(start + 1, config.steps + 1):
@@ -131,7 +139,7 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
                 reporter.note(notice)
             if number % config.checkpoint.interval == 0 or step.last or stopped or notice is not None:
                 saved = {"step": number, "tokens": meter.tokens, "loader": merged(loader.state_dict())}
-                checkpointer.begin(saved | {"hooks": {type(hook).__name__: hook.state() for hook in hooks}})
+                checkpointer.begin(saved, hooks)
             reporter.heartbeat(number)
             if stopped:
                 break
@@ -146,7 +154,8 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
         reporter.send(Stopped(checkpointer.saved))
     else:
         # The checkpoint may be an earlier call's: of a run that was to be longer, or that ended before its model was written.
-        reporter.send(Done(checkpointer.saved, checkpointer.save_model(checkpointer.saved)))
+        with averaged.exported() if averaged is not None else contextlib.nullcontext():
+            reporter.send(Done(checkpointer.saved, checkpointer.save_model(checkpointer.saved)))
     if world_size() > 1:
         dist.barrier()  # gloo may abort a rank whose peers are gone while it still tidies up
 

@@ -25,6 +25,7 @@ class Need(NamedTuple):
     weights: int
     gradients: int
     optimizer: int
+    """With the average of the weights, if there is one."""
 
     @property
     def bytes(self) -> int:
@@ -50,7 +51,8 @@ def memory_needed(config: TrainConfig) -> Need:
                     states += p.numel() * size
                 else:
                     states += 2 * p.numel() * moment
-    return Need(parameters, trained, parameters * size, trained * size, states)
+    average = trained * 4 if config.ema is not None else 0
+    return Need(parameters, trained, parameters * size, trained * size, states + average)
 
 
 def check_memory(config: TrainConfig) -> None:

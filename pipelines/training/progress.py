@@ -130,6 +130,10 @@ class ProgressBar:
             numbers += f"  {values['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in values:
             numbers += f"  MFU {values['mfu']:.1%}"
+        if "data_wait" in values:
+            numbers += f"  data wait {values['data_wait']:.0%}"
+        if "gpu_memory_gib" in values:
+            numbers += f"  {values['gpu_memory_gib']:.1f} GiB"
         if self._bar is not None:
             self._bar.update(self._task, numbers=numbers)
         else:

@@ -19,8 +19,9 @@ from mlflow.exceptions import MlflowException
 
 from molmo_core.config import ConfigError, flatten
 from pipelines import tracking
-from pipelines.names import masked
+from pipelines.names import file_name, masked
 from pipelines.training.config import TrainConfig
+from pipelines.training.provenance import data_reports, environment, git_revision
 from pipelines.training.storage import Storage
 
 RUN_FILE = "run.json"
@@ -111,6 +112,7 @@ class RunFolder:
                 self.config.save(file)
                 run.log_file(file)
                 text = file.read_text(encoding="utf-8")
+                self._log_provenance(run, Path(temporary))
             with writing(self.storage.url):
                 self.storage.write("config.yaml", text)
                 self.storage.write(RUN_FILE, json.dumps({"mlflow_run": run.id, "identity": _plain(self.config.identity())}))
@@ -121,6 +123,16 @@ class RunFolder:
             _abandon(run)
             raise
         return run
+
+    def _log_provenance(self, run: tracking.Run, folder: Path) -> None:
+        """Adds the environment, the revision of the code and the reports of the data; of a run that is continued the latest count."""
+        file = folder / "environment.json"
+        file.write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+        run.log_file(file)
+        for name, report in data_reports(self.config.data).items():
+            run.log_file(report, f"data/{file_name(name)}")
+        if (revision := git_revision()) is not None:
+            run.client.set_tag(run.id, "mlflow.source.git.commit", revision)
 
     def _mlflow_run(self) -> tracking.Run:
         known = self._read()

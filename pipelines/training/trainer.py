@@ -89,6 +89,11 @@ def run_training(config: TrainConfig, make_loader: Callable[..., Any] = TrainLoa
     return driver.result(time.perf_counter() - started)
 
 
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
 def pinned_down(config: TrainConfig) -> TrainConfig:
     """The configuration as every process must read it: absolute paths, the place of registered weights."""
     config = copy.deepcopy(config)
@@ -169,9 +174,11 @@ class Driver:
             match event:
                 case Note(text):
                     self.bar.print(text)
-                case Started(step):
+                case Started(step, parts):
                     if step:
                         self.bar.print(f"continues after step {step}" if step < self.config.steps else f"step {step} is trained already")
+                    self.bar.print(f"start of a worker: {', '.join(f'{part} {seconds:.1f} s' for part, seconds in parts.items())}")
+                    self.recorder.metrics(step, {f"start/{part}": seconds for part, seconds in parts.items()}, now())
                     self.step, self.started = step, True
                 case Step(step):
                     self.bar.step(step)
@@ -208,7 +215,7 @@ class Driver:
         self.step = saved.step
         values = {"save/seconds": saved.seconds, "save/staging": saved.staging, "save/blocked": saved.blocked}
         self.metrics.append((saved.step, values))
-        self.recorder.metrics(saved.step, values, int(time.time() * 1000))
+        self.recorder.metrics(saved.step, values, now())
         stood_still = saved.staging + saved.blocked
         self.bar.print(f"step {saved.step} is saved: {saved.seconds:.1f} s, of which training stood still for {stood_still:.2f} s")
 

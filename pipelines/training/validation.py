@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
+from pipelines.data.config import DataConfig
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import ScoringConfig
 from pipelines.evaluation.prompts import Prompt, Prompts
 from pipelines.evaluation.questions import Question, judge
 from pipelines.training.config import TrainConfig
+from pipelines.training.ema import Ema
 from pipelines.training.events import Event, Metrics, Note, Samples
 from pipelines.training.hooks import Hook, Step
 from pipelines.training.mesh import Mesh
@@ -29,31 +32,61 @@ SCORING = ScoringConfig()
 
 
 class Validator(Hook):
-    """The mean loss over the same global batches every time."""
+    """The mean loss over the same global batches of each dataset, every time."""
 
     def __init__(
-        self, config: TrainConfig, make_loader: Any, model: ModelBase, device: torch.device, mesh: Mesh, send: Callable[[Event], None]
+        self,
+        config: TrainConfig,
+        make_loader: Any,
+        model: ModelBase,
+        device: torch.device,
+        mesh: Mesh,
+        send: Callable[[Event], None],
+        averaged: Ema | None = None,
     ):
+        """With `averaged`, the averaged weights are looked at, too."""
         assert config.validation is not None
+        self.averaged = averaged
         self.interval, self.send = config.validation.interval, send
         self.batches, self.precision, self.device, self.model = config.validation.batches, config.precision, device, model
         sizes = {"global_batch_size": config.global_batch_size, "sequence_length": config.sequence_length}
-        self.loader = make_loader(
-            config.validation.data, config.model, **sizes, seed=config.seed, rank=mesh.data_rank, world_size=mesh.data_size
-        )
-        self.beginning = self.loader.state_dict()
+        sizes |= {"seed": config.seed, "rank": mesh.data_rank, "world_size": mesh.data_size}
+        self.loaders: dict[str, tuple[Any, Any]] = {}
+        """Of each dataset, and its state at the beginning."""
+        for name, data in each_alone(config.validation.data).items():
+            loader = make_loader(data, config.model, **sizes)
+            self.loaders[name] = (loader, loader.state_dict())
 
     def after_step(self, step: Step) -> None:
         if step.number % self.interval == 0 or step.last:
-            self.send(Metrics(step.number, self.run()))
+            values = self.run()
+            if self.averaged is not None:
+                with self.averaged.applied():
+                    values |= {f"{name}_ema": value for name, value in self.run().items()}
+            self.send(Metrics(step.number, values))
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """`validation/loss` and `validation/accuracy`; every rank calls it."""
-        self.loader.load_state_dict(self.beginning)
+        """`validation/loss` and `validation/accuracy`, of several datasets also `validation/<name>/loss` and so on; every rank calls it.
+
+        Names have their group in front if there are several.
+        """
         self.model.eval()
+        values: dict[str, float] = {}
+        total = torch.zeros(3)
+        for name, (loader, beginning) in self.loaders.items():
+            loader.load_state_dict(beginning)
+            sums = all_sum(self._sums(loader)).cpu()
+            total += sums
+            if len(self.loaders) > 1:
+                values |= means(f"validation/{name}", sums)
+        back_to_training(self.model)
+        return means("validation", total) | values
+
+    def _sums(self, loader: Any) -> torch.Tensor:
+        """Of this rank: cross entropy, right answers and loss weight."""
         sums = torch.zeros(3, device=self.device)
-        batches = iter(self.loader)
+        batches = iter(loader)
         for batch in itertools.islice(batches, self.batches):
             with autocast(self.precision, self.device):
                 metrics = self.model(**batch, return_logits=False).metrics
@@ -61,11 +94,26 @@ class Validator(Hook):
                 torch.stack([metrics["cross_entropy"], metrics["accuracy"], torch.ones_like(metrics["accuracy"])]) * metrics["loss_weight"]
             )
         batches.close()
-        back_to_training(self.model)
-        loss, correct, weight = all_sum(sums).tolist()
-        if weight == 0:
-            raise ConfigError("validation.data: no token of the batches that validate has a loss weight")
-        return {"validation/loss": loss / weight, "validation/accuracy": correct / weight}
+        return sums
+
+
+def each_alone(data: DataConfig) -> dict[str, DataConfig]:
+    """A configuration for each dataset, with no other in it."""
+    groups = data.all_groups()
+    found = {}
+    for group, settings in groups.items():
+        for name, config in settings.datasets.items():
+            alone = dataclasses.replace(data, datasets={name: config}, groups={})
+            found[name if len(groups) == 1 else f"{group}/{name}"] = alone
+    return found
+
+
+def means(name: str, sums: torch.Tensor) -> dict[str, float]:
+    """Loss and accuracy, given their sums and the weight; raises ConfigError if there is none."""
+    loss, correct, weight = sums.tolist()
+    if weight == 0:
+        raise ConfigError(f"validation.data: no token of the batches that validate has a loss weight ({name})")
+    return {f"{name}/loss": loss / weight, f"{name}/accuracy": correct / weight}
 
 
 class Sampler(Hook):

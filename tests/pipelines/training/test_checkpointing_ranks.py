@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from batches import RandomLoader, tiny_config
 
+from molmo_core.checkpoint import load_model
 from pipelines.training import loop, preemption
-from pipelines.training.config import CheckpointConfig
+from pipelines.training.config import CheckpointConfig, EmaConfig
 from pipelines.training.errors import TrainingError
 from pipelines.training.events import Metrics, Note, Started, Unusual
 from pipelines.training.parallel_config import ParallelConfig
@@ -35,13 +36,18 @@ class Recorder(list):
         pass
 
 
+def alone_with_torch():
+    """There is no Ray Train around this process."""
+    ray.train.torch.get_device = lambda: torch.device("cpu")
+    preemption.ASK_S = float("inf")
+
+
 def rank_of_two(rank, folder, port):
     """Three starts of one run, one after the other in the same process; what each told is in `<rank>.json`."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    ray.train.torch.get_device = lambda: torch.device("cpu")
-    preemption.ASK_S = math.inf  # there is no Ray to ask, however slow the machine
+    alone_with_torch()
     told = [start(folder, steps=2)]
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
@@ -96,7 +102,7 @@ def test_what_befalls_one_rank_is_known_to_both(tmp_path):
         assert full["started"] == [2]
         assert "step_000003 cannot be written: " in full["error"]
         assert "step_000002 and what was saved before it are whole" in full["error"]
-        assert told["left"] == ["latest", "step_000001", "step_000002"]
+        assert told["left"] == ["latest", "step_000001", "step_000002", "writer"]
         assert damaged["error"] is None
         assert damaged["started"] == [1]
         assert ["__1_0.distcp: its content has changed" in note for note in damaged["notes"]] == [True]
@@ -109,11 +115,10 @@ def rank_of_some(rank, world, replicate, folder, port, steps):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    ray.train.torch.get_device = lambda: torch.device("cpu")
-    preemption.ASK_S = math.inf  # there is no Ray to ask, however slow the machine
+    alone_with_torch()
     events = Recorder()
-    parallel = ParallelConfig(replicate=replicate)
-    config = tiny_config(folder, name="moved", steps=steps, num_workers=world, parallel=parallel, global_batch_size=12)
+    parallel, ema = ParallelConfig(replicate=replicate), EmaConfig(decay=0.5)
+    config = tiny_config(folder, name="moved", steps=steps, num_workers=world, parallel=parallel, global_batch_size=12, ema=ema)
     loop.train(config, RandomLoader, events)
     if rank == 0:
         losses = {event.step: event.values["loss"] for event in events if isinstance(event, Metrics)}
@@ -124,11 +129,11 @@ def rank_of_some(rank, world, replicate, folder, port, steps):
 
 def test_a_run_moves_from_two_ranks_to_one_to_three_and_to_two_groups_of_two(tmp_path, monkeypatch):
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(preemption, "ASK_S", math.inf)
+    monkeypatch.setattr(preemption, "ASK_S", float("inf"))
 
     def alone(name, steps):
         events = Recorder()
-        loop.train(tiny_config(tmp_path, name=name, steps=steps, global_batch_size=12), RandomLoader, events)
+        loop.train(tiny_config(tmp_path, name=name, steps=steps, global_batch_size=12, ema=EmaConfig(decay=0.5)), RandomLoader, events)
         return {event.step: event.values["loss"] for event in events if isinstance(event, Metrics)}
 
     expected, found = alone("alone", 8), {}
@@ -142,3 +147,6 @@ def test_a_run_moves_from_two_ranks_to_one_to_three_and_to_two_groups_of_two(tmp
         found |= {int(step): loss for step, loss in json.loads((tmp_path / f"losses_{steps}.json").read_text()).items()}
     assert list(found) == list(range(1, 9))
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
+    models = [load_model(tmp_path / name / "step_000008" / "model").state_dict() for name in ("alone", "moved")]
+    for name, weight in models[0].items():
+        torch.testing.assert_close(models[1][name], weight, rtol=1e-3, atol=1e-5, msg=f"the average of {name}")

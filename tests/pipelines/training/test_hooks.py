@@ -10,12 +10,12 @@ import pytest
 import ray.train
 import ray.train.torch
 import torch
-from batches import RandomLoader, tiny_config
+from batches import RandomLoader, looks, tiny_config
 
 from molmo_core.checkpoint import load_model
 from molmo_core.config import ConfigError
 from pipelines.training import health, loop, preemption
-from pipelines.training.config import CheckpointConfig, ProfileConfig
+from pipelines.training.config import CheckpointConfig, EmaConfig, ProfileConfig
 from pipelines.training.errors import NonFiniteError
 from pipelines.training.events import Done, Metrics, Note, Saved, Started, Stuck, Unusual
 from pipelines.training.health import Health
@@ -185,3 +185,32 @@ def test_a_node_that_is_taken_away_is_saved_for_once(train, monkeypatch):
     ]
     assert recorder.only(Saved) == [Saved(1), Saved(4)]
     assert recorder.only(Started) == [Started(0)]
+
+
+def test_the_average_of_the_weights_is_saved_validated_and_exported(train, tmp_path):
+    """Against the formula, over a step that is left out, resumed and begun late."""
+    steps = {}
+    for step in range(1, 5):
+        settings = {"name": "plain", "steps": step, "on_non_finite": "skip"}
+        steps[step] = train(functools.partial(Poisoned, steps=(2,)), **settings).model()
+    settings = {"steps": 4, "on_non_finite": "skip", "ema": EmaConfig(decay=0.75)} | looks(tmp_path / "looks")
+    del settings["samples"]
+    settings["validation"].batches = 1  # the second one is poisoned, too
+    late = train(functools.partial(Poisoned, steps=(2,)), name="plain", **settings | {"steps": 5}).model()
+    whole = train(functools.partial(Poisoned, steps=(2,)), name="whole", **settings)
+    train(functools.partial(Poisoned, steps=(2,)), name="parts", **settings | {"steps": 3})
+    parts = train(functools.partial(Poisoned, steps=(2,)), name="parts", **settings)
+    assert all(torch.equal(parts.model()[name], weight) for name, weight in whole.model().items())
+    torch.manual_seed(tiny_config("-").seed)
+    average = {name: weight.clone() for name, weight in tiny_config("-").model.build_model().state_dict().items()}
+    for step in (1, 3, 4):
+        average = {name: 0.75 * average[name] + 0.25 * weight for name, weight in steps[step].items()}
+    for name, weight in average.items():
+        torch.testing.assert_close(whole.model()[name], weight, msg=name)
+    (validated,) = [event.values for event in whole.only(Metrics) if event.step == 4 and "validation/loss" in event.values]
+    assert validated["validation/loss_ema"] > validated["validation/loss"], "it lags behind"
+    last = train(functools.partial(Poisoned, steps=(2,)), name="last", **settings | {"ema": EmaConfig(0.75, export=False)}).model()
+    assert all(torch.equal(steps[4][name], weight) for name, weight in last.items())
+    plain = train(functools.partial(Poisoned, steps=(2,)), name="last", **settings | {"steps": 5, "ema": None}).model()
+    for name, weight in late.items():
+        torch.testing.assert_close(weight, 0.75 * steps[4][name] + 0.25 * plain[name], msg=f"begun after step 4: {name}")

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 from batches import tiny_config
 from mlflow.exceptions import MlflowException
 
 from molmo_core.config import ConfigError
 from pipelines import tracking
 from pipelines.data.config import DataConfig
+from pipelines.training.provenance import git_revision
 from pipelines.training.run_folder import RUN_FILE, RunFolder
 from pipelines.training.trainer import run_training
 
@@ -153,3 +155,19 @@ def test_a_server_of_another_kind_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="not a working MLflow server"):
             RunFolder(tiny_config(tmp_path)).check_tracking()
         server.shutdown()
+
+
+def test_a_run_knows_where_its_results_come_from(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "dataset.json").write_text("{}")
+    (data / "report.json").write_text('{"rows_in": 3}')
+    run = RunFolder(tiny_config(tmp_path, name="run", data=DataConfig.new(datasets={"mine": {"path": str(data)}}))).open_run()
+    run.finish()
+    assert {file.path for file in run.client.list_artifacts(run.id)} == {"config.yaml", "data", "environment.json"}
+    folder = Path(run.client.download_artifacts(run.id, "", str(tmp_path)))
+    assert (folder / "data/mine/report.json").read_text() == '{"rows_in": 3}'
+    known = json.loads((folder / "environment.json").read_text())
+    assert known["packages"]["torch"] == torch.__version__
+    assert run.client.get_run(run.id).data.tags.get("mlflow.source.git.commit") == git_revision()
+    assert git_revision(tmp_path) is None
