@@ -26,6 +26,8 @@ CHECKPOINT = Path(__file__).parent / "golden/molmo-qwen2-clip"
 # What a recipe leaves to the one who uses it.
 GIVEN = {
     "train/finetune.yaml": [f"init_from={CHECKPOINT}"],
+    "train/molmo-captioner.yaml": ["steps=1"],
+    "train/molmo-sft.yaml": [f"init_from={CHECKPOINT}"],
     **{
         f"train/molmo-point-{name}.yaml": ["init_from=c", f"model.base={CONFIGS / 'models/molmo-point-8b.yaml'}"]
         for name in ("sft", "long", "gui")
