@@ -1,7 +1,6 @@
 """Checkpoints of two ranks, without Ray: one rank's disk is full, one rank's shard is damaged."""
 
 import json
-import math
 import os
 import resource
 import socket
