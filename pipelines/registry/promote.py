@@ -17,6 +17,7 @@ from pipelines import cluster, tracking
 from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import open_records
+from pipelines.evaluation.columns import mapped
 from pipelines.evaluation.evaluate import Evaluation
 from pipelines.evaluation.questions import questions
 from pipelines.evaluation.report import Report
@@ -124,7 +125,7 @@ def check_metrics(config: PromoteConfig) -> None:
     """Raises ConfigError for a metric that no record is about."""
     wanted, seen = set(config.metrics) - {OVERALL}, {OVERALL}
     settings = config.evaluation("-", "-")
-    records = open_records(settings.records, settings.format)
+    records = mapped(open_records(settings.records, settings.format), settings.fields)
     for i in range(min(len(records), settings.limit or len(records))):
         if wanted <= seen:
             return
@@ -153,12 +154,17 @@ def _exists(client: mlflow.MlflowClient, name: str, version: str) -> bool:
     return True
 
 
-def _evaluated(name: str, versions: list[str], config: PromoteConfig) -> list[Report]:
-    """The reports of versions; those that were evaluated before in the same way are read."""
+def evaluations_of(name: str, versions: list[str], config: PromoteConfig) -> list[Evaluation]:
+    """How versions are evaluated. The folder is made of all that matters, so what an earlier promotion found is found again."""
     settings = config.evaluation("-", "-")
     stamp = json.dumps([config.evaluate, open_records(settings.records, settings.format).stamp], sort_keys=True)
     same = Path(config.output) / file_name(name) / hashlib.sha256(stamp.encode()).hexdigest()[:8]
-    evaluations = [Evaluation(config.evaluation(f"models:/{name}/{version}", str(same / f"version-{version}"))) for version in versions]
+    return [Evaluation(config.evaluation(f"models:/{name}/{version}", str(same / f"version-{version}"))) for version in versions]
+
+
+def _evaluated(name: str, versions: list[str], config: PromoteConfig) -> list[Report]:
+    """The reports of versions; those that were evaluated before in the same way are read."""
+    evaluations = evaluations_of(name, versions, config)
     needs_ray = any(evaluation.report is None for evaluation in evaluations)
     with cluster.connect() if needs_ray else contextlib.nullcontext():
         return [evaluation.run() for evaluation in evaluations]
