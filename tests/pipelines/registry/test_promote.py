@@ -35,9 +35,9 @@ def place(tiny_model, tiny_checkpoint, tmp_path_factory):
         other.save_checkpoint(folder / "other")
         for checkpoint in (folder / "other", tiny_checkpoint):
             tracking.register(checkpoint, "mine")
-        prompts = [f"What is number {i}?" for i in range(10)]
+        prompts = [f"What is number {i}?" for i in range(20)]
         answers = Predictor(str(tiny_checkpoint)).predict(pd.DataFrame({"prompt": prompts}), {"max_tokens": LIMIT})
-        rows = [{"messages": [prompt, answer], "type": "what"} for prompt, answer in zip(prompts, answers)]
+        rows = [{"messages": [prompt, answer], "type": "what"} for prompt, answer in zip(prompts, answers) if answer][:10]
         Path("records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         gate = {"records": "records.jsonl", "not_worse": {"overall": 0.0}, "better": ["what"], "at_least": {"overall": 0.9}}
         Path("gate.yaml").write_text(json.dumps({**gate, "evaluate": {"max_new_tokens": LIMIT, "metric": "exact_match"}}))
