@@ -21,6 +21,8 @@ class Scores(NamedTuple):
     champion: np.ndarray | None
     alone: int
     """Questions that only one of both could be asked; the other has 0 there."""
+    records: list[int]
+    """Of each question: those about one picture go up and down together, so that intervals are of whole records."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ def decide(config: PromoteConfig, candidate: pa.Table, champion: pa.Table | None
         if scores.alone:
             notes.append(f"{metric}: {scores.alone} of {len(scores.candidate)} questions could be asked to only one of both (the other: 0)")
     if champion is None:
-        reached = "It reaches what at_least asks for" if config.at_least else "The gate names no absolute figures (at_least)"
+        reached = "Only at_least decides" if config.at_least else "The gate names no absolute figures (at_least)"
         notes.append(f"There is no champion to compare with. {reached}.")
     return Decision(checks, notes)
 
@@ -82,6 +84,7 @@ def scores_of(metric: str, candidate: pa.Table, champion: pa.Table | None) -> Sc
         np.array([ours.get(key, 0.0) for key in keys]),
         None if theirs is None else np.array([theirs.get(key, 0.0) for key in keys]),
         0 if theirs is None else len(ours.keys() ^ theirs.keys()),
+        [record for record, _ in keys],
     )
 
 
@@ -103,7 +106,7 @@ def _check(config: PromoteConfig, metric: str, scores: Scores) -> Check:
         failures.append(f"{mean:.1%} is less than {least:.1%}")
     if scores.champion is None:
         return Check(metric, count, mean, None, None, failures)
-    difference = paired_difference(scores.candidate.tolist(), scores.champion.tolist(), config.seed)
+    difference = paired_difference(scores.candidate.tolist(), scores.champion.tolist(), config.seed, groups=scores.records)
     low = difference[1]
     shown = f"the difference is {interval_text(difference)}"
     if metric in config.not_worse and low < -config.not_worse[metric]:

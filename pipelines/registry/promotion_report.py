@@ -23,7 +23,7 @@ def report_text(name: str, version: str, champion: str | None, config: PromoteCo
     against = f"against version {champion}" if champion else f"without a @{CHAMPION} to compare with"
     lines = [f"# {name}: version {version} {against}: {'passes' if decision.passed else 'does not pass'}", ""]
     lines += [f"Questions: `{config.records}`. Differences are candidate minus champion with their 95 % intervals, from a bootstrap"]
-    lines += [f"over the questions that both were asked (seed {config.seed}).", ""]
+    lines += [f"over the records that both were asked about (seed {config.seed}).", ""]
     lines += ["| metric | questions | candidate | champion | difference | asked for | |", "|---|---:|---:|---:|---:|---|---|"]
     lines += [_row(check, config) for check in decision.checks]
     failures = [f"- **{check.metric}** {failure}" for check in decision.checks for failure in check.failures]

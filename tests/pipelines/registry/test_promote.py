@@ -36,8 +36,10 @@ def place(tiny_model, tiny_checkpoint, tmp_path_factory):
         for checkpoint in (folder / "other", tiny_checkpoint):
             tracking.register(checkpoint, "mine")
         prompts = [f"What is number {i}?" for i in range(20)]
-        answers = Predictor(str(tiny_checkpoint)).predict(pd.DataFrame({"prompt": prompts}), {"max_tokens": LIMIT})
-        rows = [{"messages": [prompt, answer], "type": "what"} for prompt, answer in zip(prompts, answers) if answer][:10]
+        asked = pd.DataFrame({"prompt": prompts})
+        right, wrong = (Predictor(str(c)).predict(asked, {"max_tokens": LIMIT}) for c in (tiny_checkpoint, folder / "other"))
+        pairs = [(prompt, a) for prompt, a, b in zip(prompts, right, wrong) if a and a != b][:10]
+        rows = [{"message_list": [{"messages": pair, "type": "what"}]} for pair in pairs]
         Path("records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         gate = {"records": "records.jsonl", "not_worse": {"overall": 0.0}, "better": ["what"], "at_least": {"overall": 0.9}}
         Path("gate.yaml").write_text(json.dumps({**gate, "evaluate": {"max_new_tokens": LIMIT, "metric": "exact_match"}}))
