@@ -327,7 +327,7 @@ def serve(arguments: argparse.Namespace) -> None:
         tokenizer = BaseModelConfig.load(folder + "/model").build_tokenizer()
         for replicas in arguments.workers:
             config = ServeConfig(
-                model=f"{folder}/model", name="scaling", port=free_port(), replicas=replicas, frontends=1 if arguments.tiny else 4,
+                model=f"{folder}/model", name="load", port=free_port(), replicas=replicas, frontends=1 if arguments.tiny else 4,
                 gpus_per_replica=int(not arguments.tiny), dtype="float32" if arguments.tiny else "bfloat16", max_batch_size=each,
                 max_queued_requests=1024,
             )  # fmt: skip
