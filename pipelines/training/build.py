@@ -11,29 +11,36 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.draw import draw_weights
 from pipelines.training.mesh import Mesh
 from pipelines.training.optim import freeze
-from pipelines.training.parallelize import parallelize
+from pipelines.training.parallelize import ONE_UNIT, parallelize
 
 
 def build(config: TrainConfig, device: torch.device, mesh: Mesh) -> ModelBase:
     """The model in training mode: frozen, checkpointed, compiled and sharded as configured, with its first weights.
 
-    It never exists whole: a rank draws or reads its own shards. New weights depend on the seed only, not on the number of ranks.
+    A large one never exists whole: a rank draws or reads its own shards. A small one is drawn whole by every rank, on its CPU. Either way
+    new weights depend on the seed only, not on the number of ranks.
 
     Raises:
         ConfigError: nothing would be trained.
         CheckpointError: see `load_checkpoint`.
     """
-    torch.manual_seed(config.seed)
     with torch.device("meta"):
         model = config.model.build_model()
+    torch.manual_seed(config.seed)
+    small = config.init_from is None and model.num_params() < ONE_UNIT
+    if small:
+        model = config.model.build_model()
+        model.to(device)
     if config.precision == "bf16":
         model.to(torch.bfloat16)
     freeze(model, config)
     parallelize(model, mesh, config, device)
-    model.to_empty(device=device)
+    if not small:
+        model.to_empty(device=device)
     if config.init_from is not None:
         begin_from(model, config.init_from)
-    else:
+        return model.train()
+    if not small:
         draw_weights(model, config.seed)
-        initialise_backbones(model)
+    initialise_backbones(model)
     return model.train()
