@@ -42,9 +42,8 @@ MODELS = {
     "video_olmo": lambda: of_golden("video-olmo/per-frame"),
     "he_molmo": lambda: of_golden("he-molmo", "llm.n_layers=2"),
     "molmo2": molmo2,
-    "molmo_point": lambda: of_golden("molmo-point/a", "data_formatter.debug=false"),
 }
-RECORDS = {"video_olmo": "clips.jsonl", "molmo2": "both.jsonl", "molmo_point": "points.jsonl"}
+RECORDS = {"video_olmo": "clips.jsonl", "molmo2": "both.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +57,7 @@ def storage(tmp_path_factory):
     images = [{"image": f"{i}.png", "messages": ["How many dogs?", f"There are {i}."]} for i in range(3)]
     clip = {"video": str(GOLDEN / "video-olmo" / "video.mp4"), "messages": ["What happens?", "A ball rolls."]}
     clips = [text, clip, {**clip, "messages": ["Is it red?", "No."]}]
-    points = [{"image": f"{i}.png", "label": "dogs", "points": [[10, 10], [40, 50]]} for i in range(2)]
-    both = {"images": ["0.png", "1.png"], "label": "dogs", "question": "Where?", "image_points": [[[20, 10]], []]}
-    named = {"images": [text, *images], "clips": [*clips, clip], "both": [*clips, images[1]], "points": [text, *points, both]}
-    for name, rows in named.items():
+    for name, rows in (("images", [text, *images]), ("clips", [*clips, clip]), ("both", [*clips, images[1]])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     env = {"PYTHONPATH": str(Path(__file__).parent)}  # workers find this file
     with pytest.MonkeyPatch.context() as patch, cluster.connect(num_cpus=3, object_store_memory=256 << 20, env=env):
