@@ -45,6 +45,7 @@ async function asked(question, media) {
 }
 
 async function ask(question, media) {
+  await ready; // whoever is quicker than the server's list of models
   const chosen = running ? null : settings();
   if (!chosen) return;
   const control = new AbortController();
@@ -174,4 +175,4 @@ addEventListener("scroll", () => {
 new ResizeObserver(toEnd).observe($("turns"));
 
 startComposer(guarded(ask));
-start();
+const ready = start();
