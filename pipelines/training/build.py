@@ -28,7 +28,7 @@ def build(config: TrainConfig, device: torch.device, mesh: Mesh) -> ModelBase:
         model = config.model.build_model()
     torch.manual_seed(config.seed)
     small = config.init_from is None and model.num_params() < ONE_UNIT
-    if small:
+    if small:  # as it always was, so that a seed of the demo gives the model that its pages show; nothing would be saved
         model = config.model.build_model()
         model.to(device)
     if config.precision == "bf16":

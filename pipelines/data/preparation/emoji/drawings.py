@@ -71,7 +71,7 @@ class Drawings:
         try:
             import resvg_py
         except ModuleNotFoundError:
-            raise ConfigError("emoji-scenes needs resvg_py: pip install 'molmo-pipelines[scenes]'") from None
+            raise ConfigError("emoji-scenes needs resvg_py: pip install resvg_py==0.5.0 (or the project's [scenes] extra)") from None
         self._render = resvg_py.svg_to_bytes
         self._sets = {name: _icons(folder, name, artist) for name, artist in ARTISTS.items()}
 

@@ -163,7 +163,9 @@ def _photographs() -> list[Image.Image]:
     try:
         files: Any = importlib.metadata.files("scikit-image") or []
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError("emoji-scenes needs scikit-image's photographs: pip install 'molmo-pipelines[scenes]'") from None
+        raise ConfigError(
+            "emoji-scenes needs scikit-image's photographs: pip install scikit-image==0.26.0 (or the project's [scenes] extra)"
+        ) from None
     found = {file.name: Path(str(file.locate())) for file in files if file.parent.name == "data" and file.name in PHOTOGRAPHS}
     missing = [name for name in PHOTOGRAPHS if name not in found]
     if missing:
