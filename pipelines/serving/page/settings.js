@@ -9,6 +9,7 @@ export function showSettings(models, facts) {
   $("model").replaceChildren(...models.map(({ id }) => new Option(id)));
   form.max_tokens.placeholder = facts.max_tokens;
   form.multi_turn.checked = facts.multi_turn;
+  form.querySelector("fieldset").disabled = false; // what is chosen from now on stays
   summarise();
 }
 

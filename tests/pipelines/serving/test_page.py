@@ -121,7 +121,9 @@ def send(page, question: str) -> None:
 def ask(page, question: str, *files: tuple[str, bytes]):
     """Asks, waits for the end of the answer, and returns its element."""
     attach(page, *files)
+    before = page.locator(".turn").count()
     send(page, question)
+    playwright.expect(page.locator(".turn")).to_have_count(before + 1)
     playwright.expect(page.locator(".turn .asked").last).to_contain_text(question)
     playwright.expect(page.locator(".turn").last).not_to_have_class(re.compile("working"))
     return page.locator(".turn .answer").last
