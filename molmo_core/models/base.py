@@ -88,6 +88,11 @@ class ModelBase(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def further_losses(self) -> tuple[str, ...]:
+        """Losses beside that of the text: `metrics` has `<name>_loss` and `<name>_acc`, means over `<name>_count` choices."""
+        return ()
+
     # -- parameters ----------------------------------------------------------------------------------------------------
 
     def reset_parameters(self) -> None:

@@ -15,7 +15,7 @@ from molmo_core.models.molmo import Embedded, Look, Molmo
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.llm import Pass, TransformerOutput
-from molmo_core.nn.point_loss import PointTargets, point_logits, point_losses
+from molmo_core.nn.point_loss import NAMES, PointTargets, point_logits, point_losses
 from molmo_core.nn.pointing import PointEmbedding, PointPredictor, PointSources
 from molmo_core.outputs import OLMoOutput
 from molmo_core.preprocessing.point_tokens import LIST_START
@@ -100,6 +100,10 @@ class MolmoPoint(Molmo):
             at = (batch, torch.zeros_like(last) if output.logits.shape[1] == 1 else last)
             output.logits[at] = points.cache.state.observe(hidden, output.logits[at])
         return output
+
+    @property
+    def further_losses(self) -> tuple[str, ...]:
+        return NAMES if self.config.cells else NAMES[:2]
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -212,14 +216,17 @@ class MolmoPoint(Molmo):
         # Every parameter has a gradient in every step, also without a point: under FSDP ranks reduce them together.
         unused = [p.sum() * 0 for part in (self.point_predictor, self.point_embedding) for p in part.parameters()]
         loss, metrics = output.loss + torch.stack(unused).sum(), dict(output.metrics)
+        none = loss.detach() * 0
+        losses = dict.fromkeys(self.further_losses, (none, none, none))
         if points.targets.labels.shape[1]:
             logits = self._point_logits(hidden, points)
-            weights = targets.loss_masks if self.config.weigh_point_losses else None
+            losses = point_losses(logits, points.targets, targets.loss_masks if self.config.weigh_point_losses else None)
             divisor = metrics["loss_weight"].clamp(min=1e-6) if targets.divisor is None else targets.divisor
-            for name, (total, right, count) in point_losses(logits, points.targets, weights).items():
-                loss = loss + total / divisor
-                metrics[f"{name}_loss"] = total.detach() / count.clamp(min=1e-6)
-                metrics[f"{name}_acc"] = right / count.clamp(min=1e-6)
+            loss = loss + sum(total for total, _, _ in losses.values()) / divisor
+        for name, (total, right, count) in losses.items():
+            metrics[f"{name}_loss"] = total.detach() / count.clamp(min=1e-6)
+            metrics[f"{name}_acc"] = right / count.clamp(min=1e-6)
+            metrics[f"{name}_count"] = count
         return output._replace(loss=loss, metrics=metrics)
 
     @functools.cached_property

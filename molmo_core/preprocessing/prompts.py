@@ -131,6 +131,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Where do {label} move? Track them.",
         "Keep track of all {label} in this clip.",
     ),
+    "tracking_a_point": (
+        "Track {point}.",
+        "Follow this point: {point}",
+        "Where does {point} go from there?",
+        "Track what is at {point} through the rest of the video.",
+        "Starting at {point}, give its position in every later frame.",
+    ),
     "explanation": (
         "{question} Explain your reasoning before you answer.",
         "{question} Think it through step by step, then give the answer.",
@@ -168,7 +175,7 @@ def fill(kind: str, rng: np.random.RandomState, random: bool, **values: str) -> 
         kind: key of `TEMPLATES`.
         rng: draws the template.
         random: False = always the first template.
-        values: `label`, `question`, `options` or `image`, as the template needs.
+        values: `label`, `question`, `options`, `image` or `point`, as the template needs.
     """
     templates = TEMPLATES[kind]
     template = templates[rng.randint(len(templates))] if random else templates[0]

@@ -10,6 +10,7 @@ A record is `{"messages": [...]}` or a task, told apart by its keys:
 | `label` or `question`, `points` (`point_scale`) | pointing; with style `point_count`, `count_then_point` or `count` counting |
 | `label`, `image_points` | pointing in several images: points of each (Molmo2 formats) |
 | `label`, `timestamps`, `points` or `tracks` | pointing in a video, tracking: points or {object: point} of each time (Molmo2 formats) |
+| the same, one object, style `video_single_point_track_per_frame` | the question gives one point of the track, the answer is the rest |
 | `question`, `answer` with `<|POINT|>` slots, `answer_annotations` | answers that point |
 | `text` (of a list one is drawn) | captions and transcripts |
 
@@ -28,6 +29,7 @@ import numpy as np
 from molmo_core.preprocessing import points as point_text
 from molmo_core.preprocessing import prompts
 from molmo_core.preprocessing.configs import DataFormatter
+from molmo_core.preprocessing.given_points import STYLE, GivenPoint, after, given_point
 from molmo_core.preprocessing.point_tokens import PointWriter
 from molmo_core.preprocessing.task_fields import check_task, conversation, is_list, task_kind
 
@@ -161,7 +163,7 @@ class TaskReader:
     def _pointing(self, record: dict[str, Any], style: str) -> tuple[str, str | None]:
         mode = _POINT_MODES.get(style.removeprefix("video_").removeprefix("multi_image_"), "point")
         label = str(record.get("label", record.get("question", ""))).lower()
-        kind, image, answer = _POINT_TEMPLATES[mode], "", None
+        kind, image, given, answer = _POINT_TEMPLATES[mode], "", "", None
         if "image_points" in record:
             blocks: list[tuple[float, np.ndarray]] = [
                 (i + 1, self._percent(record, p, image=i)) for i, p in enumerate(record["image_points"])
@@ -171,6 +173,10 @@ class TaskReader:
                 blocks = [blocks[self.rng.randint(len(blocks))]]
                 kind, image = "pointing_one_of_images", str(blocks[0][0])
             answer = self._blocks(blocks, label, mode)
+        elif "tracks" in record and STYLE in style:
+            point = given_point(record, self.rng if self.vary else None)
+            kind, given = "tracking_a_point", self._given(record, point, label)
+            answer = self._tracks(after(point, record), label)
         elif "tracks" in record:
             kind, answer = "tracking", self._tracks(record, label)
         elif "points" in record and "timestamps" in record:
@@ -185,7 +191,9 @@ class TaskReader:
             return _text(record, "question"), answer
         if not label:
             raise ValueError(f"a pointing record needs a label or a question; this one has the keys {sorted(record)}")
-        return (prompts.fill(kind, self.rng, self.vary, label=label, image=image) if self.templates else label), answer
+        if not self.templates:
+            return given or label, answer
+        return prompts.fill(kind, self.rng, self.vary, label=label, image=image, point=given), answer
 
     def _blocks(self, blocks: Sequence[tuple[float, np.ndarray]], label: str, mode: point_text.PointMode) -> str:
         """Points of several images or times."""
@@ -213,6 +221,12 @@ class TaskReader:
         if self.points is not None:
             return self.points.tracks(frames, label)
         return point_text.format_tracks(frames, label, self._html_version())
+
+    def _given(self, record: dict[str, Any], point: GivenPoint, label: str) -> str:
+        """The point of a question: text for every model, tokens of points stand in answers only."""
+        size = self.image_sizes[0] if self.image_sizes else None
+        xy = point_text.percent([point.xy], record.get("point_scale"), size)
+        return point_text.format_html([(point.seconds, xy)], label, "html-v2")
 
     def _html_version(self) -> Literal["html-v1", "html-v2"]:
         if self.config.pointing_format == "tokens":

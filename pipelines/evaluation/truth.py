@@ -13,6 +13,7 @@ from molmo_core.metrics import Box, Metric, Target, Truth
 from molmo_core.metrics.counting import parse_count
 from molmo_core.metrics.pointing import written_points
 from molmo_core.metrics.temporal import written_spans
+from molmo_core.preprocessing.given_points import STYLE, after, given_point
 from molmo_core.preprocessing.points import percent
 
 Size = tuple[int, int]
@@ -106,6 +107,8 @@ def _middle(box: Box | None, mask: np.ndarray | None) -> tuple[float, float]:
 def _tracks(task: dict[str, Any], sizes: Sequence[Size]) -> list[Target] | None:
     if task.get("tracks") is None:
         return None
+    if STYLE in str(task.get("style", "")):
+        task = after(given_point(task), task)
     return [
         target._replace(object=name)
         for seconds, objects in zip(task["timestamps"], task["tracks"], strict=True)

@@ -28,11 +28,13 @@ class Meter:
         self.tokens = 0
         """Of the whole run, earlier processes included."""
         self._warm = False
-        self._step = torch.zeros(len(self.SUMS), device=device)
+        self._names = [*self.SUMS, *(f"{name}_{kind}" for name in model.further_losses for kind in ("loss", "acc", "count"))]
+        self._further = model.further_losses
+        self._step = torch.zeros(len(self._names), device=device)
         self._reset()
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self.device)
         self._timed_tokens = self._timed_flops = self._seconds = self._wait = 0.0
         """Of the steps whose time counts."""
 
@@ -52,7 +54,11 @@ class Meter:
         metrics = output.metrics
         weight = metrics["loss_weight"]
         means = [metrics[name].float() * weight for name in self.SUMS[:3]]
-        self._step += torch.stack([*means, weight.float()])
+        parts = [*means, weight.float()]
+        for name in self._further:
+            count = metrics[f"{name}_count"].float()
+            parts += [metrics[f"{name}_loss"] * count, metrics[f"{name}_acc"] * count, count]
+        self._step += torch.stack(parts)
 
     def step_sums(self) -> torch.Tensor:
         """What was added in this step; the next one begins with nothing."""
@@ -84,7 +90,7 @@ class Meter:
     def means(self) -> dict[str, float]:
         """What is logged; begins a new interval. Waits for the device."""
         began = time.perf_counter()
-        sums = dict(zip(self.SUMS, self._sums.tolist()))
+        sums = dict(zip(self._names, self._sums.tolist()))
         values = {"tokens": float(self.tokens)}
         if sums["loss_weight"]:
             values |= {
@@ -92,6 +98,9 @@ class Meter:
                 "z_loss": sums["z_loss"] / sums["loss_weight"],
                 "accuracy": sums["accuracy"] / sums["loss_weight"],
             }
+        for name in self._further:
+            if count := sums[f"{name}_count"]:
+                values |= {f"{name}_{kind}": sums[f"{name}_{kind}"] / count for kind in ("loss", "acc")}
         if self._seconds:
             self._seconds += time.perf_counter() - began  # the device was behind the host
             values["tokens_per_second"] = self._timed_tokens / self._seconds

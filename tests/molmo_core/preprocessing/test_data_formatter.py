@@ -176,6 +176,25 @@ def test_points_in_a_video_and_tracks():
         messages(record)
 
 
+def test_the_track_of_a_given_point():
+    """The question gives the first point that is seen (sometimes another while training), as text; the answer is what comes after it."""
+    v2 = {"prompt_templates": "uber_model_v2", "pointing_format": "html-v2"}
+    seen = [None, [10, 10], None, [20, 30], [30, 30]]
+    record = {"style": "video_single_point_track_per_frame", "label": "Ball", "timestamps": [0, 0.5, 1, 1.5, 2], "point_scale": 100}
+    record["tracks"] = [{"a": xy} for xy in seen]
+    prompt, answer = messages(record, **v2, is_training=False)
+    assert '<points coords="0.5 1 100 100">ball</points>' in prompt
+    assert answer == ' <tracks coords="1.5 1 200 300;2.0 1 300 300">ball</tracks>'
+    given = [messages(record, seed, **v2, is_training=True) for seed in range(200)]
+    first = sum('coords="0.5 1' in prompt for prompt, _ in given)
+    assert 200 * 0.8 < first < 200  # a fifth of the times any of the three
+    assert any(answer == " No tracks available." for _, answer in given), "nothing comes after the last"
+    with pytest.raises(ValueError, match=r"of one object; these are of 2 \(a, b\)"):
+        messages(record | {"tracks": [{"a": xy, "b": xy} for xy in seen]}, **v2)
+    with pytest.raises(ValueError, match="'a' is never seen"):
+        messages(record | {"tracks": [{"a": None}] * 5}, **v2)
+
+
 def test_weights():
     formatter = Formatter(DataFormatter())
     rng = np.random.RandomState(0)

@@ -7,8 +7,8 @@ from molmo_core.preprocessing.prompts import TEMPLATES, fill, without_pointing
 
 NEEDS = {
     "pointing": {"label"}, "point_count": {"label"}, "count_then_point": {"label"}, "count": {"label"}, "pointing_multi_image": {"label"},
-    "pointing_one_of_images": {"label", "image"}, "video_pointing": {"label"}, "tracking": {"label"}, "explanation": {"question"},
-    "multiple_choice": {"question", "options"}, "no_pointing": {"question"},
+    "pointing_one_of_images": {"label", "image"}, "video_pointing": {"label"}, "tracking": {"label"}, "tracking_a_point": {"point"},
+    "explanation": {"question"}, "multiple_choice": {"question", "options"}, "no_pointing": {"question"},
 }  # fmt: skip
 
 

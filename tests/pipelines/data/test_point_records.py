@@ -112,6 +112,17 @@ def test_tracks(build, config):
     assert "<tracks coords=" in text
 
 
+def test_the_track_of_a_given_point(build, config):
+    """The point of the question is text, and not a label of a token; the answer's points are after it."""
+    fields = {"video": "clip.mp4", "style": "video_single_point_track_per_frame", "label": "ball", "timestamps": [0.0, 1.0]}
+    example, text = build({**fields, "point_scale": 1, "tracks": [{"a": [0.1, 0.9]}, {"a": [0.6, 0.4]}]})
+    question, answer = text.split("assistant\n")
+    assert '<points coords="0.0 1 100 900">ball</points>' in question
+    assert answer.startswith('<tracks coords="<|token_index|>')
+    second = int(np.abs(np.array(example["metadata"]["frame_times"]) - 1).argmin())
+    close(found(config, example), [(second, 0.6, 0.4)])
+
+
 def tree():
     points = [[8, 6], [70, 55], [40, 30]]
     tasks = [{"style": "pointing", "label": "dogs", "points": points}, {"style": "user_qa", "question": "Red?", "answer": "Yes."}]

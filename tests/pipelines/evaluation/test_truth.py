@@ -39,6 +39,8 @@ def test_points_of_images_and_videos_in_pixels():
     assert video.targets == [Target(20, 10, 0.5)]
     tracks = truth_of({"timestamps": [0, 1], "tracks": [{"a": [20, 10], "b": None}, {"b": [40, 50]}]}, ["1"], SIZES).tracks
     assert tracks == [Target(20, 10, 0, object="a"), Target(40, 50, 1, object="b")]
+    given = {"style": "video_single_point_track_per_frame", "timestamps": [0, 1], "tracks": [{"a": [20, 10]}, {"a": [40, 50]}]}
+    assert truth_of(given, ["1"], SIZES).tracks == [Target(40, 50, 1, object="a")], "the question gives the first"
 
 
 def test_boxes_masks_and_moments():

@@ -42,8 +42,9 @@ MODELS = {
     "video_olmo": lambda: of_golden("video-olmo/per-frame"),
     "he_molmo": lambda: of_golden("he-molmo", "llm.n_layers=2"),
     "molmo2": molmo2,
+    "molmo_point": lambda: of_golden("molmo-point/a", "data_formatter.debug=false"),
 }
-RECORDS = {"video_olmo": "clips.jsonl", "molmo2": "both.jsonl"}
+RECORDS = {"video_olmo": "clips.jsonl", "molmo2": "both.jsonl", "molmo_point": "points.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,10 @@ def storage(tmp_path_factory):
     images = [{"image": f"{i}.png", "messages": ["How many dogs?", f"There are {i}."]} for i in range(3)]
     clip = {"video": str(GOLDEN / "video-olmo" / "video.mp4"), "messages": ["What happens?", "A ball rolls."]}
     clips = [text, clip, {**clip, "messages": ["Is it red?", "No."]}]
-    for name, rows in (("images", [text, *images]), ("clips", [*clips, clip]), ("both", [*clips, images[1]])):
+    points = [{"image": f"{i}.png", "label": "dogs", "points": [[10, 10], [40, 50]]} for i in range(2)]
+    both = {"images": ["0.png", "1.png"], "label": "dogs", "question": "Where?", "image_points": [[[20, 10]], []]}
+    named = {"images": [text, *images], "clips": [*clips, clip], "both": [*clips, images[1]], "points": [text, *points, both]}
+    for name, rows in named.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     env = {"PYTHONPATH": str(Path(__file__).parent)}  # workers find this file
     with pytest.MonkeyPatch.context() as patch, cluster.connect(num_cpus=3, object_store_memory=256 << 20, env=env):
@@ -94,13 +98,19 @@ def run(storage):
 def test_three_steps(storage, run, model):
     config, result = config_of(storage, model), run(model)
     found = losses(result)
+    assert result.stopped_by is None, "a signal ended the run: no fault of the model"
     assert (result.step, result.finished, len(found)) == (3, True, 3)
     assert all(map(math.isfinite, found))
     assert found[2] < found[0]
     (batch,) = itertools.islice(Direct(config.data, config.model, 4, 512, config.seed, 0, 1), 1)
     assert batch["input_ids"].shape[0] == 4
     assert (batch["loss_masks"].sum(1) > 0).all(), "every record is used"
-    assert load_model(result.checkpoint)(**batch).loss < found[0]
+    trained = load_model(result.checkpoint)
+    assert trained(**batch).metrics["cross_entropy"] < found[0]
+    for name in trained.further_losses:
+        further = [values[f"{name}_loss"] for _, values in result.metrics if f"{name}_loss" in values]
+        assert len(further) == 3
+        assert further[2] < further[0]
 
 
 def test_streamed_records_while_validation_is_streamed_too(storage, run):

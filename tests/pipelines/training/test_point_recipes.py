@@ -13,6 +13,7 @@ from pipelines.data.batches.loader import TrainLoader
 from pipelines.training.build import build
 from pipelines.training.config import TrainConfig
 from pipelines.training.mesh import Mesh
+from pipelines.training.meter import Meter
 from pipelines.training.optim import Optimizer
 
 CONFIGS = Path(__file__).parents[3] / "configs/train"
@@ -68,7 +69,17 @@ def test_a_step(home, name):
     optimizer = Optimizer(model, config.optim)
     before = {group: [p.detach().clone() for p in parameters] for group, parameters in optimizer.parameters.items()}
     output = model(**batch, z_loss_weight=config.z_loss)
-    assert {"patch_loss", "subpatch_loss", "location_loss"} <= output.metrics.keys()
+    meter = Meter(model, torch.device("cpu"))
+    for _ in range(2):
+        meter.begin()
+        meter.has_batch()
+        meter.add(output)
+        meter.end(meter.step_sums(), torch.tensor(False), 1, 1)
+    told = meter.means()
+    for head in ("patch", "subpatch", "location"):
+        for kind in ("loss", "acc"):
+            assert told[f"{head}_{kind}"] == pytest.approx(output.metrics[f"{head}_{kind}"].item(), rel=1e-5)
+    assert output.metrics["patch_count"] == (batch["point_target_ids"][..., 0] >= 0).sum()
     output.loss.backward()
     rates = optimizer.set_learning_rates(200, config.steps)
     optimizer.step(torch.tensor(False))
