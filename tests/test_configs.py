@@ -26,6 +26,10 @@ CHECKPOINT = Path(__file__).parent / "golden/molmo-qwen2-clip"
 # What a recipe leaves to the one who uses it.
 GIVEN = {
     "train/finetune.yaml": [f"init_from={CHECKPOINT}"],
+    "train/he-molmo-captioner.yaml": ["steps=1"],
+    "train/he-molmo-qa.yaml": ["init_from=c", f"model.base={CONFIGS / 'models/he-molmo.yaml'}"],
+    "train/molmo2-long.yaml": ["init_from=c", f"model.base={CONFIGS / 'models/molmo2-8b.yaml'}"],
+    "train/molmo2-sft.yaml": ["init_from=c", "steps=1", f"model.base={CONFIGS / 'models/molmo2-8b.yaml'}"],
     "train/molmo-captioner.yaml": ["steps=1"],
     "train/molmo-sft.yaml": [f"init_from={CHECKPOINT}"],
     **{
