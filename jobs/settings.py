@@ -20,6 +20,7 @@ from typing import Annotated, Any, NamedTuple
 from molmo_core.config import BaseConfig, limits_of
 from molmo_core.registry import MODELS, BaseModelConfig, config_class
 from pipelines.data.config import PrepareConfig
+from pipelines.demo_config import DemoConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import PromoteConfig, RegisterConfig
 from pipelines.serving.config import ServeConfig
@@ -32,6 +33,7 @@ JOBS: dict[str, type[BaseConfig]] = {
     "register": RegisterConfig,
     "promote": PromoteConfig,
     "serve": ServeConfig,
+    "demo": DemoConfig,
 }
 WIDTH = 110
 _MANY = 10**9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import mimetypes
 import shutil
 import socket
 import time
@@ -14,13 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from molmo_core.config import ConfigError, nearest
 from pipelines import cluster, tracking
 from pipelines.data.config import PrepareConfig
 from pipelines.data.preparation.prepare import prepare
 from pipelines.data.records.media import fetch
 from pipelines.data.records.reading import read_record
 from pipelines.data.sources import open_records
+from pipelines.demo_config import DemoConfig, by_stage
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.questions import Question, media_of, questions
@@ -34,68 +35,44 @@ from pipelines.serving.config import ServeConfig
 from pipelines.training.config import TrainConfig
 from pipelines.training.trainer import TrainResult, run_training
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-FILES = {
-    "prepare": CONFIGS / "data/easy_vqa.yaml",
-    "train": CONFIGS / "train/demo.yaml",
-    "evaluate": CONFIGS / "evaluate/demo.yaml",
-    "register": CONFIGS / "register/demo.yaml",
-    "serve": CONFIGS / "serve/demo.yaml",
-}
-FOLDER = Path("runs/demo")
-MODEL = FOLDER / "model"
-DATASET = "easy-vqa 1.0"
-ASKED = ("colour", "shape", "yes_no", "pointing")
 OBJECT_STORE = 512 << 20
 
 console = Console()
 
 
-def by_stage(overrides: list[str] | None) -> dict[str, list[str]]:
-    """`["train.steps=5"]` as `{"train": ["steps=5"], ...}`."""
-    stages: dict[str, list[str]] = {stage: [] for stage in FILES}
-    for override in overrides or ():
-        stage, dot, rest = override.partition(".")
-        if not dot or stage not in stages:
-            hint = nearest(stage, stages)
-            raise ConfigError(f"demo: {override!r} must begin with a stage and a dot, for example train.steps=300.{hint}")
-        stages[stage].append(rest)
-    return stages
-
-
-def demo(overrides: list[str] | None = None) -> dict[str, Any]:
-    """Runs all stages on one cluster; returns what `runs/demo/summary.json` holds."""
+def demo(config: DemoConfig, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Runs all stages on one cluster; returns what `summary.json` in the demo's folder holds."""
     started = time.perf_counter()
-    changes = by_stage(overrides)
-    preparation = PrepareConfig.load(FILES["prepare"], changes["prepare"])
-    evaluation = EvaluateConfig.load(FILES["evaluate"], changes["evaluate"])
-    registration = RegisterConfig.load(FILES["register"], changes["register"])
+    changes, folder = by_stage(overrides), Path(config.folder)
+    preparation = PrepareConfig.load(config.prepare, changes["prepare"])
+    evaluation = EvaluateConfig.load(config.evaluate, changes["evaluate"])
+    registration = RegisterConfig.load(config.register, changes["register"])
     tracking.check_names(registration.name, registration.alias)
-    serve = ServeConfig.load(FILES["serve"], [f"port={free_port()}", *changes["serve"]])
+    serve = ServeConfig.load(config.serve, [f"port={free_port()}", *changes["serve"]])
     tracking.client()
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
     quiet()
-    # One cluster for all stages; one CPU more than training's workers, for what works beside them.
-    with cluster.connect(num_cpus=3, object_store_memory=OBJECT_STORE):
-        stage("Prepare", f"{DATASET}: drawings with questions, to which pointing tasks are added")
+    with cluster.connect(num_cpus=config.cpus, object_store_memory=OBJECT_STORE):  # one for all stages
+        stage("Prepare", config.told["prepare"])
         prepared = prepare(preparation)
         console.print(f"{prepared['rows_out']:,} records, {prepared['tokens']:,} tokens in {prepared['seconds']:.0f} s", highlight=False)
 
         # The model's file names the tokenizer that the preparation has just trained, so it is read only now.
-        training = TrainConfig.load(FILES["train"], changes["train"])
-        stage("Train", f"a tiny Molmo from random weights, {training.num_workers} workers with FSDP")
+        training = TrainConfig.load(config.train, changes["train"])
+        workers = f"{training.num_workers} workers with FSDP" if training.num_workers > 1 else "one worker"
+        stage("Train", f"{config.told['train']}, {workers}")
         trained = run_training(training)
         if trained.checkpoint is None:
             console.print("The demo ends here; started again, it begins anew.")
             raise KeyboardInterrupt
-        shutil.copytree(trained.checkpoint, MODEL)
+        shutil.copytree(trained.checkpoint, folder / "model")
 
-        stage("Evaluate", "all questions of the official test split, and pointing")
+        stage("Evaluate", config.told["evaluate"])
         report = evaluate(evaluation)
         with tracking.Run(training.experiment, training.name, run_id=trained.run_id) as run:
             record(report, evaluation, run)
-        shutil.copy(Path(evaluation.output) / PICTURE, FOLDER / PICTURE)
+        shutil.copy(Path(evaluation.output) / PICTURE, folder / PICTURE)
         console.print(scores_table(report.figures))
 
         stage("Register", "in MLflow's model registry")
@@ -106,31 +83,32 @@ def demo(overrides: list[str] | None = None) -> dict[str, Any]:
 
         stage("Serve", f"{serve.model} with Ray Serve, and ask it over HTTP")
         with serving(serve) as url:
-            answers = conversation(url, serve.served_name, evaluation.records)
+            answers = conversation(url, serve.served_name, evaluation.records, config.asked)
 
     summary = {
-        "dataset": DATASET,
+        "dataset": config.dataset,
         "train": train_summary(trained, training.num_workers),
-        "eval": eval_summary(report.figures),
+        "eval": eval_summary(report.figures, config.asked),
         "registry": registered,
         "serve": {"answers": answers},
         "seconds_total": round(time.perf_counter() - started, 1),
     }
-    (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
 
 
-def conversation(url: str, model: str, records: str) -> list[dict[str, str]]:
-    """Asks a question of each type over HTTP, each about another image; the last answer is streamed.
+def conversation(url: str, model: str, records: str, asked: list[str]) -> list[dict[str, str]]:
+    """Asks a question of each type over HTTP, each about another record; the last answer is streamed.
 
     Returns:
         `question`, `answer` and `expected` of each.
     """
     answers = []
-    for question, image in questions_to_ask(records):
-        console.print(f"[bold]{question.text}[/bold] ({Path(image).name}) ", end="", highlight=False)
-        body = client.request(model, question.text, Path(image).read_bytes())
-        if question.type == ASKED[-1]:
+    for question, file in questions_to_ask(records, asked):
+        console.print(f"[bold]{question.text}[/bold] ({Path(file).name}) ", end="", highlight=False)
+        kind = mimetypes.guess_type(file)[0] or "image/png"
+        body = client.request(model, question.text, Path(file).read_bytes(), kind)
+        if question.type == asked[-1]:
             pieces = client.stream(url, body)
         else:
             pieces = iter([client.post(url, body)["choices"][0]["message"]["content"]])
@@ -144,15 +122,16 @@ def conversation(url: str, model: str, records: str) -> list[dict[str, str]]:
     return answers
 
 
-def questions_to_ask(path: str) -> Iterator[tuple[Question, str]]:
-    """A question of each type and the path of its image, from records spread over the file."""
+def questions_to_ask(path: str, asked: list[str]) -> Iterator[tuple[Question, str]]:
+    """A question of each type and the path of its image or video, from records spread over the file."""
     records = open_records(path)
-    for k, kind in enumerate(ASKED):
-        for i in range(k * len(records) // len(ASKED), len(records)):
+    for k, kind in enumerate(asked):
+        for i in range(k * len(records) // len(asked), len(records)):
             example = read_record(records[i])
             found = next((question for question in questions(example) if question.type == kind), None)
             if found:
-                yield found, str(fetch(media_of(example)["image"]))
+                media = media_of(example)
+                yield found, str(fetch(media["image" if "image" in media else "video"]))
                 break
 
 
@@ -169,9 +148,9 @@ def train_summary(result: TrainResult, workers: int) -> dict[str, Any]:
     }
 
 
-def eval_summary(report: dict[str, Any]) -> dict[str, Any]:
+def eval_summary(report: dict[str, Any], asked: list[str]) -> dict[str, Any]:
     types = report["types"]
-    scores = {kind: types[kind]["score"] if kind in types else None for kind in ("shape", "colour", "yes_no", "pointing")}
+    scores = {kind: types[kind]["score"] if kind in types else None for kind in asked}
     return {"questions": report["questions"], "overall": report["overall"], **scores}
 
 
@@ -203,14 +182,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def closing_words(summary: dict[str, Any]) -> str:
-    trained, scores, seconds = summary["train"], summary["eval"], summary["seconds_total"]
+def closing_words(config: DemoConfig, summary: dict[str, Any]) -> str:
+    trained, scores, seconds, folder = summary["train"], summary["eval"], summary["seconds_total"], Path(config.folder)
+    kept = "" if (name := Path(config.serve).stem) == "demo" else f" DEMO={name}"
+    what = config.told["train"]
     return (
-        f"Done in {int(seconds) // 60} min {int(seconds) % 60} s. A model that knew nothing was trained for {trained['steps']:,} steps "
+        f"Done in {int(seconds) // 60} min {int(seconds) % 60} s. {what[0].upper() + what[1:]} was trained for {trained['steps']:,} steps "
         f"({trained['seconds']:.0f} s),\nanswers {scores['overall']:.1%} of {scores['questions']:,} test questions, points right on "
-        f"{scores['pointing']:.1%} of the images,\nand is {summary['registry']['uri']}, version {summary['registry']['version']}.\n\n"
-        f"  {FOLDER / PICTURE!s:<26} what it answers and where it points\n"
-        f"  {FOLDER / 'summary.json'!s:<26} these numbers\n"
-        f"  {'make serve':<26} keeps the model up: http://127.0.0.1:8000\n"
-        f"  {'make mlflow':<26} opens loss curves, pictures and the registry: http://127.0.0.1:5000\n"
+        f"{scores['pointing']:.1%} of the images,\n"
+        f"and is {summary['registry']['uri']}, version {summary['registry']['version']}.\n\n"
+        f"  {folder / PICTURE!s:<36} what it answers and where it points\n"
+        f"  {folder / 'summary.json'!s:<36} these numbers\n"
+        f"  {'make serve' + kept:<36} keeps the model up: http://127.0.0.1:8000\n"
+        f"  {'make playground' + kept:<36} the same, and its page in the browser\n"
+        f"  {'make mlflow':<36} opens loss curves, pictures and the registry: http://127.0.0.1:5000\n"
     )

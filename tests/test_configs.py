@@ -7,6 +7,7 @@ import pytest
 from molmo_core.config import BaseConfig, ConfigError
 from molmo_core.models.base import BaseModelConfig
 from pipelines.data.config import PrepareConfig
+from pipelines.demo_config import DemoConfig
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.registry.config import PromoteConfig, RegisterConfig
 from pipelines.serving.config import ServeConfig
@@ -21,8 +22,11 @@ CLASSES: dict[str, type[BaseConfig]] = {
     "register": RegisterConfig,
     "promote": PromoteConfig,
     "serve": ServeConfig,
+    "demo": DemoConfig,
 }
 CHECKPOINT = Path(__file__).parent / "golden/molmo-qwen2-clip"
+OWN = ("demo", "emoji_scenes", "emoji_scenes_small", "own")
+"""Evaluations that name their model, or whose records are the user's."""
 # What a recipe leaves to the one who uses it.
 GIVEN = {
     "train/finetune.yaml": [f"init_from={CHECKPOINT}"],
@@ -37,7 +41,7 @@ GIVEN = {
         for name in ("sft", "long", "gui")
     },
     "evaluate/own.yaml": ["model=m", "records=r.jsonl"],
-    **{f"evaluate/{path.name}": ["model=m"] for path in (CONFIGS / "evaluate").glob("*.yaml") if path.stem not in ("demo", "own")},
+    **{f"evaluate/{path.name}": ["model=m"] for path in (CONFIGS / "evaluate").glob("*.yaml") if path.stem not in OWN},
     "register/own.yaml": ["checkpoint=c", "name=n"],
     "serve/own.yaml": ["model=m"],
 }

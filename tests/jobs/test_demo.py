@@ -12,9 +12,11 @@ from PIL import Image
 from molmo_core.config import ConfigError
 from pipelines import demo, tracking
 from pipelines.data.preparation import easy_vqa
+from pipelines.demo_config import DemoConfig, by_stage
 from pipelines.training.trainer import TrainResult
 
 ROOT = Path(__file__).parent.parent.parent
+DEMO = DemoConfig.load(ROOT / "configs/demo/easy_vqa.yaml")
 SHORT = [
     "prepare.limit=48",
     "train.steps=4",
@@ -26,12 +28,12 @@ SHORT = [
 
 
 def test_overrides_by_stage():
-    stages = demo.by_stage(["train.steps=5", "train.optim.llm.lr=1", "serve.port=1"])
+    stages = by_stage(["train.steps=5", "train.optim.llm.lr=1", "serve.port=1"])
     assert stages["train"] == ["steps=5", "optim.llm.lr=1"]
     assert stages["serve"] == ["port=1"]
     assert stages["prepare"] == []
     with pytest.raises(ConfigError, match="begin with a stage"):
-        demo.by_stage(["steps=5"])
+        by_stage(["steps=5"])
 
 
 @pytest.mark.parametrize(
@@ -47,14 +49,14 @@ def test_what_mlflow_refuses_is_told_before_the_last_demo_is_deleted(tmp_path, m
     monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
     (tmp_path / "runs/demo").mkdir(parents=True)
     with pytest.raises(ConfigError, match=told):
-        demo.demo([change])
+        demo.demo(DEMO, [change])
     assert (tmp_path / "runs/demo").exists()
 
 
 def test_questions_to_ask(tmp_path):
     easy_vqa.write("test", tmp_path / "test.jsonl", 40)
-    asked = list(demo.questions_to_ask(str(tmp_path / "test.jsonl")))
-    assert [question.type for question, _ in asked] == list(demo.ASKED)
+    asked = list(demo.questions_to_ask(str(tmp_path / "test.jsonl"), DEMO.asked))
+    assert [question.type for question, _ in asked] == DEMO.asked
     assert len({image for _, image in asked}) == 4
     assert all(Path(image).is_file() for _, image in asked)
 

@@ -78,9 +78,11 @@ def claimed(folder: Path, config: PrepareConfig, records: Records) -> Iterator[N
         ConfigError: the folder holds another preparation.
     """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("output", "actors", "max_reject_rate")}
-    for name in ("split", "scenes"):
+    for name in ("split", "scenes", "text_model"):
         if settings[name] is None:
             del settings[name]  # as in folders from before there was one
+    if config.scenes is not None:
+        settings["scenes"].pop("drawings")  # where they are kept changes nothing
     sources = records.stamp
     text = json.dumps([schema.VERSION, settings, _model_text(config.model), sources], sort_keys=True)
     state = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "settings": settings, "sources": sources}
@@ -92,7 +94,8 @@ def claimed(folder: Path, config: PrepareConfig, records: Records) -> Iterator[N
             other = "the records" if found["sources"] != sources else "the model"
             changed = [k for k in {**settings, **old} if old.get(k) != settings.get(k)] or [other]
             raise ConfigError(f"{folder}: holds another preparation ({', '.join(changed)} changed); choose another output or delete it")
-        shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of other settings
+        for name in ("tokenizer", "text_model"):
+            shutil.rmtree(folder / name, ignore_errors=True)  # of other settings
     write_text(path, json.dumps(state, indent=2) + "\n")
     try:
         yield

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from molmo_core.preprocessing.data_formatter import Formatter
 from molmo_core.registry import BaseModelConfig
 from pipelines.data.config import PrepareConfig
+from pipelines.data.preparation.text_model import text_model
 from pipelines.data.records.reading import read_record
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import Records
@@ -26,7 +27,10 @@ _RECORDS = 100_000
 
 def model_for(folder: Path, config: PrepareConfig, records: Records, total: int) -> Any:
     """The configuration of the model for which `total` records are prepared in a folder, with the tokenizer that was asked for: its own,
-    or one in `folder/tokenizer`, trained on the records unless it is there."""
+    that of a text model in `folder/text_model`, or one in `folder/tokenizer`, trained on the records unless it is there."""
+    if config.text_model is not None:
+        target = text_model(folder, config.text_model)
+        return BaseModelConfig.load(model_folder(config.model), overrides=[f"llm.tokenizer.identifier={target}"])
     if config.tokenizer is None:
         return BaseModelConfig.load(model_folder(config.model))
     target = folder / "tokenizer"

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import io
+import itertools
 import json
+import multiprocessing
+import os
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +21,15 @@ from PIL import Image
 
 from pipelines.data.config import ScenesConfig
 from pipelines.data.preparation.emoji.drawings import KINDS, Drawings, plural
-from pipelines.data.preparation.emoji.scenes import FPS, Clip, Painter, Scene
+from pipelines.data.preparation.emoji.scenes import FPS, Clip, Painter, Scene, varied, varied_clip
 from pipelines.files import write_bytes, write_text
 from pipelines.progress import RecordProgress
 
 Split = Literal["train", "test", "unseen"]
 SPLITS: tuple[Split, ...] = ("train", "test", "unseen")
 """`test`: new scenes by the artists of `train`. `unseen`: by an artist of whom `train` shows nothing."""
+_compose: Callable[[Split, int], dict[str, Any]]
+"""The record of a number, in a process that `_start` began."""
 
 
 def write(folder: Path, scenes: ScenesConfig, seed: int) -> None:
@@ -32,20 +40,23 @@ def write(folder: Path, scenes: ScenesConfig, seed: int) -> None:
     Raises:
         ConfigError: what draws them is not installed or cannot be fetched.
     """
-    settings = json.dumps(dataclasses.asdict(scenes) | {"seed": seed})
+    settings = json.dumps({key: value for key, value in dataclasses.asdict(scenes).items() if key != "drawings"} | {"seed": seed})
     note = folder / "scenes.json"
     if note.is_file() and note.read_text() == settings and all((folder / f"{split}.jsonl").is_file() for split in SPLITS):
         return
-    painter = Painter(Drawings(folder / "drawings"), scenes.size)
+    Drawings(Path(scenes.drawings))  # fetched once, before several processes want them
     counts = {split: scenes.train if split == "train" else scenes.test for split in SPLITS}
-    with RecordProgress("compose", sum(counts.values())) as progress:
-        done = 0
-        for number, split in enumerate(SPLITS):
+    context = multiprocessing.get_context("spawn")  # Ray's threads are not to be forked
+    done, workers = 0, len(os.sched_getaffinity(0))
+    with (
+        RecordProgress("compose", sum(counts.values())) as progress,
+        concurrent.futures.ProcessPoolExecutor(workers, context, _start, (scenes, folder, seed)) as pool,
+    ):
+        for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
             lines = []
-            for i in range(counts[split]):
-                rng = np.random.default_rng([seed, number, i])
-                lines.append(json.dumps(_record(painter, rng, folder, split, i, scenes.clips)) + "\n")
+            for line in pool.map(_line, itertools.repeat(split), range(counts[split]), chunksize=50):
+                lines.append(line)
                 done += 1
                 if done % 50 == 0:
                     progress.update(done, split)
@@ -53,13 +64,26 @@ def write(folder: Path, scenes: ScenesConfig, seed: int) -> None:
     write_text(note, settings)
 
 
-def _record(painter: Painter, rng: np.random.Generator, folder: Path, split: Split, number: int, clips: float) -> dict[str, Any]:
-    unseen = split == "unseen"
+def _start(scenes: ScenesConfig, folder: Path, seed: int) -> None:
+    """Of a process that composes."""
+    global _compose
+    painter = Painter(Drawings(Path(scenes.drawings)), scenes.size)
+    _compose = functools.partial(_record, painter, seed, folder, scenes.clips)
+
+
+def _line(split: Split, number: int) -> str:
+    return json.dumps(_compose(split, number)) + "\n"
+
+
+def _record(painter: Painter, seed: int, folder: Path, clips: float, split: Split, number: int) -> dict[str, Any]:
+    rng, unseen = np.random.default_rng([seed, SPLITS.index(split), number]), split == "unseen"
     if rng.random() < clips:
         clip, path = painter.clip(rng, unseen), f"{split}/{number:06d}.mp4"
+        clip = varied_clip(clip, rng) if split == "train" else clip
         write_bytes(folder / path, _mp4(clip.frames))
         return {"video": path, "message_list": [_about_clip(clip)]}
     scene, path = painter.scene(rng, unseen), f"{split}/{number:06d}.png"
+    scene = varied(scene, rng) if split == "train" else scene
     buffer = io.BytesIO()
     Image.fromarray(scene.pixels).save(buffer, "png")
     write_bytes(folder / path, buffer.getvalue())

@@ -22,6 +22,8 @@ TILT = 15
 """Degrees to either side."""
 FPS, SECONDS = 2, 6
 """Of a clip."""
+MIXED, CONTRAST, LIGHT = 0.12, (0.7, 1.2), 25
+"""Of `varied`: standard deviation of the weights with which colours are mixed, the range of contrasts, and how much lighter or darker."""
 
 
 class Thing(NamedTuple):
@@ -157,6 +159,29 @@ class Painter:
         alpha = source[..., 3:]
         target = pixels[rows, columns]
         target[:] = (source[..., :3] * alpha + target * (255 - alpha)) // 255
+
+
+def varied(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A scene to train on as if there were more artists than there are: half of them mirrored, all in somewhat other colours."""
+    pixels, mirrored = _varied(scene.pixels, rng)
+    size = pixels.shape[1]
+    return Scene(pixels, [thing._replace(x=size - thing.x) if mirrored else thing for thing in scene.things])
+
+
+def varied_clip(clip: Clip, rng: np.random.Generator) -> Clip:
+    """The same for a clip; all of its frames alike."""
+    return clip._replace(frames=_varied(clip.frames, rng)[0])
+
+
+def _varied(pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+    """[..., size, size, 3] uint8, and whether it is mirrored."""
+    mirrored = bool(rng.random() < 0.5)
+    mix = np.eye(3) + rng.normal(0, MIXED, (3, 3))
+    mix = mix / mix.sum(1, keepdims=True) * rng.uniform(*CONTRAST)
+    light = 128 + rng.uniform(-LIGHT, LIGHT)
+    pixels = (pixels.astype(np.float32) - 128) @ mix.T.astype(np.float32) + np.float32(light)
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    return (np.ascontiguousarray(pixels[..., ::-1, :]) if mirrored else pixels), mirrored
 
 
 def _photographs() -> list[Image.Image]:

@@ -11,7 +11,7 @@ from molmo_core.config import ConfigError
 from pipelines.data.config import ScenesConfig
 from pipelines.data.preparation.emoji import drawings, records, scenes
 from pipelines.data.preparation.emoji.drawings import ARTISTS, KINDS, UNSEEN, Drawings, plural
-from pipelines.data.preparation.emoji.scenes import FPS, SECONDS, Painter
+from pipelines.data.preparation.emoji.scenes import FPS, SECONDS, Painter, Scene
 
 SIZE = 64
 
@@ -28,8 +28,13 @@ class Without:
 
 
 @pytest.fixture(scope="module")
-def painter(tmp_path_factory):
-    return Painter(Drawings(tmp_path_factory.mktemp("drawings")), SIZE)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("drawings")
+
+
+@pytest.fixture(scope="module")
+def painter(folder):
+    return Painter(Drawings(folder), SIZE)
 
 
 def test_every_artist_drew_every_kind(painter):
@@ -97,9 +102,23 @@ def test_clips_show_what_they_say(painter):
     assert events == {"appear", "cross"}
 
 
-def test_records_are_the_same_whoever_writes_them_and_however_many(tmp_path, painter, monkeypatch):
-    monkeypatch.setattr(records, "Drawings", lambda folder: painter.drawings)
-    few, more = ScenesConfig(size=SIZE, train=3, test=2, clips=0.5), ScenesConfig(size=SIZE, train=6, test=2, clips=0.5)
+def test_a_varied_scene_shows_its_things_where_it_says(painter):
+    """Mirrored, a scene's things are at mirrored places; of a scene of one colour and one thing, the thing is what differs."""
+    sides = set()
+    for number in range(12):
+        scene = painter.scene(np.random.default_rng(number), unseen=False)
+        plain = np.full_like(scene.pixels, 200)
+        x, y = (round(value) for value in (scene.things[0].x, scene.things[0].y))
+        plain[y - 2 : y + 2, x - 2 : x + 2] = 0
+        other = scenes.varied(Scene(plain, scene.things), np.random.default_rng(number))
+        darkest = np.argwhere(other.pixels.sum(-1) == other.pixels.sum(-1).min()).mean(0) + 0.5
+        assert np.abs(darkest - (other.things[0].y, other.things[0].x)).max() < 1
+        sides.add(other.things[0].x == scene.things[0].x)
+    assert sides == {True, False}
+
+
+def test_records_are_the_same_whoever_writes_them_and_however_many(tmp_path, folder):
+    few, more = (ScenesConfig(size=SIZE, train=count, test=2, clips=0.5, drawings=str(folder)) for count in (3, 6))
     records.write(tmp_path / "few", few, seed=1)
     records.write(tmp_path / "more", more, seed=1)
     lines = {name: (tmp_path / name / "train.jsonl").read_text().splitlines() for name in ("few", "more")}
