@@ -5,7 +5,7 @@
 
 Any machine will do: the model is a small random Molmo2, which takes text, images and a video, and answers greedily. Every
 answer is compared with what the undisturbed server says. The client does what OpenAI's does: a connection that breaks before anything came,
-and a 5xx, are tried twice more (`retried` counts those). One JSON object at the end.
+and a 5xx, are tried twice more (`retried` says what came). One JSON object at the end.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ from pipelines.serving.port import free_port
 
 HANGS_S = 180.0
 CLIENT_TRIES = 3
+SHOWN = 10
+"""Answers that were not right, whole in the result."""
 SAMPLE_S = 5.0
+SETTLED_S = 0.5
 
 
 class Outcome(NamedTuple):
@@ -95,9 +98,10 @@ async def run(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
             if answer.kind != "answered":
                 raise RuntimeError(f"the undisturbed server does not answer: {answer}")
             calm.append(answer.text)
+        there = {"model": arguments.replicas, "frontend": arguments.frontends}
         started, left, memory = time.monotonic(), iter(range(10**9 if arguments.minutes else arguments.requests)), Memory()
         outcomes: list[tuple[bool, Outcome, float]] = []
-        killer = asyncio.create_task(kill(arguments.kill_every)) if arguments.kill_every else None
+        killer = asyncio.create_task(kill(arguments.kill_every, there)) if arguments.kill_every else None
         sampler = asyncio.create_task(memory.sample())
 
         async def client() -> None:
@@ -116,12 +120,14 @@ async def run(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 task.cancel()
     seconds = sorted(duration for _, _, duration in outcomes)
     count = collections.Counter
+    bad = [(streamed, got) for streamed, got, _ in outcomes if got.kind != "right"]
     return {
         "distinct_answers": len(set(calm)),
         "requests": len(outcomes),
         "whole": dict(count(got.kind for streamed, got, _ in outcomes if not streamed)),
         "streamed": dict(count(got.kind for streamed, got, _ in outcomes if streamed)),
-        "retried": sum(got.tries > 1 for _, got, _ in outcomes),
+        "bad": [{"streamed": streamed, **got._asdict()} for streamed, got in bad[:SHOWN]],
+        "retried": dict(RETRIED),
         "killed": dict(KILLED),
         "seconds": {
             "all": round(time.monotonic() - started, 1),
@@ -141,8 +147,9 @@ async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) ->
                 got = (await _once(session, url, body))._replace(tries=tries)
         except TimeoutError:
             return Outcome("hangs", tries)
-        if got.kind != "no connection" and not got.kind.startswith("5"):
+        if tries == CLIENT_TRIES or (got.kind != "no connection" and not got.kind.startswith("5")):
             break
+        RETRIED[f"{got.kind} {got.text[:80]}".strip()] += 1
         await asyncio.sleep(0.5 * tries)
     return got
 
@@ -173,22 +180,29 @@ async def _once(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) 
 
 
 KILLED: collections.Counter[str] = collections.Counter()
+RETRIED: collections.Counter[str] = collections.Counter()
+"""Tries that were not the last one, by what came instead of an answer."""
 
 
-async def kill(every: float) -> None:
-    """Kills a replica of the model every so many seconds, and now and then a frontend."""
+async def kill(every: float, count: dict[str, int]) -> None:
+    """Kills a replica of the model every so many seconds, and now and then a frontend; but not before the last one was replaced: where
+    a replica takes longer to start than the next kill to come, there would never be any.
+
+    Args:
+        count: how many there are of each kind.
+    """
     choose = random.Random(0)
     while True:
         await asyncio.sleep(every)
         kind = "frontend" if sum(KILLED.values()) % 4 == 3 else "model"
-        victims = [process for process, name in processes() if name == kind]
-        if victims:
-            choose.choice(victims).kill()
-            KILLED[kind] += 1
+        while len(victims := [process for process, name, starts in processes() if name == kind and not starts]) < count[kind]:
+            await asyncio.sleep(SETTLED_S)
+        choose.choice(victims).kill()
+        KILLED[kind] += 1
 
 
-def processes() -> list[tuple[psutil.Process, str]]:
-    """The server's own processes and what they are."""
+def processes() -> list[tuple[psutil.Process, str, bool]]:
+    """The server's own processes, what they are, and whether they are still starting."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -196,9 +210,10 @@ def processes() -> list[tuple[psutil.Process, str]]:
         except psutil.NoSuchProcess:
             continue
         if "ServeReplica:molmo:" in line:
-            found.append((process, re.split(r"[. ]", line.split("ServeReplica:molmo:")[1])[0]))  # followed by what it does just now
+            name, *does = re.split(r"[. ]", line.split("ServeReplica:molmo:")[1])  # followed by what it does just now
+            found.append((process, name, "__init__" in does or "initialize_and_get_metadata" in does))
         elif "Proxy" in line or "ServeController" in line or "haproxy" in line:
-            found.append((process, "proxy" if "ServeController" not in line else "controller"))
+            found.append((process, "proxy" if "ServeController" not in line else "controller", False))
     return found
 
 
@@ -210,7 +225,7 @@ class Memory:
 
     async def sample(self) -> None:
         while True:
-            for process, name in processes():
+            for process, name, _ in processes():
                 try:
                     size = process.memory_info().rss / 2**20
                 except psutil.NoSuchProcess:

@@ -21,6 +21,8 @@ WORKER = {
     # On a busy machine the HTTP proxy takes longer to start than the 5 s after which Serve kills it.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    # It asks another frontend if one is lost.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "pipelines.serving.resend.middleware",
 }
 """Of the driver and of all workers, whoever started the cluster."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
@@ -19,7 +19,8 @@ from pipelines.serving.wire import ConnectionLost, Inbox
 
 ATTEMPTS = 4
 """Replicas that may be lost during an answer, less one: a request that itself ends them must not end all of them."""
-LOST = (ConnectionLost, RayActorError, OSError)
+LOST = (ConnectionLost, RayError, OSError)
+"""Errors of the way to a replica; what a replica itself raises comes as the cause of a `RayTaskError`."""
 
 _Parts = asyncio.Queue[Piece | BaseException]
 
@@ -130,6 +131,9 @@ async def _follow(response: DeploymentResponse[None], parts: _Parts) -> None:
     """Tells of a call that fails; one that succeeds has sent the end of its answer."""
     try:
         await response
+    except asyncio.CancelledError:  # somebody else has ended the call, unless nobody looks at its parts any more
+        parts.put_nowait(ConnectionLost())
+        raise
     except Exception as error:  # of whatever the replica or the way to it raises: `_next` sorts them
         parts.put_nowait(error)
 

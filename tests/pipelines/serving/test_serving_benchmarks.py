@@ -33,5 +33,5 @@ def test_chaos():
     assert result["requests"] == 160, "none is lost from the count"
     assert result["distinct_answers"] > 20
     assert set(result["whole"]) == {"right"}
-    assert set(result["streamed"]) <= {"right", "error event", "broken"}
-    assert result["streamed"].get("broken", 0) <= 16 * result["killed"].get("frontend", 0), "only with its frontend"
+    assert set(result["streamed"]) <= {"right", "error event"}
+    assert not [what for what in result["retried"] if what.startswith("500")], "the server itself asks again"

@@ -4,6 +4,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import WorkerCrashedError
 
 from molmo_core.generation.engine.requests import SamplingParams, TokenLogprobs
 from pipelines.serving.errors import ApiError, queue_full
@@ -144,6 +145,18 @@ def test_another_replica_goes_on_where_one_was_lost():
     tokens, asked = answered(fail)
     assert tokens == list(range(6))
     assert asked == [[], [], [0, 1, 2], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("error", [WorkerCrashedError(), ConnectionResetError(), asyncio.CancelledError()], ids=repr)
+def test_another_replica_goes_on_whatever_happened_to_the_call(error):
+    async def fail(token, outbox):
+        if token == 2 and not lost:
+            await asyncio.sleep(0.01)
+            lost.append(token)
+            raise error
+
+    lost = []
+    assert answered(fail) == (list(range(6)), [[], [0, 1]])
 
 
 def test_a_request_that_ends_every_replica_does_not_end_all_of_them():
