@@ -20,7 +20,7 @@ COMPACT_AT = 0.5
 """Ended rows are dropped from the cache once at least this share of its rows has ended (each time copies the rest)."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a model keeps (tables, gathered weights) is trained with later
 def answer(model: Any, groups: Sequence[Sequence[Example]], collate: Collate, max_new_tokens: int) -> list[list[str]]:
     """The model's answers.
 

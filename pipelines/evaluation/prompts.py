@@ -41,7 +41,6 @@ class Prompts:
 
     def __init__(self, config: Any, builder: ExampleBuilder | None = None):
         preprocessor = config.build_preprocessor(for_inference=True, is_training=False)
-        self.collate = config.build_collator(None, None, include_metadata=False)
         self._builder = IsolatedBuilder(builder or TaskBuilder(preprocessor, MAX_IMAGE_PIXELS))
 
     def __call__(self, record: Record, choose: Callable[[list[Question]], list[Question]] = list) -> list[Prompt]:

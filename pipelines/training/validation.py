@@ -17,6 +17,7 @@ from pipelines.data.config import DataConfig
 from pipelines.data.rejects import Rejected
 from pipelines.data.sources import open_records
 from pipelines.evaluation.config import ScoringConfig
+from pipelines.evaluation.generation import BatchAnswers
 from pipelines.evaluation.prompts import Prompt, Prompts
 from pipelines.evaluation.questions import Question, judge
 from pipelines.training.config import TrainConfig
@@ -126,7 +127,6 @@ class Sampler(Hook):
         self.settings, self.precision, self.model = config.samples, config.precision, model
         records = open_records(self.settings.records)
         prompts = Prompts(config.model)
-        self.collate = prompts.collate
 
         def read() -> list[tuple[int, Prompt]]:
             found = []
@@ -157,14 +157,14 @@ class Sampler(Hook):
         """An answer for each record, as an evaluation has it; every rank calls it."""
         if not self.samples:
             return []
-        prompts = [prompt.inputs for _, prompt in self.samples]
+        # In batches on a GPU, too: an engine would need memory of its own for its cache and whole weights.
+        answers = BatchAnswers(self.model, self.settings.max_new_tokens)
         self.model.eval()
         with autocast(self.precision, self.model.device):
-            known = [example.get("metadata") for example in prompts]
-            texts = self.model.generate(**self.collate(prompts), metadata=known, max_new_tokens=self.settings.max_new_tokens).text
+            texts = list(answers([prompt.inputs] for _, prompt in self.samples))
         back_to_training(self.model)
         results = []
-        for (i, prompt), text in zip(self.samples, texts, strict=True):
+        for (i, prompt), (text,) in zip(self.samples, texts, strict=True):
             question = prompt.question
             points = judge(question, SCORING, prompt.image_sizes).score(text)
             answer = {"question": question.text, "type": question.type, "answers": question.answers, "prediction": text, "score": points}
