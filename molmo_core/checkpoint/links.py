@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from molmo_core.checkpoint.checksums import check_folder
 from molmo_core.checkpoint.folder import CheckpointError
 from molmo_core.checkpoint.safetensors_stream import MODEL_DTYPES, SafetensorsReader, TensorSpec, model_dtype
+from molmo_core.nn.lora import is_adapter
 
 if TYPE_CHECKING:
     from molmo_core.preprocessing.tokenizer import Tokenizer
@@ -69,8 +70,8 @@ def same_names(names: Iterable[str]) -> list[Link]:
 
 
 def model_tensors(model: Model) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by their native names (wrappers' prefixes left out)."""
-    return {clean_name(name): tensor for name, tensor in model.state_dict().items()}
+    """Parameters and persistent buffers by their native names (wrappers' prefixes left out), adapters aside: no checkpoint has them."""
+    return {clean_name(name): tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
 
 
 def load_tensors(

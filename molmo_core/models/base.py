@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from molmo_core.checkpoint.links import clean_name
@@ -20,6 +20,7 @@ from molmo_core.generation.generate import generate
 from molmo_core.nn.attention import AttentionImplementation
 from molmo_core.nn.connector import MolmoVisionBackbone
 from molmo_core.nn.llm import Block
+from molmo_core.nn.lora import adapted_layers, add_adapters
 from molmo_core.nn.recompute import Recompute
 from molmo_core.nn.vit import VisionTransformer, VitBlock
 from molmo_core.outputs import OLMoOutput
@@ -53,6 +54,13 @@ class ModelBase(nn.Module):
     """Prefixes of the parameters between vision encoder and language model."""
     POINTING: ClassVar[tuple[str, ...]] = ("point_predictor.", "point_embedding.")
     """Prefixes of the parameters that choose points."""
+
+    ADAPTED: ClassVar[dict[str, tuple[str, ...]]] = {
+        "connector": ("vision_backbone.image_pooling_2d.", "vision_backbone.image_projector"),
+        "vit": ("vision_backbone.image_vit.transformer.resblocks.",),
+        "llm": ("transformer.blocks.",),
+    }
+    """Prefixes of the layers that adapters are for, by parameter group."""
 
     EXTENDS: ClassVar[str] = ""
     """`model_name` of a model whose checkpoints hold everything but `own_parts`."""
@@ -147,8 +155,26 @@ class ModelBase(nn.Module):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def add_adapters(self, groups: Collection[str], rank: int, alpha: float) -> None:
+        """Gives the linear layers of attention and feed-forward parts adapters (`molmo_core.nn.lora`), in these of `ADAPTED`."""
+        add_adapters(self, tuple(prefix for group in groups for prefix in self.ADAPTED.get(group, ())), rank, alpha)
+
+    def merge_adapters(self) -> None:
+        """Makes adapters part of the weights, for good: the model computes the same, and can be saved. All ranks call it."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward pass without a backward pass weights may be gathered, as copies
+        for layer in adapted_layers(self):
+            layer.merge()
+
     def save_checkpoint(self, path: str | Path, sharded: bool = False) -> None:
-        """Writes a self-contained folder: safetensors (several files if `sharded`), configuration, tokenizer."""
+        """Writes a self-contained folder: safetensors (several files if `sharded`), configuration, tokenizer.
+
+        Raises:
+            ValueError: the model has adapters that are not merged: they would be missing.
+        """
+        if not all(layer.merged for layer in adapted_layers(self)):
+            raise ValueError("the model has adapters beside its weights: merge_adapters() first")
         save_checkpoint(self, path, sharded=sharded)
 
     def load_checkpoint(self, path: str | Path, strict: bool = True) -> None:

@@ -41,7 +41,9 @@ class VitMlp(nn.Module):
         self.w2 = nn.Linear(hidden, size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda and self.activation_name == "gelu_pytorch_tanh" and not torch.is_grad_enabled() and x.dtype == self.w1.weight.dtype:
+        plain = type(self.w1) is nn.Linear  # not one with an adapter
+        tanh = self.activation_name == "gelu_pytorch_tanh"
+        if x.is_cuda and plain and tanh and not torch.is_grad_enabled() and x.dtype == self.w1.weight.dtype:
             return self.w2(linear_gelu(x, self.w1.weight, self.w1.bias))
         return self.w2(activation(self.activation_name, self.w1(x)))
 

@@ -8,7 +8,7 @@ from molmo_core.checkpoint.backbones import initialise_backbones
 from molmo_core.checkpoint.loading import begin_from
 from molmo_core.models.base import ModelBase
 from pipelines.training.config import TrainConfig
-from pipelines.training.draw import draw_weights
+from pipelines.training.draw import draw_adapters, draw_weights
 from pipelines.training.mesh import Mesh
 from pipelines.training.optim import freeze
 from pipelines.training.parallelize import ONE_UNIT, parallelize
@@ -39,6 +39,7 @@ def build(config: TrainConfig, device: torch.device, mesh: Mesh) -> ModelBase:
         model.to_empty(device=device)
     if config.init_from is not None:
         begin_from(model, config.init_from)
+        draw_adapters(model, config.seed)
         return model.train()
     if not small:
         draw_weights(model, config.seed)

@@ -25,11 +25,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from molmo_core.checkpoint.checksums import CHECKSUMS_NAME, Sum, as_text, damage, from_text
 from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
+from molmo_core.nn.lora import adapted_layers
 from pipelines.training.config import CheckpointConfig
 from pipelines.training.errors import TrainingError, passing, unwritable
 from pipelines.training.events import Note, Saved
@@ -76,7 +77,7 @@ class Checkpointer:
         save at a time: an earlier one is waited for."""
         self.wait()
         began = time.perf_counter()
-        weights, moments = get_state_dict(self.model, self.optimizer.optimizers)
+        weights, moments = get_state_dict(self.model, self.optimizer.optimizers, options=saved_parts(self.model))
         states = {_name(hook): hook.state() for hook in hooks}
         staged = self._staged({"model": weights, "optim": moments} | _tensors(hooks))
         self._save = _Save(state["step"], time.perf_counter() - began)
@@ -132,6 +133,7 @@ class Checkpointer:
         name = f"{step_name(step)}/{MODEL_FOLDER}"
         try:
             if not first(lambda: self.storage.exists(f"{name}/{CHECKSUMS_NAME}")):
+                self.model.merge_adapters()
                 if self.storage.local is not None:
                     self.model.save_checkpoint(self.storage.local / name)
                 else:
@@ -259,10 +261,12 @@ class Checkpointer:
     def _load(self, name: str, hooks: Sequence[Hook]) -> dict[str, Any]:
         state = json.loads(self.storage.read(f"{name}/{STATE_NAME}") or "")
         saved = state.get("hooks", {})
-        weights, moments = get_state_dict(self.model, self.optimizer.optimizers)
+        weights, moments = get_state_dict(self.model, self.optimizer.optimizers, options=saved_parts(self.model))
         tensors = {"model": weights, "optim": moments} | _tensors([hook for hook in hooks if _name(hook) in saved])
         dcp.load(tensors, storage_reader=ShardReader(self.storage, name), no_dist=world_size() == 1)
-        set_state_dict(self.model, self.optimizer.optimizers, model_state_dict=weights, optim_state_dict=moments)
+        set_state_dict(
+            self.model, self.optimizer.optimizers, model_state_dict=weights, optim_state_dict=moments, options=saved_parts(self.model)
+        )
         for hook in hooks:
             hook.load_state(saved.get(_name(hook), {}))
         return state
@@ -315,6 +319,12 @@ class _Save:
     def join(self) -> Exception | None:
         self._thread.join()
         return self._error
+
+
+def saved_parts(model: ModelBase) -> StateDictOptions:
+    """What of a model is in its checkpoints: all of it, or its adapters alone; the rest is what `init_from` names."""
+    adapted = next(adapted_layers(model), None) is not None
+    return StateDictOptions(ignore_frozen_params=adapted, strict=not adapted)
 
 
 def _name(hook: Hook) -> str:

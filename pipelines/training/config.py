@@ -132,6 +132,15 @@ class EmaConfig(BaseConfig):
 
 
 @dataclasses.dataclass
+class LoraConfig(BaseConfig):
+    """Adapters: beside each matrix W of attention and feed-forward layers two thin ones, of which W + alpha / rank · B·A is made."""
+
+    rank: Size = 16
+    """Rows of A, columns of B."""
+    alpha: Positive = 32.0
+
+
+@dataclasses.dataclass
 class TrainConfig(BaseConfig):
     """`python -m jobs.train`. A run of the same `name` and `storage` resumes where it stopped."""
 
@@ -169,6 +178,9 @@ class TrainConfig(BaseConfig):
     ft_embedding: Literal["lm_head", "ln_f", "wte", "all"] = "lm_head"
     """What of the language model's ends is trained: `lm_head` the last norm and the output head, `ln_f` only the last norm, `wte` only the
     token embeddings, `all` everything. (With tied weights the head is the embedding and follows `wte`.)"""
+
+    lora: LoraConfig | None = None
+    """Train adapters only, in the parts that `ft_connector`, `ft_vit` and `ft_llm` choose; the trained `model` has them in its weights."""
 
     precision: Precision = "amp_bf16"
     """`amp_bf16`: float32 weights, bfloat16 arithmetic; `bf16`: everything in bfloat16; `fp32`: everything in float32."""
@@ -228,6 +240,11 @@ class TrainConfig(BaseConfig):
             raise ConfigError(f"name={self.name[:300]!r} must be the name of a folder: printable, no slash, at most {MAX_NAME_BYTES} bytes")
         if not (self.ft_connector or self.ft_vit or self.ft_llm or self.ft_pointing):
             raise ConfigError("nothing to train: ft_connector, ft_vit, ft_llm and ft_pointing are all false")
+
+        if self.lora is not None and self.init_from is None:
+            raise ConfigError("lora adapts a trained model: init_from=CHECKPOINT is missing")
+        if self.lora is not None and not (self.ft_connector or self.ft_vit or self.ft_llm):
+            raise ConfigError("nothing to train: lora is for the parts that ft_connector, ft_vit and ft_llm choose, and all are false")
 
     def all_data(self) -> list[DataConfig]:
         """What is trained on, and what validates."""
@@ -292,6 +309,7 @@ class TrainConfig(BaseConfig):
             "ft_llm",
             "ft_pointing",
             "ft_embedding",
+            "lora",
         )
         content = self.as_dict()
         data = {k: v for k, v in content["data"].items() if k not in ("actors", "prefetch", "max_reject_rate")}

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from molmo_core.checkpoint.links import clean_name, fill
 from molmo_core.models.base import ModelBase
+from molmo_core.nn.lora import adapted_layers
 
 DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
 
@@ -21,9 +22,19 @@ def draw_weights(model: ModelBase, seed: int) -> None:
     A parameter's numbers depend on the seed, its name, its shape and the kind of device, not on who holds which part of it: each rank
     draws a parameter whole, one at a time, and keeps its part. That takes a second where a GPU draws 4 billion, and nothing is sent.
     """
-    seeds = {id(p): zlib.crc32(f"{seed} {clean_name(name)}".encode()) for name, p in model.named_parameters()}  # CPUs read 32 bits
-    with _Draws(seeds):
+    with _Draws(_seeds(model, seed)):
         model.reset_parameters()
+
+
+def draw_adapters(model: ModelBase, seed: int) -> None:
+    """Gives the adapters of a model, if it has any, their first values, by the same rule."""
+    with _Draws(_seeds(model, seed)):
+        for layer in adapted_layers(model):
+            layer.reset_adapter()
+
+
+def _seeds(model: ModelBase, seed: int) -> dict[int, int]:
+    return {id(p): zlib.crc32(f"{seed} {clean_name(name)}".encode()) for name, p in model.named_parameters()}  # CPUs read 32 bits
 
 
 class _Draws(TorchDispatchMode):

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
 from molmo_core.nn.configs import LlmConfig
+from molmo_core.nn.lora import is_adapter
 from pipelines.training.adamw import AdamW
 from pipelines.training.config import GroupConfig, OptimConfig, ScheduleConfig, TrainConfig
 from pipelines.training.muon import Muon
@@ -22,15 +23,20 @@ NO_MATRIX = ("embedding", "pad_embed", "pos_embed", "transformer.ff_out.weight",
 
 
 def freeze(model: ModelBase, config: TrainConfig) -> None:
-    """Sets `requires_grad` of all parameters from the `ft_*` settings.
+    """Sets `requires_grad` of all parameters from the `ft_*` settings; with `lora` adds adapters, and only they are trained.
 
     Raises:
         ConfigError: nothing would be left to train.
     """
     enabled = {"connector": config.ft_connector, "vit": config.ft_vit, "llm": config.ft_llm, "pointing": config.ft_pointing}
+    if config.lora is not None:
+        model.add_adapters([group for group, train in enabled.items() if train], config.lora.rank, config.lora.alpha)
     for group, parameters in model.parameter_groups().items():
         for name, parameter in parameters:
-            parameter.requires_grad_(enabled[group] and (group != "llm" or _end_trains(name, config.ft_embedding)))
+            if config.lora is not None:
+                parameter.requires_grad_(is_adapter(name))
+            else:
+                parameter.requires_grad_(enabled[group] and (group != "llm" or _end_trains(name, config.ft_embedding)))
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
             "nothing to train: the parts that ft_connector, ft_vit, ft_llm and ft_pointing choose have no parameters in this model"

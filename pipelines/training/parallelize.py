@@ -1,6 +1,8 @@
 """A model made ready to train on many devices: one pass, in the order that each part needs.
 
-    share sequences → recompute → compile → shard
+    (LoRA →) share sequences → recompute → compile → shard
+
+Adapters come before the pass: what is trained (`optim.freeze`) has to be known by the time of sharding.
 
 A block is compiled together with what it recomputes, and sharded outside of both: its parameters are gathered before the compiled code
 runs, so that this is the same on any number of ranks.

@@ -11,8 +11,10 @@ import torch.multiprocessing as mp
 from batches import RandomLoader, tiny_config, tiny_model
 
 from molmo_core.config import ConfigError
+from molmo_core.nn.lora import adapted_layers, is_adapter
 from pipelines.data.config import DataConfig
 from pipelines.training.build import build
+from pipelines.training.config import LoraConfig
 from pipelines.training.mesh import Mesh
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import all_sum
@@ -56,10 +58,13 @@ class Packs(RandomLoader):
 
 def config_of(case, workers):
     settings = dict(case)
+    base = settings.pop("base", None)
     changes = {"device_batch_size": settings.pop("rows", None), "activation_checkpointing": settings.pop("recompute", "none")}
     parallel = ParallelConfig(**settings) if workers > 1 else ParallelConfig()
     model = dataclasses.replace(tiny_model(n_layers=3), bi_directional_attn="within_image")
     data = DataConfig.new(datasets={"random": {"path": "-"}}, pad_to_max=True)
+    if base is not None:
+        changes |= {"init_from": base, "lora": LoraConfig(rank=4, alpha=8.0)}
     return tiny_config("-", model=model, data=data, num_workers=workers, global_batch_size=8, parallel=parallel, **changes)
 
 
@@ -68,6 +73,8 @@ def step(case, workers):
     config = config_of(case, workers)
     mesh = Mesh.of(config, CPU)
     model = build(config, CPU, mesh)
+    for layer in adapted_layers(model):
+        torch.nn.init.constant_(layer.lora_b, 0.01)  # zeros have no part in the gradients
     loader = Packs(config.data, config.model, 8, 64, config.seed, mesh.data_rank, mesh.data_size)
     batches = iter(loader)
     for _ in range(3):  # in the third one rank has images, the others have none
@@ -83,8 +90,14 @@ def step(case, workers):
         loss += part.detach()
     squares = Optimizer(model, config.optim).squared_norms()
     values = {f"norm of {group}": all_sum(square).sqrt() for group, square in squares.items()} | {"loss": all_sum(loss) / mesh.size}
-    gradients = {name: p.grad.full_tensor() if mesh.size > 1 else p.grad for name, p in model.named_parameters()}
-    return values | gradients
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: p.grad.full_tensor() if mesh.size > 1 else p.grad for name, p in trained.items()}
+    if config.lora is None:
+        return values | gradients
+    assert all(is_adapter(name) for name in trained)
+    model.merge_adapters()
+    weights = {name: p.detach().full_tensor() if mesh.size > 1 else p.detach() for name, p in model.named_parameters()}
+    return values | gradients | {f"merged {name}": weight for name, weight in weights.items()}
 
 
 def worker(rank, port, cases, workers, out):
@@ -105,9 +118,15 @@ def test_loss_and_gradients_are_those_of_one_process(workers, cases, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    if workers == 2:
+        base = str(tmp_path / "base")
+        config_of({}, 1).model.build_model().save_checkpoint(base)
+        adapters = {"base": base}
+        cases = cases | {"adapters": adapters, "adapters, a unit a block": {"unit_blocks": 1} | adapters}
     mp.spawn(worker, (port, cases, workers, str(tmp_path)), nprocs=workers)
-    expected = step({}, 1)
-    for name in cases:
+    whole, adapted = step({}, 1), step(adapters, 1) if workers == 2 else None
+    for name, case in cases.items():
+        expected = adapted if "base" in case else whole
         found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert found.keys() == expected.keys()
         for key, value in expected.items():

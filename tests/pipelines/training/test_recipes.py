@@ -129,6 +129,15 @@ def test_it_fits_the_gpus_that_it_names(name):
     assert plan(config).peak < USABLE * 80e9
 
 
+def test_adapters_of_a_model_of_7b_fit_one_gpu():
+    model = CONFIGS / "models/molmo-7b-d.yaml"
+    whole = plan(load("finetune", model, "precision=bf16"))
+    adapters = plan(load("finetune", model, "precision=bf16", "lora.rank=16"))
+    assert adapters.peak < 0.4 * 80e9
+    assert adapters.peak < whole.peak / 2
+    assert 0 < adapters.parameters - whole.parameters < 0.01 * whole.parameters
+
+
 @pytest.mark.parametrize("name", [*TINY, *PUBLISHED])
 def test_a_step(home, name):
     config = small(home, name)
