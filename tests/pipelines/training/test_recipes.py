@@ -22,8 +22,9 @@ from pipelines.training.plan import USABLE, plan
 from pipelines.training.step import TrainStep, loss_weight
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-TINY = ["demo", "demo-point", "video-small"]
-"""Recipes for a CPU: their models are tiny as they are."""
+SMALL_TEXT = ["model.llm.init_path=null", "model.llm.n_layers=1", "model.llm.embedding_size=1024"]
+TINY = {"demo": [], "demo-point": [], "video-small": [], "emoji_scenes": SMALL_TEXT, "emoji_scenes_small": []}
+"""Recipes of demos: their models are tiny as they are, or nearly."""
 # What else a recipe is for: the tiny model and the published one in whose place it stands, and the length if that is left to the user.
 PUBLISHED = {
     "finetune": ("molmo", "molmo-7b-d", []),
@@ -97,7 +98,7 @@ def load(name, model, *changes):
 def small(home, name, *changes):
     """A recipe as one CPU can run it: the tiny model, its records."""
     if name in TINY:
-        tokenizer = [f"model.llm.tokenizer.identifier={GOLDEN / 'tokenizer'}", "model.llm.vocab_size=1024"]
+        tokenizer = [f"model.llm.tokenizer.identifier={GOLDEN / 'tokenizer'}", "model.llm.vocab_size=1024", *TINY[name]]
         make = functools.partial(TrainConfig.load, CONFIGS / "train" / f"{name}.yaml")
     else:
         tokenizer = [
