@@ -1,6 +1,7 @@
 """Shared fixtures. Tests run on one thread a process, so that timings and results do not depend on the machine."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,3 +46,22 @@ def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "model"
     tiny_model.save_checkpoint(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory) -> Path:
+    """A database of MLflow without a run. To copy it takes no time; to make one takes seconds."""
+    from pipelines import tracking
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        tracking.client()
+    return path
+
+
+@pytest.fixture
+def own_database(empty_database, tmp_path, monkeypatch) -> Path:
+    """A database of the test's own: `mlflow.db` in `tmp_path`, which MLFLOW_TRACKING_URI names."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return Path(shutil.copy(empty_database, tmp_path / "mlflow.db"))

@@ -15,10 +15,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, tiny_checkpoint):
+def place(own_database, tmp_path, monkeypatch, tiny_checkpoint):
     """A folder with records, a model and a database of its own, in which Ray must not start."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
     Path("model").symlink_to(tiny_checkpoint)

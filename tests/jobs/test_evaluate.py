@@ -52,9 +52,8 @@ def test_pointing_alone():
 
 
 @pytest.fixture
-def evaluated(tmp_path, monkeypatch):
+def evaluated(own_database, tmp_path, monkeypatch):
     """The arguments of an evaluation whose report is on disk, and that uses a database of its own."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     output = tmp_path / "out"
     output.mkdir()
     model = tmp_path / "m"

@@ -1,6 +1,7 @@
 """Names with any characters in a real MLflow database: metrics and parameters take all, the registry refuses before it writes."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,10 @@ FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=[HealthChe
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """Creating the tables takes two seconds: once for the module."""
+def database(empty_database, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     folder = tmp_path_factory.mktemp("tracking")
+    shutil.copy(empty_database, folder)
     patch.chdir(folder)
     patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     yield tracking.client()

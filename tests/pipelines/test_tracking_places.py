@@ -35,16 +35,6 @@ ODD = [
 ]
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory):
-    """Creating the tables takes two seconds: once for the module."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
-        tracking.client()
-    return path
-
-
 @pytest.fixture
 def inside(tmp_path, monkeypatch, empty_database):
     """Goes into a folder of a name, with a database under `runs` there."""

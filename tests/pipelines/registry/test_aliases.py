@@ -1,6 +1,7 @@
 """Moving @champion and @previous: one at a time, and whole wherever it is cut off. On a real database."""
 
 import os
+import shutil
 import threading
 import time
 
@@ -19,8 +20,9 @@ WRITING = ("set_registered_model_tag", "set_registered_model_alias", "set_model_
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(empty_database, tmp_path_factory):
     folder = tmp_path_factory.mktemp("aliases")
+    shutil.copy(empty_database, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         yield tracking.client()

@@ -3,6 +3,7 @@ Ray, and lie where a promotion looks for those of an earlier one."""
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -23,9 +24,10 @@ LIMIT = 8
 
 
 @pytest.fixture(scope="module")
-def place(tiny_model, tiny_checkpoint, tmp_path_factory):
+def place(empty_database, tiny_model, tiny_checkpoint, tmp_path_factory):
     """Versions 1 and 2 of `mine`, without an alias, and records that the second answers right."""
     folder = tmp_path_factory.mktemp("promote")
+    shutil.copy(empty_database, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setattr(module, "SETTLE_S", 0.05)

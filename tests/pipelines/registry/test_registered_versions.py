@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -45,9 +46,10 @@ def picture(seed):
 
 
 @pytest.fixture(scope="module")
-def registered(tiny_checkpoint, tmp_path_factory):
+def registered(empty_database, tiny_checkpoint, tmp_path_factory):
     """The folder in which a version was registered, with the reports of its evaluation and its data."""
     folder = tmp_path_factory.mktemp("my registry")
+    shutil.copy(empty_database, folder)
     for name, report in (("evaluation", REPORT), ("prepared", {"rows_in": 4000, "rows_out": 3999, "tokens": 123456})):
         (folder / name).mkdir()
         (folder / name / "report.json").write_text(json.dumps(report))
