@@ -112,7 +112,7 @@ class Formatter:
         if self.config.image_last and reader.image_sizes:
             messages[0] += IMAGE_PROMPT
         points = None if reader.points is None else reader.points.taken()
-        if points is not None and (len(messages) < 2 or messages[1].count(MARKS[0]) != len(points)):
+        if points is not None and any("".join(messages).count(mark) != (points[:, i] >= 0).sum() for i, mark in enumerate(MARKS)):
             if len(messages) > 1:
                 raise ValueError("the text of a record with points holds characters that Unicode reserves for use inside a program")
             points = None

@@ -271,7 +271,8 @@ def _inference_sequence(
             f"more than max_seq_len={max_seq_len}: shorten the text, or use fewer or smaller images or frames"
         )
     ids, positions, _ = _with_media(tokenizer, text, media)
-    return {"input_ids": ids, "position_ids": positions}
+    points = {} if text.points is None else {"point_target_ids": text.points}
+    return {"input_ids": ids, "position_ids": positions, **points}
 
 
 def _with_media(tokenizer: Tokenizer, text: _Tokens, media: Sequence[MediaTokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

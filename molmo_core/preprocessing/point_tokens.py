@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from molmo_core.preprocessing.point_places import PointPlaces
-from molmo_core.preprocessing.points import NO_TRACKS_TEXT, NONE_TEXT
+from molmo_core.preprocessing.points import NO_TRACKS_TEXT, NONE_TEXT, Point, Tag, complete_tags
 from molmo_core.tokens import NO_MORE_POINTS
 
 LIST_START = 'coords="'
@@ -131,6 +131,49 @@ class PointWriter:
         for _, number in found:
             numbers.setdefault(number, len(numbers) + 1)
         return self._tag("tracks", [triple for triple, _ in found], [numbers[number] for _, number in found], label)
+
+    def rewritten(self, text: str, leave: bool = False) -> str:
+        """An answer whose points are written as text (as Molmo and Molmo2 write them), with tokens in their place.
+
+        Args:
+            text: of the answer.
+            leave: points that are nowhere stay as they are written; otherwise they are an error.
+
+        Raises:
+            ValueError: points outside the image, or in an image or at a time that there is not.
+        """
+        parts, end = [], 0
+        for tag in complete_tags(text):
+            if not tag.points and not tag.outside:
+                continue
+            try:
+                written = self._of_tag(tag)
+            except ValueError:
+                if not leave:
+                    raise
+                continue
+            parts += [text[end : tag.start], written]
+            end = tag.end
+        return "".join([*parts, text[end:]])
+
+    def _of_tag(self, tag: Tag) -> str:
+        if tag.outside:
+            raise ValueError(f"{tag.outside} point(s) outside the image in the tag of {tag.label!r}")
+        blocks: dict[float, list[Point]] = {}
+        for point in tag.points:
+            blocks.setdefault(self._key(point.block), []).append(point)
+        if tag.kind == "tracks":
+            frames = [(key, {point.id: np.array((point.x, point.y)) for point in points}) for key, points in blocks.items()]
+            return self.tracks(frames, tag.label or "")
+        return self.points([(key, np.array([(point.x, point.y) for point in points])) for key, points in blocks.items()], tag.label or "")
+
+    def _key(self, block: float | None) -> float:
+        """The image's number or the time that a written point names."""
+        if block is None:
+            if self.places.times is not None or len(self.places.grids) != 1:
+                raise ValueError("a point that does not say in which image or at what time it is")
+            return 1
+        return block if self.places.times is not None or block != int(block) else int(block)
 
     def _located(self, blocks: Sequence[tuple[float, np.ndarray]]) -> list[tuple[int, int, int]]:
         return [self.places.locate(self._block(key), x, y) for key, points in blocks for x, y in points.tolist()]

@@ -194,6 +194,12 @@ class Tag(NamedTuple):
     """x and y are shares of the image."""
     end: int
     """Where the text goes on."""
+    start: int = 0
+    """Where its opening mark begins; meaningless without points."""
+    kind: str = "points"
+    """Name of the mark."""
+    outside: int = 0
+    """Points that it names outside the image."""
 
 
 def complete_tags(text: str) -> Iterator[Tag]:
@@ -207,7 +213,9 @@ def complete_tags(text: str) -> Iterator[Tag]:
             continue
         alt = _ALT.search(opening[0])
         label = text[opening.end() : close.start()] or (alt[1] if alt else "")
-        yield Tag(label or None, extract_points(opening[0], 1, 1), close.end())
+        found = _shares(opening[0])
+        points = _inside(found, 1, 1)
+        yield Tag(label or None, points, close.end(), opening.start(), opening[1], len(found) - len(points))
 
 
 def extract_points(text: str, width: int, height: int) -> list[Point]:
@@ -216,7 +224,12 @@ def extract_points(text: str, width: int, height: int) -> list[Point]:
     Reads both formats above and the older ones: `(x, y)` pairs and `p=ddd,ddd` in percent and tenths of percent. A tag that was cut off
     gives the points before the cut. Points outside the image are left out.
     """
-    found: list[tuple[float, float, float | None, int | None]] = []  # x, y as shares of the image
+    return _inside(_shares(text), width, height)
+
+
+def _shares(text: str) -> list[Point]:
+    """The points that a text names, x and y as shares of the image."""
+    found: list[tuple[float, float, float | None, int | None]] = []
     for coords in _HTML_TAG.findall(text):
         for key, triples in _HTML_BLOCK.findall(coords):
             for number, x, y in _HTML_TRIPLE.findall(triples):
@@ -229,4 +242,8 @@ def extract_points(text: str, width: int, height: int) -> list[Point]:
         found = [(float(x) / 100, float(y) / 100, None, None) for x, y in _PAIR.findall(text)]
     if not found:
         found = [(int(x) / 1000, int(y) / 1000, None, None) for x, y in _P_TRIPLE.findall(text)]
-    return [Point(x * width, y * height, block, number) for x, y, block, number in found if 0 <= x <= 1 and 0 <= y <= 1]
+    return [Point(*fields) for fields in found]
+
+
+def _inside(points: Iterable[Point], width: int, height: int) -> list[Point]:
+    return [dataclasses.replace(p, x=p.x * width, y=p.y * height) for p in points if 0 <= p.x <= 1 and 0 <= p.y <= 1]

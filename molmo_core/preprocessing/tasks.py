@@ -84,7 +84,8 @@ class TaskReader:
         check_task(record)
         kind = task_kind(record, style)
         if kind == "conversation":
-            return conversation(record["messages"])
+            texts = conversation(record["messages"])
+            return [self._as_tokens(text) if i % 2 else text for i, text in enumerate(texts)]
         if kind == "multiple choice":
             prompt, answer = self._multiple_choice(record)
         elif kind == "pointing":
@@ -117,6 +118,8 @@ class TaskReader:
         answer = self._answer(record)
         if answer is not None and "answer_annotations" in record:
             answer = self._fill_slots(record, answer)
+        elif answer is not None:
+            answer = self._as_tokens(answer)
         if "explanation" in record:
             answer = None if answer is None else f"{_text(record, 'explanation')} Answer: {answer}"
             if self.templates:
@@ -221,6 +224,10 @@ class TaskReader:
         if self.points is not None:
             return self.points.tracks(frames, label)
         return point_text.format_tracks(frames, label, self._html_version())
+
+    def _as_tokens(self, answer: str) -> str:
+        """Points that an answer writes as text are tokens for a model that has them, also in turns before the one that is asked for."""
+        return answer if self.points is None else self.points.rewritten(answer, leave=self.for_inference)
 
     def _given(self, record: dict[str, Any], point: GivenPoint, label: str) -> str:
         """The point of a question: text for every model, tokens of points stand in answers only."""

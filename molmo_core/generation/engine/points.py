@@ -50,9 +50,9 @@ class Points:
         """Forgets it."""
         self._answers.pop(sequence, None)
 
-    def targets(self, sequence: Work) -> np.ndarray | None:
-        """`point_target_ids` int64 [n, 3] of the answer so far."""
-        rows: list[list[int]] = []
+    def targets(self, sequence: Work, prompt: np.ndarray | None) -> np.ndarray | None:
+        """`point_target_ids` int64 [n, 3] of the prompt and the answer so far, given those of the prompt."""
+        rows: list[list[int]] = [] if prompt is None else prompt.tolist()
         answer = self._answers[sequence]
         for token, place in zip(sequence.tokens[sequence.prompt_length :], answer.places):
             if place >= 0:

@@ -88,7 +88,7 @@ class Runner:
             "position_ids": self._tensor(positions_of(sequence))[None],
             "response_mask": self._tensor(np.arange(len(sequence.tokens)) >= sequence.prompt_length)[None],
         }
-        targets = None if self.points is None else self.points.targets(sequence)
+        targets = None if self.points is None else self.points.targets(sequence, prompt.example.get("point_target_ids"))
         if targets is not None:
             given["point_target_ids"] = self._tensor(targets)[None]
         return self.model.inputs(given)

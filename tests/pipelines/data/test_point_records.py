@@ -159,6 +159,48 @@ def test_what_is_cut_off_takes_its_points_along(build, config):
         assert cut["metadata"]["truncation"]["dropped_tokens"] == len(whole["input_ids"]) - end
 
 
+WRITTEN = '<points coords="1 1 875 917 2 100 100">dogs</points>'
+
+
+@pytest.mark.parametrize("written", [WRITTEN, '<points x1="87.5" y1="91.7" x2="10" y2="10" alt="dogs">dogs</points>'])
+def test_points_that_answers_write_become_tokens(build, config, written):
+    """As Molmo and Molmo2 write them: the same example as of the points themselves."""
+    given, text = build({"image": "wide.png", "question": "Where are they?", "label": "dogs", "points": [[70, 55], [8, 6]]})
+    conversation = ["Where are they?", written, "And the cats?", "There are none."]
+    example, turns = build({"image": "wide.png", "messages": conversation})
+    assert example["point_target_ids"].tolist() == given["point_target_ids"].tolist()
+    assert turns.startswith(text)
+    assert build({"image": "wide.png", "question": "Where are they?", "answer": written})[1] == text
+    assert "coords" in build({"messages": conversation})[1], "without a picture they are text"
+
+
+def test_written_points_of_several_images_and_times(build, config):
+    answers = (
+        '<points coords="1 1 100 100;2 2 500 500">cups</points>',
+        'None but <tracks coords="0.0 1 100 900;1.0 1 600 400">ball</tracks>.',
+    )
+    example, text = build({"images": ["wide.png", "tall.png"], "messages": ["Where?", answers[0]]})
+    close(found(config, example), [(0, 0.1, 0.1), (1, 0.5, 0.5)])
+    example, text = build({"video": "clip.mp4", "messages": ["Track it.", answers[1]]})
+    second = int(np.abs(np.array(example["metadata"]["frame_times"]) - 1).argmin())
+    close(found(config, example), [(0, 0.1, 0.9), (second, 0.6, 0.4)])
+    assert "assistant\nNone but <tracks coords=" in text
+
+
+def test_a_conversation_goes_on_with_the_points_that_were_answered(config, folder):
+    """What a client sends back of an answer is what the model had generated; what is nowhere stays text."""
+    ask = config.build_preprocessor(for_inference=True)
+    taught = config.build_preprocessor(for_inference=False, is_training=False)
+    image = str(folder / "wide.png")
+    prompt = ask({"image": image, "messages": ["Where?", WRITTEN, "And now?"]})
+    example = taught({"image": image, "messages": ["Where?", WRITTEN, "And now?", "Yes."]})
+    length = len(prompt["input_ids"])
+    assert prompt["input_ids"].tolist() == example["input_ids"][:length].tolist()
+    assert prompt["point_target_ids"].tolist() == example["point_target_ids"].tolist()
+    nowhere = ask({"image": image, "messages": ["Where?", WRITTEN.replace("1 1", "7 1"), "And now?"]})
+    assert "point_target_ids" not in nowhere
+
+
 CLIP = {"video": "clip.mp4", "label": "ball", "point_scale": 100}
 
 
@@ -175,6 +217,9 @@ CLIP = {"video": "clip.mp4", "label": "ball", "point_scale": 100}
         ),
         ({**CLIP, "timestamps": [90.0], "points": [[[10, 10]]]}, r"a point at 90 s, but the frames are from 0 to [\d.]+ s"),
         ({**CLIP, "timestamps": [0.0], "tracks": [{"a": [10, 210]}]}, "point outside the image"),
+        ({"image": "wide.png", "messages": ["?", WRITTEN.replace("875", "1750")]}, r"1 point\(s\) outside the image in the tag of 'dogs'"),
+        ({"image": "wide.png", "messages": ["?", WRITTEN.replace("1 1", "2 1")]}, "a point in image 2, but there are 1"),
+        ({"image": "wide.png", "messages": ["\ufdd1?", WRITTEN]}, "characters that Unicode reserves"),
         ({"label": "dogs", "points": [[1, 2]], "point_scale": 100}, "there is no picture that it is about"),
     ],
 )

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -70,6 +71,20 @@ def test_engine_equals_generate(model: MolmoPoint, limits: dict[str, int]) -> No
         assert [token.place for token in tokens][: NEW - 1] == places
         assert max(places) >= 0
     assert not served.runner.points._answers
+
+
+@pytest.mark.parametrize("limits", [{}, {"prefill_tokens": 50}], ids=str)
+def test_turns_with_points_before(model: MolmoPoint, limits: dict[str, int]) -> None:
+    """Answers that pointed are read with their points; the next one may point anew."""
+    preprocess, pixels = model.config.build_preprocessor(for_inference=True), np.zeros((60, 80, 3), np.uint8)
+    written = '<points coords="1 1 100 100 2 900 800">dogs</points>'
+    rows = [preprocess({"image": pixels, "messages": ["Where?", text, "And now?"]}) for text in (written, "Nowhere.")]
+    assert len(rows[0]["point_target_ids"]) >= 2
+    requests = [Request(row, SamplingParams(max_tokens=NEW, ignore_eos=True)) for row in rows]
+    for request, tokens in run(engine(model, **limits), requests).items():
+        ids, places = expected(model, request.example)
+        assert [token.id for token in tokens] == ids
+        assert [token.place for token in tokens][: NEW - 1] == places
 
 
 @pytest.mark.parametrize("begun", [1, 2, 3, 4, 9])
