@@ -32,12 +32,17 @@ BLANKS = r"\n?[ ]{0,40}"
 class GrammarState:
     """How far one answer has come."""
 
-    def __init__(self, matcher: LLMatcher):
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, tokens: int):
+        """`tokens`: how many the matcher knows, those of text."""
+        self._matcher, self._tokens = matcher, tokens
 
     def allow(self, mask: np.ndarray) -> None:
-        """Writes the next tokens that are allowed: bit i of int32 [E / 32, rounded up] is token i. If `push` will fail: the end token."""
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        """Writes the next tokens that are allowed: bit i of int32 [E / 32, rounded up] is token i. If `push` will fail: the end token.
+
+        MolmoPoint has logits of tokens that are no text; their bits stay 0.
+        """
+        known = mask[: -(-self._tokens // 32)]
+        self._matcher.unsafe_compute_mask_ptr(known.ctypes.data, known.nbytes)
 
     def push(self, token: int) -> None:
         """Adds a token, one that was allowed.
@@ -85,7 +90,7 @@ class Grammars:
             self._compiled.move_to_end(grammar)
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-        return GrammarState(matcher.deep_copy())
+        return GrammarState(matcher.deep_copy(), self._words().vocab_size)
 
     def compile(self, grammar: Grammar) -> Future[GrammarState]:
         """`start` in a thread of its own."""
@@ -98,7 +103,7 @@ class Grammars:
             raise ValueError(f"grammar: {len(grammar.text):,} characters; at most {MAX_CHARACTERS:,} are taken")
         matcher = LLMatcher(self._words(), _source(grammar), log_level=0, limits=LLParserLimits(verbose_errors=False))
         matcher.compute_bitmask()  # an error if there is no first token
-        GrammarState(matcher).check()
+        GrammarState(matcher, self._words().vocab_size).check()
         return matcher
 
     def _words(self) -> LLTokenizer:

@@ -1,5 +1,6 @@
 """The engine's points equal those of `generate`, token by token, whoever else is served."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from molmo_core.generation.engine.engine import Engine, EngineLimits
 from molmo_core.generation.engine.paged import PagedCache
-from molmo_core.generation.engine.requests import Request, SamplingParams, Token
+from molmo_core.generation.engine.requests import Grammar, Request, SamplingParams, Token
 from molmo_core.models.molmo_point import MolmoPoint
 from tests.molmo_core.models.golden_point import cases, inputs_here, load_point_model
 
@@ -71,6 +72,17 @@ def test_engine_equals_generate(model: MolmoPoint, limits: dict[str, int]) -> No
         assert [token.place for token in tokens][: NEW - 1] == places
         assert max(places) >= 0
     assert not served.runner.points._answers
+
+
+def test_a_grammar_beside_points(model: MolmoPoint) -> None:
+    """Tokens of points are no text, so no grammar allows them; whoever has none points on."""
+    example = prompts(model)[0]
+    held = Request(example, SamplingParams(max_tokens=NEW, grammar=Grammar("regex", "[a-c]{3,9}")))
+    free = Request(example, SamplingParams(max_tokens=NEW, ignore_eos=True))
+    answers = run(engine(model), [held, free])
+    text = model.tokenizer.decode([token.id for token in answers[held]]).strip()
+    assert re.fullmatch("[a-c]{3,9}", text)
+    assert [token.id for token in answers[free]] == expected(model, example)[0]
 
 
 @pytest.mark.parametrize("limits", [{}, {"prefill_tokens": 50}], ids=str)
