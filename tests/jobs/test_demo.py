@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from jobs.demo import app
 from molmo_core.config import ConfigError
 from pipelines import demo, tracking
+from pipelines.data.config import PrepareConfig
 from pipelines.data.preparation import easy_vqa
 from pipelines.demo_config import DemoConfig, by_stage
+from pipelines.evaluation.config import EvaluateConfig
+from pipelines.registry.config import RegisterConfig
+from pipelines.serving.config import ServeConfig
+from pipelines.training.config import TrainConfig
 from pipelines.training.trainer import TrainResult
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,6 +41,27 @@ def test_overrides_by_stage():
     assert stages["prepare"] == []
     with pytest.raises(ConfigError, match="begin with a stage"):
         by_stage(["steps=5"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/demo").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_stages_of_a_demo_pass_on_what_they_make(path):
+    config = DemoConfig.load(path)
+    preparation, training = PrepareConfig.load(config.prepare), TrainConfig.load(config.train)
+    evaluation, registration = EvaluateConfig.load(config.evaluate), RegisterConfig.load(config.register)
+    model, data = f"{config.folder}/model", f"{config.folder}/data"
+    assert preparation.output == data
+    assert [dataset.path for dataset in training.data.datasets.values()] == [data]
+    assert training.storage == config.folder
+    assert training.model.llm.tokenizer.identifier.startswith(f"{data}/")
+    assert evaluation.records.startswith(f"{data}/records/")
+    assert (evaluation.model, registration.checkpoint) == (model, model)
+    assert ServeConfig.load(config.serve).model == f"models:/{registration.name}@{registration.alias}"
+    assert Path(config.serve).stem in ("demo", path.stem), "make serve DEMO=..."
+
+
+def test_another_demo_is_named_first():
+    told = CliRunner().invoke(app, ["configs/demo/no_such.yaml", "train.steps=5"])
+    assert (told.exit_code, "configs/demo/no_such.yaml: no such configuration file" in told.output) == (2, True)
 
 
 @pytest.mark.parametrize(
