@@ -98,7 +98,14 @@ def about_scene(scene: Scene, rng: np.random.Generator) -> list[dict[str, Any]]:
     return [
         {"style": "demo", "question": "What does the picture show?", "answer": kind, "type": "naming"},
         {"style": "demo", "question": f"How many {plural(kind)} are there?", "answer": str(len(points)), "type": "counting"},
-        {"style": "pointing", "label": plural(kind), "points": points, "point_scale": 100, "type": "pointing"},
+        {
+            "style": "pointing",
+            "question": f"Point to the {plural(kind)}.",
+            "label": plural(kind),
+            "points": points,
+            "point_scale": 100,
+            "type": "pointing",
+        },
         {"style": "demo", "question": f"Are there any {plural(other)}?", "answer": "yes" if other == kind else "no", "type": "yes_no"},
     ]
 

@@ -77,6 +77,7 @@ def test_questions_agree_with_the_scene(painter):
         assert naming["answer"] == kind
         assert counting["answer"] == str(len(scene.things))
         assert plural(kind) in counting["question"]
+        assert pointing["question"] == f"Point to the {plural(kind)}."
         assert pointing["points"] == [[round(100 * t.x / SIZE, 1), round(100 * t.y / SIZE, 1)] for t in scene.things]
         assert (there["answer"] == "yes") == (there["question"] == f"Are there any {plural(kind)}?")
 
