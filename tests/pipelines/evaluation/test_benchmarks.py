@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from molmo_core.preprocessing.data_formatter import Formatter
+from molmo_core.registry import BaseModelConfig
 from pipelines.data.records.reading import read_record
 from pipelines.data.sources import open_records
 from pipelines.evaluation.columns import mapped
@@ -275,7 +277,19 @@ def prepared(name: str, folder: Path) -> tuple[EvaluateConfig, list[tuple[dict, 
 
 
 def test_every_benchmark_is_here():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} - set(ROWS) == {"demo", "own"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} - set(ROWS) == {"demo", "emoji_scenes", "emoji_scenes_small", "own"}
+
+
+@pytest.mark.parametrize("name", VIDEO_PLACES)
+def test_videos_are_asked_about_as_in_the_published_evaluation(name, tmp_path):
+    """Molmo2's: the question, what to return, and the options with letters; no style before them."""
+    config, rows = prepared(name, tmp_path)
+    (question,) = questions(read_record(mapped(open_records(config.records), config.fields)[0]))
+    formatter = Formatter(BaseModelConfig.load(CONFIGS.parent / "models/molmo2-4b.yaml").data_formatter)
+    (annotation,) = formatter(question.task, np.random.RandomState(0), for_inference=True)
+    options = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDE", question.task["options"]))
+    asked = f"{rows[0][0]['question']}\nOnly return the correct answer option.\n{options}"
+    assert annotation.messages == [f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"]
 
 
 @pytest.mark.parametrize("name", ROWS)
