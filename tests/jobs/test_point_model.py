@@ -50,8 +50,7 @@ def records(tmp_path_factory):
     return folder / "records.jsonl"
 
 
-def test_train_evaluate_register_serve(records, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+def test_train_evaluate_register_serve(records, own_database, tmp_path):
     changes = [f"data.datasets.easy_vqa.path={records}", "data.actors=1", "data.shuffle=false", f"storage={tmp_path}", "name=tiny"]
     changes += [f"model.llm.tokenizer.identifier={records.parent / 'tokenizer'}", "num_workers=1", "log_interval=10", *SMALL]
     with cluster.connect(num_cpus=3, object_store_memory=256 << 20):

@@ -1,6 +1,7 @@
 """A model is named alike everywhere: a file, an own or a published folder, a hub repository, an address of the registry."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,11 @@ KINDS = ["own", "published", "registered own", "registered published"]
 
 
 @pytest.fixture(scope="module")
-def addresses(tiny_model, tiny_checkpoint, tmp_path_factory):
+def addresses(empty_database, tiny_model, tiny_checkpoint, tmp_path_factory):
     """The same model under every kind of name."""
     folder = tmp_path_factory.mktemp("models")
     published = export_checkpoint(tiny_model, folder / "published")
+    shutil.copy(empty_database, folder)
     patch = pytest.MonkeyPatch()
     patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     for name, path in (("own", tiny_checkpoint), ("published", published)):

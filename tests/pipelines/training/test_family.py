@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,10 @@ RECORDS = {"video_olmo": "clips.jsonl", "molmo2": "both.jsonl", "molmo_point": "
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory):
+def storage(empty_database, tmp_path_factory):
     """A cluster for all runs, and the records of a global batch: a text, images, clips for those that take them."""
     folder = tmp_path_factory.mktemp("family")
+    shutil.copy(empty_database, folder)
     for i in range(3):
         pixels = np.random.RandomState(i).randint(0, 256, (60, 60 + 30 * i, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -20,8 +21,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory):
+def storage(empty_database, tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
+    shutil.copy(empty_database, folder)
     env = {"PYTHONPATH": str(Path(__file__).parent)}  # workers find `batches`
     with pytest.MonkeyPatch.context() as patch, cluster.connect(num_cpus=3, object_store_memory=256 << 20, env=env):
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
