@@ -47,10 +47,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: lint  ## lint, types and the fast tests (about 3 minutes)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test: lint  ## lint, types and all tests
-	$(BIN)/python -m pytest
+test: check  ## lint, types and all tests
+	$(BIN)/python -m pytest -m slow
 
 clean:  ## remove the virtual environment and everything the runs wrote
 	rm -rf $(VENV) runs
