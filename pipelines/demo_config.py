@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from molmo_core.config import BaseConfig, ConfigError, nearest
+from molmo_core.config import BaseConfig, ConfigError, Size, nearest
 
 STAGES = ("prepare", "train", "evaluate", "register", "serve")
 
@@ -27,7 +27,7 @@ class DemoConfig(BaseConfig):
     """What is said as `prepare`, `train` and `evaluate` begin."""
     asked: list[str]
     """Types of questions that the served model is asked, one each, about records of the evaluation. The last answer is streamed."""
-    cpus: int = 3
+    cpus: Size = 3
     """Of the cluster: one more than training's workers, for what works beside them."""
 
     PATHS: ClassVar[tuple[str, ...]] = STAGES

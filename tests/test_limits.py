@@ -50,6 +50,9 @@ def required(cls: type) -> dict[str, Any]:
     given["LlmConfig"] = {"block_type": "moe"}
     given["EvaluateConfig"] = {"model": "m", "records": "r", "output": "o"}
     given["RegisterConfig"] = {"checkpoint": "c", "name": "n"}
+    stages = ("prepare", "train", "evaluate")
+    texts = dict.fromkeys(("dataset", "folder", *stages, "register", "serve"), "x")
+    given["DemoConfig"] = texts | {"told": dict.fromkeys(stages, "x"), "asked": ["x"]}
     return given.get(cls.__name__, {})
 
 
