@@ -46,7 +46,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint  ## lint, types and the fast tests (about 3 minutes)
+check: lint  ## lint, types and the fast tests (about 10 minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test: check  ## lint, types and all tests
