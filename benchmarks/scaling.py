@@ -4,8 +4,9 @@
     python benchmarks/scaling.py --launcher spawn --parts step equal # plain processes; needs no Ray
     python benchmarks/scaling.py --device cpu --workers 1 2          # tiny sizes on any CPU: checks the script
 
-`step`: a training step of Molmo2-4B's shapes, one pack of 4,096 tokens and 14 crops a GPU, bfloat16: tokens a second of a GPU, efficiency
-against one GPU, time of communication and how much of it nothing else ran beside. `hybrid`: the same with two replicas. `context`: one
+`step`: a training step of Molmo2-4B's shapes, `--rows` packs of 4,096 tokens and 14 crops a GPU, bfloat16: tokens a second of a GPU,
+efficiency against one GPU, time of communication and how much of it nothing else ran beside. As in the loop of `pipelines.training`, the
+host is at most a step ahead of the device; `host_s` is its time in a step. `hybrid`: the same with two replicas. `context`: one
 sequence of 36,864 tokens and 384 frames over all GPUs. `equal`: the losses of 20 steps on the same global batches, against one GPU's.
 `serve`: an engine a GPU behind one address, 32 requests a GPU. Training runs through Ray Train, or in plain processes; what a worker does
 is the same. `predicted_gib` is what `jobs.plan` says beside the measured peak.
@@ -53,7 +54,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", help="default 1, 2, 4, ... GPUs; 1 comes first, others are compared with it")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--launcher", choices=("ray", "spawn"), default="ray")
-    parser.add_argument("--steps", type=int, default=10, help="of a measurement, the first three not counted")
+    parser.add_argument("--steps", type=int, default=20, help="of a measurement, the first four not counted")
+    parser.add_argument("--rows", type=int, default=1, help="packs a GPU in a step")
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"))
     parser.add_argument("--levers", action="store_true", help="measure other units and settings of sharding, too")
     arguments = parser.parse_args()
     arguments.tiny = arguments.device == "cpu"
@@ -207,33 +210,40 @@ def batch_of(config: TrainConfig, numbers: list[int], arguments: argparse.Namesp
 def steps(part: str, parallel: ParallelConfig, device: torch.device, arguments: argparse.Namespace, **lever: Any) -> dict[str, Any]:
     """Seconds of a step of one row a rank, or of one over all of them."""
     began = time.perf_counter()
-    shared = {"activation_checkpointing": "full", "sequence_length": 128 if arguments.tiny else 36864} if parallel.context > 1 else {}
-    config = config_of(parallel, world_size() // parallel.context, arguments, **shared)
+    changes: dict[str, Any] = {"activation_checkpointing": arguments.recompute, "device_batch_size": arguments.rows}
+    if parallel.context > 1:
+        length = 128 if arguments.tiny else 36864
+        changes = {"activation_checkpointing": "full", "device_batch_size": 1, "sequence_length": length}
+    rows = changes["device_batch_size"]
+    config = config_of(parallel, rows * world_size() // parallel.context, arguments, **changes)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run = Run(config, device)
     built = time.perf_counter() - began
-    batch = batch_of(config, [run.mesh.data_rank], arguments)
-    times, hosts = [], []
-    for _ in range(arguments.steps):
-        if world_size() > 1:
-            dist.barrier()
-        start = time.perf_counter()
+    first = run.mesh.data_rank * rows
+    batch = batch_of(config, [*range(first, first + rows)], arguments)
+    start = time.perf_counter()
+    run.step(batch)
+    wait(device)
+    began, ends, hosts = time.perf_counter() - start, [], []
+    for _ in range(arguments.steps - 1):
+        start, before = time.perf_counter(), run.lost
         run.step(batch)
         hosts.append(time.perf_counter() - start)
-        wait(device)
-        times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[3:])
+        before.item()
+        ends.append(time.perf_counter())
+    seconds = statistics.median(np.diff(ends[2:]))
     tokens = batch["input_ids"].numel()
     line = {
         "part": part, "workers": world_size(), "mesh": [run.mesh.replicate, run.mesh.shard, run.mesh.context], **lever,
+        "rows": rows, "recompute": config.activation_checkpointing,
         "step_s": round(seconds, 4), "host_s": round(statistics.median(hosts[3:]), 4),
-        "tokens_s_gpu": round(tokens / parallel.context / seconds), "build_s": round(built, 1), "first_step_s": round(times[0], 1),
-        "loss": round(run.loss, 4),
+        "tokens_s_gpu": round(tokens / parallel.context / seconds), "build_s": round(built, 1), "first_step_s": round(began, 1),
+        "loss": round(run.lost.item(), 4),
     }  # fmt: skip
     if device.type == "cuda":
         line |= communication(lambda: run.step(batch), device) | {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1)}
-        line["predicted_gib"] = round(plan(config, rows=1, crops=crops_of(config, arguments)[0]).peak / 2**30, 1)
+        line["predicted_gib"] = round(plan(config, rows=rows, crops=crops_of(config, arguments)[0]).peak / 2**30, 1)
     return line
 
 
@@ -245,7 +255,7 @@ def equal(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]
     for number in range(EQUAL_STEPS):
         mine = range(number * rows, (number + 1) * rows)[run.mesh.data_rank :: run.mesh.data_size]
         run.step(batch_of(config, list(mine), arguments))
-        losses.append(round(run.loss, 5))
+        losses.append(round(run.lost.item(), 5))
     return {"part": "equal", "workers": world_size(), "rows": rows, "losses": losses}
 
 
@@ -257,17 +267,13 @@ class Run:
         self.model = build(config, device, self.mesh)
         self.meter = Meter(self.model, device)
         self.take = TrainStep(config, self.model, Optimizer(self.model, config.optim), self.meter, [])
-        self._loss = torch.zeros(())
-
-    @property
-    def loss(self) -> float:
-        """Mean cross entropy of the last step's global batch."""
-        return float(self._loss)
+        self.lost = torch.zeros((), device=device)
+        """Mean cross entropy of the last step's global batch, a scalar on the device."""
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         """One step on this rank's batch, which is on the host."""
         weight = all_sum(torch.tensor(loss_weight(batch) / self.mesh.context, dtype=torch.float64)).item()
-        self._loss = self.meter.loss(self.take(1, batch, weight, {}).sums)
+        self.lost = self.meter.loss(self.take(1, batch, weight, {}).sums)
 
 
 def wait(device: torch.device) -> None:

@@ -48,7 +48,7 @@ class TrainStep:
             weight: sum of the loss weights of the global batch.
             before: `Step.batch`.
         """
-        config, optimizer = self.config, self.optimizer
+        config = self.config
         # The divisor is the weight of the whole global batch, the same for all ranks and micro-batches; FSDP averages over ranks.
         divisor = weight / world_size() / config.micro_batches
         for i, micro in enumerate(micro_batches(batch, config.micro_batches), start=1):
@@ -60,6 +60,12 @@ class TrainStep:
             (output.loss / config.micro_batches).backward()
             self.meter.add(output)
 
+        return self._update(number, before)
+
+    @torch.no_grad()  # parts of sharded gradients are asked for: with gradients of their own that takes five times as long
+    def _update(self, number: int, before: dict[Any, Any]) -> Taken:
+        """What follows the backward passes."""
+        config, optimizer = self.config, self.optimizer
         squares = optimizer.squared_norms()
         totals = all_sum(torch.cat([torch.stack(list(squares.values())), self.meter.step_sums()]))
         norms, sums = dict(zip(squares, totals[: len(squares)].sqrt())), totals[len(squares) :]

@@ -21,7 +21,7 @@ def test_adamw_on_the_gpu_is_that_on_the_cpu(moments):
     begin, gradients = ([torch.randn(size).bfloat16() for size in SIZES] for _ in range(2))
     results = []
     for device in ("cpu", "cuda"):
-        parameters = [torch.nn.Parameter(t.to(device)) for t in begin]
+        parameters = [torch.nn.Parameter(t.to(device, copy=True)) for t in begin]
         optimizer = AdamW([{"params": parameters, "group": "llm"}], lr=1e-3, weight_decay=0.1, moments=moments)
         optimizer.gradient_scales = {"llm": torch.tensor(0.5, device=device)}
         for _ in range(3):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def lines(*arguments):
-    command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--device", "cpu", "--steps", "4", *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--device", "cpu", "--steps", "6", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")][1:]
