@@ -1,5 +1,7 @@
 """Stochastic rounding, and that a bfloat16 model learns with it."""
 
+import copy
+
 import pytest
 import torch
 from batches import RandomLoader, tiny_config
@@ -73,6 +75,37 @@ def test_a_step_that_is_left_out_changes_nothing():
     optimizer.step()
     for new, old in zip((parameter, *optimizer.state[parameter].values()), before):
         assert torch.equal(new, old)
+
+
+def test_loaded_moments_are_used_and_new_parameters_are_placed():
+    """What a step remembers of the tensors it changes ends with `load_state_dict`, and when other parameters have gradients."""
+    torch.manual_seed(0)
+    begin = [torch.randn(64).bfloat16() for _ in range(2)]
+    gradients = [[torch.randn(64).bfloat16() for _ in range(2)] for _ in range(3)]
+
+    def run(weights, steps, state=None, optimizer=None, only_first=()):
+        parameters = optimizer.param_groups[0]["params"] if optimizer else [torch.nn.Parameter(w.clone()) for w in weights]
+        optimizer = optimizer or AdamW(parameters, lr=0.1)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for step in steps:
+            for number, (parameter, gradient) in enumerate(zip(parameters, gradients[step])):
+                parameter.grad = None if step in only_first and number else gradient.clone()
+            optimizer.step()
+        return optimizer, [p.detach().clone() for p in parameters]
+
+    optimizer, half = run(begin, [0, 1])
+    state = copy.deepcopy(optimizer.state_dict())
+    _, whole = run(begin, [0, 1, 2])
+    other, _ = run(begin, [2, 2])  # has moments of its own, which the loaded ones replace
+    for parameter, weight in zip(other.param_groups[0]["params"], half):
+        parameter.data.copy_(weight)
+    _, resumed = run(None, [2], state, other)
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole))
+
+    _, frozen = run(begin, [0, 1, 2], only_first=[1])
+    assert not torch.equal(frozen[1], whole[1])
+    assert torch.equal(frozen[0], whole[0])
 
 
 def test_other_dtypes_are_refused():
