@@ -92,10 +92,17 @@ class PointPredictor(nn.Module):
         end = self.add_no_point_class_embed.vector.to(keys.dtype).expand(len(keys), 1, -1)
         return torch.cat((keys, end), 1)
 
-    def token_logits(self, x: torch.Tensor, numbers: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """float32 [B, n, C] of the states x [B, n, d] (normed) whose last points are on the tokens with the numbers int64 [B, n]."""
+    def token_logits(
+        self, x: torch.Tensor, numbers: torch.Tensor, keys: torch.Tensor, candidates: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """float32 [B, n, C] of the states x [B, n, d] (normed) whose last points are on the tokens with the numbers int64 [B, n].
+
+        `candidates`: int64, [B, n, 1]: how many of the keys are those of the state, if others' are among them.
+        """
         logits = (self._rotated(self.patch_q(x), numbers) @ keys.mT).float()
-        return logits / keys.shape[1] ** 0.5 if self.config.norm_logits else logits
+        if not self.config.norm_logits:
+            return logits
+        return logits / (keys.shape[1] ** 0.5 if candidates is None else candidates.clamp(min=1).float().sqrt())
 
     def patch_logits(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """float32 [..., k] of states x [..., d] (normed) and keys [..., k, e] of the patches of their tokens."""

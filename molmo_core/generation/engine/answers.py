@@ -62,13 +62,13 @@ class Launched(NamedTuple):
     counts: list[int]
     """The number of each token in its answer, from 1."""
     tokens: torch.Tensor
-    """int64 [2, B] on the host, once `ready`: tokens, and whether the row had numbers."""
+    """int64 [2 or 3, B] on the host, once `ready`: tokens, whether the row had numbers, and what the tokens stand for."""
     ready: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, sequences: Items[Sequence], tokens: torch.Tensor, finite: torch.Tensor) -> Launched:
-        """Sends them to the host. Until they are there, it knows only that there is one more token in each answer."""
-        chosen, ready = torch.stack((tokens, finite.long())), None
+    def of(cls, sequences: Items[Sequence], chosen: torch.Tensor) -> Launched:
+        """Sends them, `tokens` on the device, to the host. Until they are there, it knows only that there is one more in each answer."""
+        ready = None
         host = torch.empty(chosen.shape, dtype=torch.int64, pin_memory=chosen.is_cuda)
         host.copy_(chosen, non_blocking=True)
         if chosen.is_cuda:
@@ -78,12 +78,11 @@ class Launched(NamedTuple):
             sequence.tokens.append(UNKNOWN)
         return cls(list(sequences), [sequence.count for sequence in sequences], host, ready)
 
-    def read(self) -> tuple[list[int], list[int]]:
-        """Tokens, and whether the rows had numbers; waits for them."""
+    def read(self) -> list[list[int]]:
+        """The rows of `tokens`; waits for them."""
         if self.ready is not None:
             self.ready.synchronize()
-        tokens, finite = self.tokens.tolist()
-        return tokens, finite
+        return self.tokens.tolist()  # type: ignore[no-any-return]
 
 
 class Answers(dict[Request, Answer]):

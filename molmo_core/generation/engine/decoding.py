@@ -39,8 +39,9 @@ class PlainDecoder:
             row[: len(sequence.pages)] = sequence.pages
         lengths = np.array([sequence.computed + 1 for sequence in sequences], np.int32)
         attention = DecodeAttention(self.cache, to_device(tables, self.device), to_device(lengths, self.device))
-        x = self.model.embed_tokens(to_device(tokens, self.device)[:, None])
-        x = x if self.points is None else self.points.fed(sequences, x)
+        newest = to_device(tokens, self.device)
+        x = self.model.embed_tokens(newest[:, None])
+        x = x if self.points is None else self.points.fed(sequences, newest, x)
         hidden = self.model.run(Pass(x, to_device(positions, self.device)[:, None]), attention).hidden[:, -1]
         logits = self.model.transformer.logits(hidden).float()
         return Scores.of(logits if self.points is None else self.points.allowed(sequences, hidden, logits))
@@ -52,9 +53,9 @@ class GraphDecoder:
     STAGES = 3
     """Host buffers in turn: what one holds may still be on its way when the next step is prepared."""
 
-    def __init__(self, model: Any, cache: PagedCache, rows: int, pages: int):
+    def __init__(self, model: Any, cache: PagedCache, rows: int, pages: int, points: Points | None = None):
         """`rows`: of the largest batch; `pages`: of the longest sequence."""
-        self.graphs = DecodeGraphs(model, cache, rows, pages)
+        self.graphs = DecodeGraphs(model, cache, rows, pages, None if points is None else points.slots)
         packet = self.graphs.state.packet
         self._device = packet.device
         self._staged = [torch.zeros(len(packet), dtype=torch.int32, pin_memory=packet.is_cuda) for _ in range(self.STAGES)]

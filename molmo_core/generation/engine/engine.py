@@ -19,7 +19,7 @@ from molmo_core.generation.engine.grammars import Grammars
 from molmo_core.generation.engine.limits import EngineLimits
 from molmo_core.generation.engine.paged import PagedCache
 from molmo_core.generation.engine.pages import PagePool
-from molmo_core.generation.engine.requests import EngineStats, Event, Failed, Request, SamplingParams, Token
+from molmo_core.generation.engine.requests import EngineStats, Event, Failed, Request, SamplingParams, Token, TokenLogprobs
 from molmo_core.generation.engine.runner import Runner
 from molmo_core.generation.engine.sampler import Batch, Sampler, Scores, logprobs_of
 from molmo_core.generation.engine.scheduler import Chunk, Plan, Scheduler, Sequence
@@ -55,7 +55,7 @@ class Engine:
         pages = cache_bytes // PagedCache.page_bytes(model.config.llm, limits.page_size, dtype)
         if pages < 1:
             raise ValueError(f"cache_bytes={cache_bytes}: not even one page of {limits.page_size} tokens fits")
-        self.runner = Runner(model, pages, limits.page_size, limits.feature_bytes)
+        self.runner = Runner(model, pages, limits.page_size, limits.feature_bytes, limits.max_running)
         self.scheduler = Scheduler(PagePool(pages, limits.page_size), limits.max_running, limits.prefill_tokens)
         self.decoder = self._decoder(pages)
         self.sampler = Sampler(limits.max_running, model.device)
@@ -238,19 +238,20 @@ class Engine:
         wanted = [sequence.request.params.logprobs for sequence in sequences] if batch.needs_host else []
         raw = scores.logits.clone() if batch.changes and any(count is not None for count in wanted) else scores.logits
         tokens = self.sampler.choose(scores, batch)
+        columns = [tokens, scores.finite.long()]
+        if self.runner.points is not None:
+            columns.append(self.runner.points.places(sequences, tokens))
+        chosen = torch.stack(columns)
         if isinstance(self.decoder, GraphDecoder):
             if first or batch.changes or not batch.greedy:
                 self.decoder.keep(sequences, tokens)
             if self.limits.overlap and not batch.needs_host:
-                self._launched.append(Launched.of(sequences, tokens, scores.finite))
+                self._launched.append(Launched.of(sequences, chosen))
                 return
         logprobs = logprobs_of(raw, tokens, wanted) if wanted else [None] * len(sequences)
-        chosen, finite = torch.stack((tokens, scores.finite.long())).tolist()
-        points = self.runner.points
-        places = [-1] * len(chosen) if points is None else points.chosen(sequences, chosen)
-        for i, sequence in enumerate(sequences):
-            sequence.tokens.append(chosen[i])
-            self._tell(sequence, self._answers.give(sequence, sequence.count, chosen[i], bool(finite[i]), logprobs[i], places[i]), events)
+        for sequence, known, own in zip(sequences, zip(*chosen.tolist()), logprobs):
+            sequence.tokens.append(known[0])
+            self._give(sequence, sequence.count, known, events, own)
 
     def _batch_of(self, sequences: list[Sequence]) -> Batch:
         """Their settings on the device, sent anew if they are others than in the last step."""
@@ -267,11 +268,17 @@ class Engine:
             self._deliver(one, events)
 
     def _deliver(self, launched: Launched, events: list[tuple[Request, Event]]) -> None:
-        tokens, finite = launched.read()
-        for sequence, count, token, good in zip(launched.sequences, launched.counts, tokens, finite):
+        for sequence, count, known in zip(launched.sequences, launched.counts, zip(*launched.read())):
             if sequence.request in self._answers:  # else it has ended, or was aborted
-                sequence.tokens[sequence.prompt_length + count - 1] = token
-                self._tell(sequence, self._answers.give(sequence, count, token, bool(good)), events)
+                sequence.tokens[sequence.prompt_length + count - 1] = known[0]
+                self._give(sequence, count, known, events)
+
+    def _give(self, sequence: Sequence, count: int, known: Items[int], events: list[Any], logprobs: TokenLogprobs | None = None) -> None:
+        """Token number `count` of an answer is `known`: itself, whether its logits were numbers, if points are what it stands for."""
+        token, finite, *place = known
+        if self.runner.points is not None:
+            self.runner.points.told(sequence, *place)
+        self._tell(sequence, self._answers.give(sequence, count, token, bool(finite), logprobs, *place), events)
 
     def _tell(self, sequence: Sequence, happened: Items[Event], events: list[tuple[Request, Event]]) -> None:
         """Something happened to an answer, its end perhaps."""
@@ -280,14 +287,12 @@ class Engine:
             self.abort(sequence.request)
 
     def _decoder(self, pages: int) -> Decoder:
-        model, cache, limits = self.model, self.runner.cache, self.limits
-        if self.runner.points is not None:  # what is fed back is chosen between two steps
-            return PlainDecoder(model, cache, self.runner.points)
+        model, cache, points, limits = self.model, self.runner.cache, self.runner.points, self.limits
         # Experts in float16 wait for the host, which a graph cannot.
         if limits.graphs and cache.has_kernels and (cache.keys[0].dtype == torch.bfloat16 or model.config.llm.block_type != "moe"):
             longest = -(-model.config.llm.max_sequence_length // limits.page_size)
-            return GraphDecoder(model, cache, limits.max_running, min(longest, pages))
-        return PlainDecoder(model, cache)
+            return GraphDecoder(model, cache, limits.max_running, min(longest, pages), points)
+        return PlainDecoder(model, cache, points)
 
 
 def _free(device: torch.device) -> int:

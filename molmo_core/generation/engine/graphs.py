@@ -9,6 +9,7 @@ import torch
 
 from molmo_core.generation.engine.blocks import FusedBlocks, blocks_of
 from molmo_core.generation.engine.paged import PagedCache, Stored, attend_pages
+from molmo_core.generation.engine.point_slots import PointSlots
 from molmo_core.generation.engine.sampler import Scores
 from molmo_core.nn.llm import Pass
 
@@ -80,8 +81,10 @@ class DecodeState:
 class DecodeGraphs:
     """The decoding step of a model, on a GPU captured for each size of a batch when it is first needed."""
 
-    def __init__(self, model: Any, cache: PagedCache, rows: int, pages: int):
-        self.model, self.cache = model, cache
+    def __init__(self, model: Any, cache: PagedCache, rows: int, pages: int, points: PointSlots | None = None):
+        self.model, self.cache, self.points = model, cache, points
+        self._version = 0
+        """Of what the points are chosen from, in the graphs."""
         self.sizes = [size for size in SIZES if size < rows] + [rows]
         self.state = DecodeState(rows, pages, next(model.parameters()).device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Scores]] = {}
@@ -98,6 +101,7 @@ class DecodeGraphs:
         size = self.size_of(rows)
         if not self._cuda:
             return _first(self._step(size), rows)
+        self._forget_outdated()
         if size not in self._graphs:
             self.capture(size)
         graph, scores = self._graphs[size]
@@ -106,9 +110,11 @@ class DecodeGraphs:
 
     def capture(self, size: int) -> None:
         """Compiles (once for one row, once for several) and captures the step of a batch. The state is as it was afterwards."""
+        self._forget_outdated()
         packet, newest = self.state.packet, self.state.newest
-        kept = packet.clone(), newest.clone()
-        packet.zero_()  # nobody's page takes what is written meanwhile
+        kept = packet.clone()
+        packet.zero_()  # nobody's page and slot take what is written meanwhile
+        packet[:size] = len(newest) - 1
         packet[2 * size : 3 * size] = 1
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -121,16 +127,27 @@ class DecodeGraphs:
             scores = self._step(size)
         self._pool = graph.pool()
         self._graphs[size] = graph, scores
-        packet.copy_(kept[0])
-        newest.copy_(kept[1])
+        packet.copy_(kept)
+
+    def _forget_outdated(self) -> None:
+        """Graphs with tensors of points that are others now."""
+        if self.points is not None and self.points.version != self._version:
+            torch.cuda.synchronize()  # the last step may still run
+            self._graphs, self._pool, self._version = {}, None, self.points.version
 
     def _step(self, size: int) -> Scores:
         state, cache = self.state, self.cache
         columns = state.packet[: len(state.packet) // self.sizes[-1] * size].view(-1, size)
         slots, positions, lengths, tables = columns[0].long(), columns[1], columns[2], columns[3:].T
         x, pages, offsets = self._open(columns, slots)
+        if self.points is not None:
+            x = x + self.points.feed(slots, state.newest[slots]).to(x.dtype)
         attention = StepAttention(cache, tables, lengths, pages, offsets, parts_of(size * self.model.config.llm.kv_heads))
-        scores = Scores.of(self._blocks.logits(self._blocks(Pass(x[:, None], positions[:, None]), attention)))
+        hidden = self._blocks(Pass(x[:, None], positions[:, None]), attention)
+        logits = self._blocks.logits(hidden)
+        if self.points is not None:
+            self.points.observe(slots, hidden, logits)
+        scores = Scores.of(logits)
         state.newest.index_copy_(0, slots, scores.best)
         return scores
 

@@ -25,12 +25,13 @@ from molmo_core.nn.llm import Pass
 class Runner:
     """A model, its pages and its features."""
 
-    def __init__(self, model: Any, pages: int, page_size: int, feature_bytes: int):
+    def __init__(self, model: Any, pages: int, page_size: int, feature_bytes: int, slots: int):
+        """`pages`, `page_size`: of the cache; `feature_bytes`: of media that are kept; `slots`: answers in work at most."""
         parameter = next(model.parameters())
         self.model, self.device = model, parameter.device
         self.cache = PagedCache(model.config.llm, pages, page_size, parameter.dtype, self.device)
         self.media = MediaEncoder(model, FeatureCache(feature_bytes), self._tensor)
-        self.points = Points(model) if hasattr(model.config, "point_tokens") else None
+        self.points = Points(model, slots) if hasattr(model.config, "point_tokens") else None
         self._blocks = blocks_of(model, self.cache, dynamic=True)
 
     def prompt(self, example: Mapping[str, Any]) -> Prompt:
