@@ -12,7 +12,7 @@ from molmo_core.generation.point_state import PointRows, PointRules, PointStore
 from molmo_core.nn.pointing import PointSources
 
 TOKENS = 4095
-"""Image tokens that there is room for at first (0.2 GB for the released 8B model). With the end of a list they are a multiple of 8, which
+"""Image tokens that there is room for at first (0.1 GB for the released 8B model). With the end of a list they are a multiple of 8, which
 matrix products like."""
 
 
@@ -26,7 +26,8 @@ class PointSlots:
     def __init__(self, model: Any, slots: int):
         """`slots`: answers in work at most."""
         self.rules = PointRules(model.point_predictor, model.point_embedding, model.config.point_tokens)
-        self.store = PointStore.empty(model.point_predictor, TOKENS, model.config.most_patches)
+        images = model.config.mm_preprocessor  # windows of videos are wider: the first one makes room
+        self.store = PointStore.empty(model.point_predictor, TOKENS, images.pooling_h * images.pooling_w)
         self.version = 0
         self._free = np.ones(TOKENS, bool)
         self._rows = torch.zeros(slots + 1, len(PointRows._fields), dtype=torch.int64, device=self.store.owners.device)
@@ -67,9 +68,9 @@ class PointSlots:
         self._rows[slot] = torch.cat(rows)
 
     def _grow(self, missing: int, patches: int) -> None:
-        """Room for so many image tokens more, at least twice as many as now; none: for wider ones."""
+        """Room for so many image tokens more, or half as many as there is; 0: for wider ones."""
         count, unit = len(self._free), TOKENS + 1
-        tokens = -(-(count + max(missing, count) + 1) // unit) * unit - 1 if missing else count
+        tokens = -(-(count + max(missing, count // 2) + 1) // unit) * unit - 1 if missing else count
         store = PointStore.empty(self.rules.predictor, tokens, patches)
         for new, old in zip(store, self.store):  # the end of a list, behind them, is there already
             new[tuple(slice(size) for size in (count, *old.shape[1:]))] = old[:count]
