@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batches import RandomLoader, tiny_config
+from batches import RandomLoader, tiny_config, tiny_model
 
 from molmo_core.nn import loss
 from pipelines.training.adamw import AdamW
@@ -30,9 +30,12 @@ def test_adamw_on_the_gpu_is_that_on_the_cpu(moments):
             optimizer.step()
         states = [optimizer.state[p] for p in parameters]
         results.append([*(p.detach().cpu() for p in parameters), *(s[name].cpu() for s in states for name in ("exp_avg", "exp_avg_sq"))])
-    for a, b in zip(*results):  # the random bits are the same; a division may differ in its last bit
-        assert (a != b).float().mean() < 0.01
-        torch.testing.assert_close(a, b, rtol=0.01, atol=1e-6)
+    for a, b in zip(*results):  # the random bits are the same; float32 may differ in its last bits
+        if a.dtype == torch.bfloat16:
+            assert (a != b).float().mean() < 0.01
+            torch.testing.assert_close(a, b, rtol=0.01, atol=1e-6)
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_norms(tmp_path):
@@ -63,7 +66,8 @@ def test_rows_of_logits(columns):
 def test_a_step_waits_for_nothing_and_compiles_once(tmp_path, precision):
     from torch._dynamo.utils import counters
 
-    config = tiny_config(tmp_path, precision=precision, steps=100)
+    wide = tiny_model(d_model=64, n_heads=4, n_kv_heads=2, head_dim=16)  # FlexAttention's kernels begin with heads of 16
+    config = tiny_config(tmp_path, precision=precision, steps=100, model=wide)
     model = config.model.build_model().cuda()
     if precision == "bf16":
         model.bfloat16()
