@@ -24,7 +24,7 @@ from pipelines.serving.app import serving
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.port import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.parametrize("mlflow_server", ["sqlite"], indirect=True)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.parametrize("mlflow_server", ["sqlite"], indirect=True)]
 TOKENS = 24
 PROMPTS = [f"What is number {i}?" for i in range(6)]
 

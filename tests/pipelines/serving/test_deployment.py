@@ -46,6 +46,7 @@ def api(tiny_checkpoint):
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_several_models(api):
     assert [model.id for model in api.models.list()] == ["one", "scaled"]
@@ -55,6 +56,7 @@ def test_several_models(api):
         ask(api, "third")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_replicas_come_with_the_load(api):
     """With more requests than one replica has places there are two; nobody has to ask for them."""
@@ -67,6 +69,7 @@ def test_replicas_come_with_the_load(api):
             stream.result().close()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_metrics_of_all_processes(api):
     def samples():
@@ -79,6 +82,7 @@ def test_metrics_of_all_processes(api):
     assert {"molmo_requests_total", "molmo_time_to_first_token_seconds_bucket", "molmo_engine_pages_used"} <= names
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_application_of_a_yaml_file(api, tiny_checkpoint, tmp_path):
     """`serve run FILE`, on the cluster that is there; its own arguments win over those of the file that it names."""

@@ -20,7 +20,10 @@ from pipelines.data.batches.plan import Stream
 from pipelines.data.batches.stream import BatchMaker, PlanSource, Sizes, stream_batches
 from pipelines.data.config import DataConfig
 
-slow = pytest.mark.slow
+
+def slow(test):
+    """Some of these look how far ahead a pipeline reads: no other test runs beside them."""
+    return pytest.mark.alone(pytest.mark.slow(test))
 
 
 @pytest.fixture(scope="module")
