@@ -18,6 +18,7 @@ from ray import serve
 
 from molmo_core.config import ConfigError
 from pipelines import cluster
+from pipelines.serving import app as module
 from pipelines.serving.app import app, serving
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.port import free_port
@@ -42,8 +43,13 @@ def api(tiny_checkpoint):
     one = {"model": str(tiny_checkpoint), "name": "one", "max_batch_size": 4, "cpus_per_replica": 0.5}
     scaled = {"model": str(tiny_checkpoint), "name": "scaled", "max_replicas": 2, "max_batch_size": 2, "cpus_per_replica": 0.5}
     config = ServeConfig.from_dict({"models": [one, scaled], "port": free_port()})
-    with cluster.connect(num_cpus=cluster.cpus_for(config.cpus), object_store_memory=256 << 20), serving(config) as url:
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cluster.connect(num_cpus=cluster.cpus_for(config.cpus), object_store_memory=256 << 20),
+    ):
+        patch.setattr(module, "UPSCALE_DELAY_S", 2.0)
+        with serving(config) as url:
+            yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 @pytest.mark.alone
