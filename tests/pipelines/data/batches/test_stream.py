@@ -110,7 +110,7 @@ def test_ray_data_keeps_nothing_of_blocks_that_are_done(cluster, model, good_rec
     monkeypatch.setattr(ray_internals, "forget", counted)
     made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "actors": 1}), model)
     batches = iter(made)
-    for _ in range(320):  # 40 blocks of eight steps
+    for _ in range(240):  # 30 blocks of eight steps
         next(batches)
     batches.close()
     assert 0 < max(kept) < 25
