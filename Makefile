@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED ?= 0
+# Some machines set it; every process of a cluster would compile all of this project's modules again.
+unexport PYTHONDONTWRITEBYTECODE
 DEMO ?= demo
 
 .PHONY: help demo demo-scenes playground serve mlflow check test lint clean
@@ -50,7 +52,8 @@ check: lint  ## lint, types and the fast tests (about 10 minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test: check  ## lint, types and all tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "slow and alone"
 
 clean:  ## remove the virtual environment and everything the runs wrote
 	rm -rf $(VENV) runs

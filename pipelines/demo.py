@@ -6,7 +6,6 @@ import json
 import logging
 import mimetypes
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from pipelines.registry.register import register
 from pipelines.serving import client
 from pipelines.serving.app import serving
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.port import free_port
 from pipelines.training.config import TrainConfig
 from pipelines.training.trainer import TrainResult, run_training
 
@@ -174,12 +174,6 @@ def quiet() -> None:
 def stage(name: str, what: str) -> None:
     console.print()
     console.rule(f"[bold]{name}[/bold]  {what}", align="left")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def closing_words(config: DemoConfig, summary: dict[str, Any]) -> str:

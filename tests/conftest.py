@@ -11,6 +11,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # as pipelines/__init__.py, which a test may import after Ray
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Ray gives its workers the niceness 15: beside another test, which does not, they hardly get a core.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 

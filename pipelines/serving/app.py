@@ -29,6 +29,8 @@ APPLICATION = "molmo"
 OTHER_REQUESTS = 1024
 MARGIN_S = 60.0
 """How much later than a frontend Serve itself gives up, if a frontend does not."""
+UPSCALE_DELAY_S = 30.0
+"""How long there must be more requests than a model's replicas have places for before there is another replica (Serve's default)."""
 
 
 def build(config: ServeConfig) -> serve.Application:
@@ -97,7 +99,7 @@ def _replicas(one: ServeConfig) -> dict[str, Any]:
     if one.max_replicas is None:
         return {"num_replicas": one.replicas}
     scaling = {"min_replicas": one.replicas, "max_replicas": one.max_replicas, "target_ongoing_requests": one.max_batch_size}
-    return {"autoscaling_config": scaling}
+    return {"autoscaling_config": {**scaling, "upscale_delay_s": UPSCALE_DELAY_S}}
 
 
 def _deploy(config: ServeConfig, page: dict[str, PageFile], keys: list[bytes]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import random
 import socket
 
 from molmo_core.config import ConfigError
@@ -21,7 +23,9 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on at the moment."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on at the moment, below those that systems hand out: nobody is given it before it is used."""
+    for port in random.Random().sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(ConfigError):
+            check_port(host, port)
+            return port
+    raise ConfigError(f"serve: no free port was found on {host}")

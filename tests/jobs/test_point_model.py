@@ -1,7 +1,6 @@
 """MolmoPoint from records to answers: trained a little, evaluated, registered, served; its points arrive as text and as data."""
 
 import json
-import socket
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ from pipelines.data.preparation.train_tokenizer import train_tokenizer
 from pipelines.serving import client
 from pipelines.serving.app import serving
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.port import free_port
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -62,10 +62,7 @@ def test_train_evaluate_register_serve(records, own_database, tmp_path):
         assert report["types"]["pointing"]["questions"] == PICTURES
         predicted = pq.read_table(tmp_path / "evaluation/predictions").to_pylist()
         run(register, ROOT / "configs/register/own.yaml", f"checkpoint={model}", "name=tiny-point")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        with serving(ServeConfig(model="models:/tiny-point@champion", port=port, max_new_tokens=24)) as url:
+        with serving(ServeConfig(model="models:/tiny-point@champion", port=free_port(), max_new_tokens=24)) as url:
             answers = {row["image"]: answered(url, row) for row in map(json.loads, records.read_text().splitlines())}
     # What it was taught, within the 5 % of the width that the metric asks for; clients read what evaluation was given.
     assert report["types"]["pointing"]["score"] >= 0.75

@@ -93,7 +93,7 @@ def test_books_balance_and_rejects_are_listed(cluster, tmp_path):
 @pytest.mark.slow
 def test_held_out_records_are_evaluated(cluster, tiny_checkpoint, tmp_path):
     path = records(tmp_path, good=40)
-    report = prepare(config(path, tmp_path / "out", shard_rows=16, model=tiny_checkpoint, **{"split.test": 0.2}))
+    report = prepare(config(path, tmp_path / "out", shard_rows=16, actors=1, model=tiny_checkpoint, **{"split.test": 0.2}))
     held_out = open_records(str(tmp_path / "out/test.part.json"))
     assert report["rows_in"] + report["rows_held_out"] == 40
     assert len(PreparedDataset(tmp_path / "out")) == report["rows_out"] == 40 - len(held_out)
@@ -111,24 +111,28 @@ def test_a_bad_source_stops_the_run(cluster, tmp_path):
         prepare(config(path, tmp_path / "out", shard_rows=10, max_reject_rate=0.1))
     assert pq.read_table(tmp_path / "out" / "rejected.parquet").num_rows > 10
     assert not (tmp_path / "out" / "report.json").exists()
-    assert prepare(config(path, tmp_path / "out", shard_rows=10, max_reject_rate=0.5))["rows_rejected"] == 30, "a laxer limit continues"
+    assert prepare(config(path, tmp_path / "out", shard_rows=10, max_reject_rate=0.5, actors=1))["rows_rejected"] == 30, (
+        "a laxer limit continues"
+    )
 
 
 @pytest.mark.slow
 def test_media_that_were_missing_are_tried_again(cluster, tmp_path):
     path = records(tmp_path, good=10, bad=130)
     with pytest.raises(TooManyRejected, match="they are tried again"):
-        prepare(config(path, tmp_path / "out", shard_rows=20, max_reject_rate=0.2))
+        prepare(config(path, tmp_path / "out", shard_rows=20, max_reject_rate=0.2, actors=1))
     for row in map(json.loads, path.read_text().splitlines()):
         Image.new("RGB", (30, 20)).save(tmp_path / row["image"])
-    assert prepare(config(path, tmp_path / "out", shard_rows=20, max_reject_rate=0.2))["rows_out"] == 140
+    assert prepare(config(path, tmp_path / "out", shard_rows=20, max_reject_rate=0.2, actors=1))["rows_out"] == 140
 
 
 @pytest.mark.slow
-def test_changed_records_are_noticed(cluster, tmp_path):
+def test_another_preparation_is_not_overwritten(cluster, tmp_path):
     path = records(tmp_path, good=5)
     report = prepare(config(path, tmp_path / "out"))
     assert prepare(config(path, tmp_path / "out")) == report, "nothing to do: the report stays"
+    with pytest.raises(ConfigError, match=r"holds another preparation \(seed changed\)"):
+        prepare(config(path, tmp_path / "out", seed=1))
     path.write_text(path.read_text().replace("Noise", "Voice"))
     with pytest.raises(ConfigError, match=r"holds another preparation \(the records changed\)"):
         prepare(config(path, tmp_path / "out"))
@@ -138,14 +142,6 @@ def test_changed_records_are_noticed(cluster, tmp_path):
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(ConfigError, match=wrong.split("=")[0]):
         PrepareConfig.load(RECIPE, [wrong])
-
-
-@pytest.mark.slow
-def test_another_preparation_is_not_overwritten(cluster, tmp_path):
-    path = records(tmp_path, good=5)
-    prepare(config(path, tmp_path / "out"))
-    with pytest.raises(ConfigError, match=r"holds another preparation \(seed changed\)"):
-        prepare(config(path, tmp_path / "out", seed=1))
 
 
 @pytest.mark.slow

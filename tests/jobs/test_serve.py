@@ -21,15 +21,14 @@ from molmo_core.config import ConfigError
 from pipelines.serving import client
 from pipelines.serving.app import serving
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.port import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow
 def test_serves_until_it_is_stopped(tiny_checkpoint, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     key = "a-key-of-a-test-0123456789"
     (tmp_path / "keys").write_text(key)
     (tmp_path / "keys").chmod(0o600)

@@ -1,7 +1,9 @@
 """Jobs as a cluster's users start them: `ray job submit --working-dir . -- python -m jobs.train ...`, on a cluster of the test's own."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,12 +24,15 @@ RAY = Path(sys.executable).parent / "ray"
 
 
 def free_ports(count):
-    """Ports that were free a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Ports that were free a moment ago, below those that the system and above those that Ray hands out: nobody is given one meanwhile."""
+    free = []
+    for port in random.Random(os.getpid()).sample(range(20_000, 32_000), 1000):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            free.append(port)
+        if len(free) == count:
+            break
+    return free
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,7 @@ with cluster.connect(num_cpus=1, object_store_memory=128 << 20):
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_cluster_that_somebody_else_started_here_is_not_joined():
     """`ray start` leaves the address of its cluster in a file; here nothing answers at it."""
@@ -73,6 +74,7 @@ def test_a_cluster_that_somebody_else_started_here_is_not_joined():
     assert (done.returncode, done.stdout.strip()) == (0, "1.0"), done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_cluster_of_its_own_is_used_by_inner_jobs_and_shut_down(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -104,6 +106,7 @@ with cluster.connect(num_cpus=1, object_store_memory=128 << 20):
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_nothing_outlives_a_process_that_is_killed_by_30_s():
     """Ray's agents would, by a minute."""

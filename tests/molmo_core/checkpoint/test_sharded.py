@@ -1,6 +1,5 @@
 """Checkpoints and generation of a model that is sharded over two processes."""
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -28,9 +27,9 @@ def build_molmo2(golden: Path, seed: int) -> ModelBase:
     return Molmo2Config.from_dict(our_config(str(golden / "tokenizer"), "olmo", True)).build_model().eval()
 
 
-def two_processes(rank: int, port: int, golden: Path, folder: Path, end: int) -> None:
+def two_processes(rank: int, golden: Path, folder: Path, end: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model = build(golden, seed=rank + 1)  # other weights than the checkpoint's, on each rank
     model.apply_fsdp2()
     load_checkpoint(model, folder / "single")
@@ -58,10 +57,7 @@ def test_sharded_models_load_generate_and_save(golden, tmp_path):
     end = next(token for token in free[0] if token not in free[1])
     expected = [single.generate(torch.tensor(p), max_new_tokens=8, eos_token_id=end).token_ids[0].tolist() for p in PROMPTS]
     assert len(expected[0]) < len(expected[1])
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(two_processes, args=(port, golden, tmp_path, end), nprocs=2)
+    mp.spawn(two_processes, args=(golden, tmp_path, end), nprocs=2)
     for name, model in (("gathered", single), ("published-gathered", molmo2)):
         loaded = load_model(tmp_path / name, dtype=torch.float32).state_dict()
         assert loaded.keys() == model.state_dict().keys()

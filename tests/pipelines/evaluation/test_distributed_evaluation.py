@@ -101,7 +101,7 @@ def test_a_killed_evaluation_continues_and_finds_the_same(connected, tiny_model,
 
 
 def test_limit(connected, tiny_checkpoint, records, tmp_path):
-    assert evaluate(config(tiny_checkpoint, records, tmp_path, limit=2)).figures["questions"] == 4
+    assert evaluate(config(tiny_checkpoint, records, tmp_path, limit=2, workers=1)).figures["questions"] == 4
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -110,8 +110,8 @@ def test_nothing_that_could_be_scored_is_an_error(connected, tiny_checkpoint, tm
     (tmp_path / "r.jsonl").write_text("\n".join(lines))
     told = rf"{count} of {count} records rejected, more than max_reject_rate=0.01 allows \({count} x media: missing file"
     with pytest.raises(ConfigError, match=told):
-        evaluate(config(tiny_checkpoint, tmp_path / "r.jsonl", tmp_path / "out"))
+        evaluate(config(tiny_checkpoint, tmp_path / "r.jsonl", tmp_path / "out", workers=1))
     for i in range(count):
         Image.new("RGB", (30, 20)).save(tmp_path / f"missing{i}.png")
-    report = evaluate(config(tiny_checkpoint, tmp_path / "r.jsonl", tmp_path / "out"))
+    report = evaluate(config(tiny_checkpoint, tmp_path / "r.jsonl", tmp_path / "out", workers=1))
     assert report.figures["questions"] == count, "media that come late are asked for again"

@@ -23,7 +23,7 @@ from pipelines.serving import client
 from pipelines.serving.app import APPLICATION, serving
 from pipelines.serving.config import ServeConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

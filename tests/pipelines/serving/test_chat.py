@@ -333,7 +333,7 @@ def check_refusal(error: ApiError | None) -> None:
         assert len(json.dumps(error.body(), ensure_ascii=False).encode()) < 4000
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.one_of(BODIES, VALUES))
 def test_no_body_is_the_fault_of_the_server(fuzzed, body):
     check_refusal(outcome(fuzzed, body))
@@ -347,7 +347,7 @@ def bodies(draw):
     return method, base | draw(st.dictionaries(st.sampled_from(sorted(kind.model_fields)), VALUES, max_size=3))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(bodies())
 def test_no_field_is_the_fault_of_the_server(fuzzed, asked):
     method, body = asked
@@ -358,7 +358,7 @@ JSON_BYTES = VALUES.map(lambda value: json.dumps(value).encode())
 ANY_BYTES = st.binary(max_size=60) | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass"))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(JSON_BYTES | ANY_BYTES)
 def test_no_bytes_are_the_fault_of_the_server(fuzzed, data):
     try:

@@ -18,6 +18,7 @@ from ray import serve
 
 from molmo_core.config import ConfigError
 from pipelines import cluster
+from pipelines.serving import app as module
 from pipelines.serving.app import app, serving
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.port import free_port
@@ -42,10 +43,16 @@ def api(tiny_checkpoint):
     one = {"model": str(tiny_checkpoint), "name": "one", "max_batch_size": 4, "cpus_per_replica": 0.5}
     scaled = {"model": str(tiny_checkpoint), "name": "scaled", "max_replicas": 2, "max_batch_size": 2, "cpus_per_replica": 0.5}
     config = ServeConfig.from_dict({"models": [one, scaled], "port": free_port()})
-    with cluster.connect(num_cpus=cluster.cpus_for(config.cpus), object_store_memory=256 << 20), serving(config) as url:
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cluster.connect(num_cpus=cluster.cpus_for(config.cpus), object_store_memory=256 << 20),
+    ):
+        patch.setattr(module, "UPSCALE_DELAY_S", 2.0)
+        with serving(config) as url:
+            yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_several_models(api):
     assert [model.id for model in api.models.list()] == ["one", "scaled"]
@@ -55,6 +62,7 @@ def test_several_models(api):
         ask(api, "third")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_replicas_come_with_the_load(api):
     """With more requests than one replica has places there are two; nobody has to ask for them."""
@@ -67,6 +75,7 @@ def test_replicas_come_with_the_load(api):
             stream.result().close()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_metrics_of_all_processes(api):
     def samples():
@@ -79,6 +88,7 @@ def test_metrics_of_all_processes(api):
     assert {"molmo_requests_total", "molmo_time_to_first_token_seconds_bucket", "molmo_engine_pages_used"} <= names
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_application_of_a_yaml_file(api, tiny_checkpoint, tmp_path):
     """`serve run FILE`, on the cluster that is there; its own arguments win over those of the file that it names."""

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent.parent
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_malformed_requests_harm_nobody():
     command = [sys.executable, str(ROOT / "benchmarks/serve_fuzz.py"), "--requests", "400"]

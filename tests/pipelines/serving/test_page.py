@@ -20,7 +20,7 @@ from tests.pipelines.serving.taught import PICTURES, POINTED, STORY, picture, ta
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api")
 playwright.expect.set_options(timeout=30_000)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium")]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.skipif(BROWSER is None, reason="no Chromium")]
 NAME = "document.activeElement.getAttribute('aria-label') || document.activeElement.innerText.split('\\n')[0]"
 CONTRASTS = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});

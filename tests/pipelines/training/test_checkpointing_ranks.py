@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import socket
 from pathlib import Path
 
 import pytest
@@ -41,11 +40,10 @@ def alone_with_torch():
     preemption.ASK_S = float("inf")
 
 
-def rank_of_two(rank, folder, port):
+def rank_of_two(rank, folder):
     """Three starts of one run, one after the other in the same process; what each told is in `<rank>.json`."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     alone_with_torch()
     told = [start(folder, steps=2)]
     if rank == 1:
@@ -91,9 +89,7 @@ def start(folder, steps, loader=RandomLoader, **changes):
 
 
 def test_what_befalls_one_rank_is_known_to_both(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    mp.spawn(rank_of_two, (str(tmp_path), port), nprocs=2)
+    mp.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         told = json.loads((tmp_path / f"{rank}.json").read_text())
         first, full, damaged, poisoned = told["starts"]
@@ -109,11 +105,10 @@ def test_what_befalls_one_rank_is_known_to_both(tmp_path):
         assert poisoned["error"] is None
 
 
-def rank_of_some(rank, world, replicate, folder, port, steps):
+def rank_of_some(rank, world, replicate, folder, steps):
     """Goes on with a run, on `world` ranks in `replicate` groups; the first one's losses are in `losses_<steps>.json`."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous_{steps}", rank=rank, world_size=world)
     alone_with_torch()
     events = Recorder()
     parallel, ema = ParallelConfig(replicate=replicate), EmaConfig(decay=0.5)
@@ -140,9 +135,7 @@ def test_a_run_moves_from_two_ranks_to_one_to_three_and_to_two_groups_of_two(tmp
         if world == 1:
             found |= alone("moved", steps)
             continue
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        mp.spawn(rank_of_some, (world, replicate, str(tmp_path), port, steps), nprocs=world)
+        mp.spawn(rank_of_some, (world, replicate, str(tmp_path), steps), nprocs=world)
         found |= {int(step): loss for step, loss in json.loads((tmp_path / f"losses_{steps}.json").read_text()).items()}
     assert list(found) == list(range(1, 9))
     assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)

@@ -16,7 +16,7 @@ from pipelines.training import recorder as module
 from pipelines.training.recorder import Recorder
 from pipelines.training.storage import Storage
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 class Server:

@@ -1,7 +1,6 @@
 """Whatever the workers share out, loss and gradients are those of one process. Processes of torch.distributed, without Ray."""
 
 import dataclasses
-import socket
 
 import numpy as np
 import pytest
@@ -100,9 +99,10 @@ def step(case, workers):
     return values | gradients | {f"merged {name}": weight for name, weight in weights.items()}
 
 
-def worker(rank, port, cases, workers, out):
+def worker(rank, cases, workers, out):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    # Through a file: a port would have to be free until all processes have loaded torch.
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=workers)
     for name, case in cases.items():
         result = step(case, workers)
         if rank == 0:
@@ -115,15 +115,12 @@ def worker(rank, port, cases, workers, out):
     ("workers", "cases"), [(2, CASES | LONG), pytest.param(4, LONG | HYBRID, marks=pytest.mark.slow)], ids=["2 workers", "4 workers"]
 )
 def test_loss_and_gradients_are_those_of_one_process(workers, cases, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     if workers == 2:
         base = str(tmp_path / "base")
         config_of({}, 1).model.build_model().save_checkpoint(base)
         adapters = {"base": base}
         cases = cases | {"adapters": adapters, "adapters, a unit a block": {"unit_blocks": 1} | adapters}
-    mp.spawn(worker, (port, cases, workers, str(tmp_path)), nprocs=workers)
+    mp.spawn(worker, (cases, workers, str(tmp_path)), nprocs=workers)
     whole, adapted = step({}, 1), step(adapters, 1) if workers == 2 else None
     for name, case in cases.items():
         expected = adapted if "base" in case else whole

@@ -20,7 +20,10 @@ from pipelines.data.batches.plan import Stream
 from pipelines.data.batches.stream import BatchMaker, PlanSource, Sizes, stream_batches
 from pipelines.data.config import DataConfig
 
-slow = pytest.mark.slow
+
+def slow(test):
+    """Some of these look how far ahead a pipeline reads: no other test runs beside them."""
+    return pytest.mark.alone(pytest.mark.slow(test))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def test_ray_data_keeps_nothing_of_blocks_that_are_done(cluster, model, good_rec
     monkeypatch.setattr(ray_internals, "forget", counted)
     made = loader(DataConfig.from_dict({"datasets": {"x": {"path": str(good_records)}}, "actors": 1}), model)
     batches = iter(made)
-    for _ in range(320):  # 40 blocks of eight steps
+    for _ in range(240):  # 30 blocks of eight steps
         next(batches)
     batches.close()
     assert 0 < max(kept) < 25

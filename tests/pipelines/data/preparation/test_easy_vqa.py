@@ -11,7 +11,10 @@ from pipelines.data.preparation import easy_vqa
 
 @pytest.fixture(scope="module")
 def official_test():
-    return easy_vqa.records("test")
+    """All questions of the split, which are counted here; where the figures are takes longest to find, and is not asked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(easy_vqa, "centre", lambda pixels: (50.0, 50.0))
+        return easy_vqa.records("test")
 
 
 def test_official_split(official_test):
@@ -34,8 +37,8 @@ def test_figures_agree_with_the_questions(official_test):
     assert checked > 500
 
 
-def test_point_lies_on_the_figure(official_test):
-    for record in official_test[:100]:
+def test_point_lies_on_the_figure():
+    for record in easy_vqa.records("test", 100):
         pixels = np.asarray(Image.open(record["image"]).convert("RGB")).astype(int)
         x, y = record["metadata"]["point"]
         height, width = pixels.shape[:2]
