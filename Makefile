@@ -24,8 +24,9 @@ $(VENV)/.scenes: $(VENV)/.demo
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[scenes]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dev: $(VENV)/.demo benchmarks/requirements-lmms-eval.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --upgrade --target $(VENV)/lmms-eval -r benchmarks/requirements-lmms-eval.txt
 	@touch $@
 
 demo: $(VENV)/.demo  ## prepare, train, evaluate, register, serve and ask, end to end on a laptop

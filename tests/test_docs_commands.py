@@ -85,6 +85,8 @@ def check(words: list[str]) -> None:
     elif name.endswith(("python", "python3")) and rest[0] == "-m" and rest[1].split(".")[0] in ("benchmarks", "pytest"):
         module = rest[1].replace(".", "/")
         assert rest[1] == "pytest" or (ROOT / f"{module}.py").is_file()
+    elif name.endswith(("python", "python3")) and rest[:2] == ["-m", "lmms_eval"]:  # run by test_lmms_eval.py
+        assert rest[rest.index("--model") + 1] in ("molmo", "async_openai")
     elif name.endswith(("python", "python3")):
         assert (ROOT / rest[0]).is_file(), f"{rest[0]} does not exist"
     elif name == "molmo":

@@ -62,7 +62,7 @@ class EngineAnswers:
         waiting: collections.deque[list[_Answer]] = collections.deque()
         working: dict[Request, _Answer] = {}
         for prompts in _ahead(records):
-            waiting.append([_Answer(prompt, self.params) for prompt in prompts])
+            waiting.append([_Answer(prompt, self.params_of(prompt)) for prompt in prompts])
             for one in waiting[-1]:
                 self._add(one, working)
             while self.engine.active >= FULL * self.engine.limits.max_running:
@@ -72,6 +72,10 @@ class EngineAnswers:
         while self.engine.active:
             self._step(working)
         yield from map(self._result, waiting)
+
+    def params_of(self, prompt: Example) -> SamplingParams:
+        """How a prompt is answered: all alike here."""
+        return self.params
 
     def _add(self, one: _Answer, working: dict[Request, _Answer]) -> None:
         try:
