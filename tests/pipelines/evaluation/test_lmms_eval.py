@@ -71,7 +71,7 @@ def run(task, out, *arguments):
 def test_both_ways_give_the_same(task, tiny_checkpoint, tmp_path):
     ours, answers = run(task, tmp_path / "engine", "--model", "molmo", "--model_args", f"model={tiny_checkpoint}")
     assert ours == pytest.approx(QUESTIONS / 2 / (QUESTIONS + 1))
-    assert answers[-1].startswith("[LMMS_EVAL_REQUEST_FAILED] the prompt has")
+    assert answers[-1].startswith("[LMMS_EVAL_REQUEST_FAILED] the prompt is")
     assert len(set(answers)) == QUESTIONS + 1
 
     config = ServeConfig(model=str(tiny_checkpoint), name="tiny", port=free_port())
