@@ -208,7 +208,7 @@ def batch_of(config: TrainConfig, numbers: list[int], arguments: argparse.Namesp
 
 
 def steps(part: str, parallel: ParallelConfig, device: torch.device, arguments: argparse.Namespace, **lever: Any) -> dict[str, Any]:
-    """Seconds of a step of one row a rank, or of one over all of them."""
+    """Seconds of a step of `--rows` rows a rank, or of one over all of them."""
     began = time.perf_counter()
     changes: dict[str, Any] = {"activation_checkpointing": arguments.recompute, "device_batch_size": arguments.rows}
     if parallel.context > 1:

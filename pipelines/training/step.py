@@ -62,7 +62,7 @@ class TrainStep:
 
         return self._update(number, before)
 
-    @torch.no_grad()  # parts of sharded gradients are asked for: with gradients of their own that takes five times as long
+    @torch.no_grad()  # else every part of a sharded gradient that is asked for gets a place in the graph of autograd
     def _update(self, number: int, before: dict[Any, Any]) -> Taken:
         """What follows the backward passes."""
         config, optimizer = self.config, self.optimizer
