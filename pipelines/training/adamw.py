@@ -83,7 +83,7 @@ class AdamW(torch.optim.Optimizer):
         adamw(addresses, aligned, self._chunks[1], numbers, seeds, self.moments == torch.bfloat16)
 
     def _part(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a weight or moment, which are changed in place only: asking 2,000 sharded tensors in every step keeps the host."""
+        """This rank's part of a weight or moment, changed in place only: to ask 2,000 of them in every step keeps the host."""
         if tensor not in self._parts:
             self._parts[tensor] = local(tensor)
         return self._parts[tensor]
