@@ -123,6 +123,37 @@ def test_a_step_wakes_the_event_loop_once(host, engine):
     assert asyncio.run(main()) < 120, "200 tokens"
 
 
+def test_with_many_answers_several_tokens_travel_together(host, engine, monkeypatch):
+    monkeypatch.setattr("pipelines.serving.host.TELL_S", 0.05)
+
+    async def main():
+        pieces = []
+        answers = await asyncio.gather(host.answer(Count(300), pieces.append), collect(host, Count(1)), collect(host, Count(40)))
+        assert [token for piece in pieces for token in piece.tokens] == list(range(1, 301))
+        assert answers[1:] == [([1], "length"), (list(range(1, 41)), "length")]
+        return len(pieces)
+
+    assert asyncio.run(main()) < 100, "300 tokens"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_ended_before_the_engine_failed_is_told(host, engine, monkeypatch):
+    monkeypatch.setattr("pipelines.serving.host.TELL_S", 1000.0)
+
+    async def main():
+        long = asyncio.create_task(collect(host, Count(10**6)))
+        await until(lambda: engine.tokens > 0)
+        three = Count(3)
+        short = asyncio.create_task(collect(host, three))
+        await until(lambda: three.given == 3)
+        engine.broken = True
+        assert await short == ([1, 2, 3], "length")
+        with pytest.raises(ApiError, match="stopped"):
+            await long
+
+    asyncio.run(main())
+
+
 def test_a_full_queue_refuses_at_once_and_works_again(host, engine):
     async def main():
         engine.gate.clear()
