@@ -4,6 +4,7 @@
     python benchmarks/decode.py --compare --peer      # and without graphs, without running ahead, and transformers' static cache
     python benchmarks/decode.py --profile             # and where a step's time goes
     python benchmarks/decode.py --float8              # and with weights in float8, and how often the most probable token is the same one
+    python benchmarks/decode.py --speculate 4         # and with tokens proposed by prompt lookup
     python benchmarks/decode.py --tiny                # on any CPU: checks the script
 
 Decoding is timed while all answers are in work: from the step after the last prompt was read to the end of the first answer,
@@ -16,6 +17,10 @@ token to the same weights in float8, and (`again`) to the same model one answer 
 weights are flat, the second token close behind the first, so that rounding changes the first one far more often than in a trained model;
 `agreement_clear` counts positions where the lead is more than other kernels change (see agreement.py). It says how the errors of float8
 compare with those of bfloat16, not how well a trained model answers.
+
+`--speculate` shows the two ends: `drawn`, answers of random weights, for which hardly a proposal is right; and `repeating`, the same with
+embeddings so large that every token is followed by itself, so that all proposals are right but the first ones. `tokens_per_step` is of one
+answer, over all of its steps. How many are right for a trained model depends on what it is asked; nothing here says.
 """
 
 from __future__ import annotations
@@ -61,6 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--float8", action="store_true", help="in the end the same with weights in float8, and most probable tokens compared"
     )
+    parser.add_argument("--speculate", type=int, default=0, metavar="K", help="then with so many proposed tokens at most, 0: not")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu")
     if arguments.tiny:
@@ -96,6 +102,11 @@ def main() -> None:
         engine = None  # type: ignore[assignment]
         free()
         peer(model, rng, arguments)
+    if arguments.speculate:
+        engine = None  # type: ignore[assignment]
+        free()
+        speculation(model, rng, arguments)
+        free()
     if arguments.float8:
         engine = None  # type: ignore[assignment]
         free()
@@ -124,6 +135,18 @@ def float8(model: Any, rng: np.random.RandomState, arguments: argparse.Namespace
     profiles(engine, rng, arguments)
     others = {f"float8, {ANSWERS} answers together": together, "float8, one at a time": alone}
     show({"compared": f"random weights, with {dtype}, {ANSWERS} answers together"} | compared(first, again, others))
+
+
+def speculation(model: Any, rng: np.random.RandomState, arguments: argparse.Namespace) -> None:
+    """With proposed tokens, of which hardly any are right, and nearly all."""
+    engine = Engine(model, limits_of(arguments, speculate=arguments.speculate))
+    engine.warm_up()
+    embedding = model.transformer.wte.embedding.data
+    kept = embedding.clone()
+    rounds(engine, model, rng, arguments, arguments.rounds, {"speculate": arguments.speculate, "answers": "drawn"})
+    embedding *= 100
+    rounds(engine, model, rng, arguments, arguments.rounds, {"speculate": arguments.speculate, "answers": "repeating"})
+    embedding.copy_(kept)
 
 
 def limits_of(arguments: argparse.Namespace, **changes: Any) -> EngineLimits:
@@ -160,19 +183,17 @@ def request(config: Any, rng: np.random.RandomState, arguments: argparse.Namespa
     return Request(example, SamplingParams(max_tokens=new, ignore_eos=True, temperature=arguments.temperature, seed=0))
 
 
-def rounds(engine: Engine, model: Any, rng: np.random.RandomState, arguments: argparse.Namespace, count: int) -> None:
-    """Medians of so many rounds for every batch, after one that does not count."""
+def rounds(
+    engine: Engine, model: Any, rng: np.random.RandomState, arguments: argparse.Namespace, count: int, about: dict[str, Any] | None = None
+) -> None:
+    """Medians of so many rounds for every batch, after one that does not count; `about`: more of what is measured."""
     graphs = isinstance(engine.decoder, GraphDecoder)
     for batch in arguments.batch:
         results = [measure(engine, model.config, rng, batch, arguments.new, arguments) for _ in range(count + 1)][1:]
         line: dict[str, Any] = {key: round(statistics.median(r[key] for r in results), 4) for key in results[0]}
-        line |= {
-            "batch": batch,
-            "text": arguments.text,
-            "float8": isinstance(model.transformer.blocks[0].ff_out, Float8Linear),
-            "graphs": graphs,
-            "overlap": graphs and engine.limits.overlap,
-        }
+        line |= {"batch": batch, "text": arguments.text, "graphs": graphs}
+        line |= {"overlap": graphs and engine.limits.overlap and engine.speculation is None}
+        line |= {"float8": isinstance(model.transformer.blocks[0].ff_out, Float8Linear)} | (about or {})
         if model.device.type == "cuda":
             line |= bound(model, batch, length_of(arguments) + arguments.new / 2, line["decode_tokens_s"])
             line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
@@ -184,6 +205,7 @@ def measure(
 ) -> dict[str, float]:
     """One round of fresh prompts."""
     requests = [request(config, rng, arguments, new) for _ in range(batch)]
+    given, accepted = engine.tokens, engine.speculation.accepted if engine.speculation else 0
     start = time.perf_counter()
     for one in requests:
         engine.add(one)
@@ -198,7 +220,9 @@ def measure(
                 tokens += bool(began and not ended)
             elif not ended:
                 ended = time.perf_counter()
+    given, accepted = engine.tokens - given, engine.speculation.accepted - accepted if engine.speculation else 0
     return {
+        "tokens_per_step": given / (given - accepted),
         "decode_tokens_s": tokens / (ended - began) if began and ended > began else 0.0,
         "first_token_s": statistics.median(first.values()),
         "prompt_tokens_s": batch * length_of(arguments) / max(first.values()),

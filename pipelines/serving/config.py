@@ -56,6 +56,9 @@ class ServedModel(BaseConfig):
 
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     """Answers that a replica generates at the same time."""
+    speculate: Annotated[int, Field(ge=0, le=16)] = 0
+    """Tokens that are proposed for an answer in a step, if its most probable tokens are taken as they are: those that followed its newest
+    tokens earlier in prompt or answer. For answers that repeat (lists of points, transcriptions); 0 = none. Not for MolmoPoint."""
     batch_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 5.0
     """How long an idle replica waits for more requests before it starts on the first."""
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256

@@ -35,13 +35,13 @@ class Replica:
             collector: who is told of this replica's numbers (`metrics.Collector`); None outside of Serve.
 
         Raises:
-            ValueError: this model, or this device, cannot be quantised as the configuration says.
+            ValueError: this model, or this device, cannot be quantised or speculate as the configuration says.
         """
         device = "cuda" if config.gpus_per_replica else "cpu"
         loaded = load_model(model_folder(model), getattr(torch, config.dtype), device)
         if config.quantization == "float8":
             quantise_blocks(loaded)
-        engine = Engine(loaded, EngineLimits(config.max_batch_size))
+        engine = Engine(loaded, EngineLimits(config.max_batch_size, speculate=config.speculate))
         engine.warm_up()
         self._host = Host(engine, config.max_batch_size + config.max_queued_requests, config.batch_wait_ms / 1000)
         self._outboxes = Outboxes()
