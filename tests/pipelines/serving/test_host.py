@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from molmo_core.generation.engine.requests import End, Token
+from molmo_core.nn.float8 import Float8Linear
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, queue_full
@@ -259,6 +260,12 @@ def test_errors_travel_between_processes():
 @pytest.fixture(scope="module")
 def replica(tiny_checkpoint):
     return Replica(ServeConfig(model=str(tiny_checkpoint), max_batch_size=4, max_queued_requests=20), str(tiny_checkpoint))
+
+
+def test_a_replica_with_weights_in_float8(tiny_checkpoint):
+    replica = Replica(ServeConfig(model=str(tiny_checkpoint), quantization="float8"), str(tiny_checkpoint))
+    blocks = replica._host._engine.model.transformer.blocks
+    assert all(isinstance(block.ff_out, Float8Linear) for block in blocks)
 
 
 def test_a_replica_answers_as_its_model(replica, tiny_model):
