@@ -30,6 +30,8 @@ from pipelines import environment
 _CGROUP = Path("/sys/fs/cgroup")
 CONNECT_TIMEOUT_S = 10
 EXIT_TIMEOUT_S = 10
+JOB_STOP_S = 3
+"""Ray's default of RAY_JOB_STOP_WAIT_TIME_S (ray.dashboard.modules.job.job_supervisor)."""
 
 
 @contextlib.contextmanager
@@ -80,6 +82,16 @@ def reading(results: Iterable[Any]) -> Iterator[Iterator[Any]]:
         yield iterator
     finally:
         iterator.close()  # type: ignore[attr-defined]  # a generator
+
+
+def stop_grace() -> int | None:
+    """Seconds after SIGTERM at which `ray job stop` kills this process and those that it started; None if no `ray job submit` started it.
+
+    Ray hands a submitted job its configuration, and the variables of the process that would stop it, in its environment.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return None
+    return int(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", JOB_STOP_S))
 
 
 # Ends the processes whose ids it is given, if they outlive the process at the other end of its input.

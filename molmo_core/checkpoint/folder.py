@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from molmo_core.config import ConfigError, MissingFile
 
 CONFIG_NAME = "config.yaml"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_BASE = "base_checksums.json"
+"""Beside an adapter_config.json: the adapters are this project's (`checkpoint.adapters`)."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _YAML_SUFFIXES = (".yaml", ".yml")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -59,7 +62,7 @@ def locate(path: str | Path, weights: bool = True) -> Path | Published:
         weights: whether the weights are wanted, too: then a YAML file alone is refused, and those of a hub repository are downloaded.
 
     Returns:
-        The YAML file of a configuration or of an own checkpoint, or the published checkpoint.
+        The YAML file of a configuration or of an own checkpoint, or the published checkpoint. Of a folder with adapters: their base.
 
     Raises:
         CheckpointError: there is no model there; the message says what there is and what to do.
@@ -75,15 +78,34 @@ def locate(path: str | Path, weights: bool = True) -> Path | Published:
         return path
     if (path / CONFIG_NAME).is_file():
         return path / CONFIG_NAME
-    if (path / "adapter_config.json").is_file():
-        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if (base := adapted_base(path, weights)) is not None:
+        return locate(base, weights)
+    if (path / ADAPTER_CONFIG).is_file():
+        name = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise CheckpointError(
-            f"{path}: a PEFT adapter (LoRA) of {base or 'another model'}, not a model of its own. Merge it into that model first "
+            f"{path}: a PEFT adapter (LoRA) of {name or 'another model'}, not a model of its own. Merge it into that model first "
             "(peft: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)) and give the merged folder"
         )
     if (path / "config.json").is_file():
         return Published.read(path)
     raise CheckpointError(f"{path}: neither {CONFIG_NAME} (own checkpoints) nor config.json (published ones) there; {_advice(path)}")
+
+
+def adapted_base(path: Path, weights: bool = True) -> Path | None:
+    """Where the model is that the adapters in a folder were trained on; None if no adapters of this project are there.
+
+    Raises:
+        CheckpointError: it is not where they say.
+    """
+    if not (path / ADAPTER_BASE).is_file() or not (path / ADAPTER_CONFIG).is_file():
+        return None
+    base = str(read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path"))
+    try:
+        return local_folder(base, weights)
+    except CheckpointMissing as error:
+        raise CheckpointMissing(
+            f"{path}: adapters of {base}, which is not there ({error}). Give its place as base_model_name_or_path in {ADAPTER_CONFIG}", base
+        ) from None
 
 
 def local_folder(path: str | Path, weights: bool = True) -> Path:

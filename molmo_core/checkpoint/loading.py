@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from molmo_core.checkpoint.folder import CheckpointError, Published, local_folder, locate
+from molmo_core.checkpoint.adapters import Adapters
+from molmo_core.checkpoint.folder import CheckpointError, Published, adapted_base, local_folder, locate
 from molmo_core.checkpoint.layouts import detect_layout, published_links
 from molmo_core.checkpoint.links import Link, LoadReport, Model, fill, load_tensors, model_tensors, same_names
 from molmo_core.checkpoint.safetensors_stream import SafetensorsReader, model_dtype
@@ -18,7 +19,8 @@ def load_model(path: str | Path, dtype: torch.dtype | str | None = None, device:
     """The model that a path is, with its weights, in eval mode; tokenizer and preprocessing settings come with it (`model.config`).
 
     Reads own checkpoints and the published layouts of Molmo, MolmoE, MolmoPoint and Molmo2 (as released, and as transformers saves
-    them), sharded or not. The model is built without memory and filled tensor by tensor: the peak is the model and one buffer.
+    them), sharded or not, and adapters (`checkpoint.adapters`): their base, with them in its weights. The model is built without
+    memory and filled tensor by tensor: the peak is the model and one buffer.
 
     Args:
         path: a folder, or a hub repository such as `allenai/Molmo-7B-D-0924` (its local cache is used when there).
@@ -30,9 +32,14 @@ def load_model(path: str | Path, dtype: torch.dtype | str | None = None, device:
 
     Raises:
         CheckpointError: no such checkpoint, an unknown layout, pickled weights, tensors that do not fit, or a file that is
-            not as it was written (where the folder has checksums).
+            not as it was written (where the folder has checksums); adapters whose base is another model now.
         ValueError: `dtype` is not a floating-point type.
     """
+    if (adapters := _adapters(path)) is not None:
+        dtype = model_dtype(dtype)
+        model = load_model(adapters.base, dtype if dtype and dtype.itemsize >= 4 else None, device)
+        adapters.merge_into(model_tensors(model))
+        return model.to(dtype)  # a narrower type is rounded to once, after the sum
     dtype, found = model_dtype(dtype), locate(path)
     config = BaseModelConfig.load(found)
     reader = SafetensorsReader(found.folder if isinstance(found, Published) else found.parent)
@@ -62,13 +69,17 @@ def load_checkpoint(model: Model, path: str | Path, strict: bool = True) -> Load
 
     Args:
         model: a model of the same configuration.
-        path: an own checkpoint, a published one (config.json), a hub repository, or a bare safetensors file with own names.
+        path: an own checkpoint, a published one (config.json), adapters, a hub repository, or a bare safetensors file with own names.
         strict: every tensor must be there and be used; False reports what was not.
 
     Raises:
         CheckpointError: naming every missing, unexpected and mis-shaped tensor; or the file is a pickle, or not as it was written
             (where the folder has checksums).
     """
+    if (adapters := _adapters(path)) is not None:
+        report = load_checkpoint(model, adapters.base, strict)
+        adapters.merge_into(model_tensors(model))
+        return report
     path = local_folder(path)
     reader = SafetensorsReader(path)
     return load_tensors(model, reader, checkpoint_links(model, reader, locate(path) if path.is_dir() else path), strict)
@@ -100,6 +111,12 @@ def begin_from(model: _Beginner, path: str | Path) -> None:
         tensors = model_tensors(model)
         for name in report.missing:
             fill(tensors[name], own[name])
+
+
+def _adapters(path: str | Path) -> Adapters | None:
+    """The adapters that a path is; None if it is a model."""
+    folder = Path(path)
+    return None if adapted_base(folder) is None else Adapters(folder)
 
 
 def checkpoint_links(model: Model, reader: SafetensorsReader, found: Path | Published) -> list[Link]:

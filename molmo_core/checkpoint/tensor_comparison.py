@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from molmo_core.checkpoint.folder import CheckpointError, Published, locate
+from molmo_core.checkpoint.adapters import Adapters
+from molmo_core.checkpoint.folder import CheckpointError, Published, adapted_base, locate
 from molmo_core.checkpoint.links import by_native, check_fit, model_tensors, read_native
 from molmo_core.checkpoint.loading import checkpoint_links
 from molmo_core.checkpoint.safetensors_stream import SafetensorsReader
@@ -41,7 +42,7 @@ def compare_tensors(source: str | Path, written: str | Path, left_out: frozenset
     finite numbers, nor lose more than the rounding of that type (numbers below its range).
 
     Args:
-        source: the checkpoint that was exported, of any layout.
+        source: the checkpoint that was exported, of any layout; adapters count with their base.
         written: the export.
         left_out: tensors of the source that the export does not have.
 
@@ -63,9 +64,12 @@ def compare_tensors(source: str | Path, written: str | Path, left_out: frozenset
             wrong.append(f"{name}: missing")
         else:
             compared.append((name, [link]))
+    changes = _changes(Path(source))
     for name, parts in compared:
         native = parts[0].native
         tensor = read_native(tensors[native], source_parts[native], original)
+        for adapters in changes.get(native, ()):
+            tensor += adapters.change(native.removesuffix(".weight")).to(tensor.dtype)
         problem, lost = _damage(tensor, read_native(tensors[native], parts, stored))
         if problem:
             wrong.append(f"{name}: {problem}")
@@ -75,6 +79,17 @@ def compare_tensors(source: str | Path, written: str | Path, left_out: frozenset
         shown = wrong if len(wrong) <= _SHOWN else [*wrong[:_SHOWN], f"... and {len(wrong) - _SHOWN:,} more"]
         raise CheckpointError(f"{len(wrong)} tensor(s) are not what {source} holds\n  " + "\n  ".join(shown))
     return Comparison(len(compared), worst, error)
+
+
+def _changes(source: Path) -> dict[str, list[Adapters]]:
+    """Adapters by the name of the tensor that they change, in the order in which they are merged."""
+    base = adapted_base(source)
+    if base is None:
+        return {}
+    changes, adapters = _changes(base), Adapters(source)
+    for layer in adapters.layers:
+        changes.setdefault(f"{layer}.weight", []).append(adapters)
+    return changes
 
 
 def _reader(found: Path | Published) -> SafetensorsReader:

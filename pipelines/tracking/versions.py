@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils import validation
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from molmo_core.checkpoint.folder import locate
+from molmo_core.checkpoint.folder import adapted_base, locate
 from molmo_core.registry import BaseModelConfig
 from pipelines.names import file_name, masked
 from pipelines.tracking.names import MAX_NAME, TrackingError, check_name, check_names
@@ -67,6 +67,11 @@ def register(
 def check_checkpoint(checkpoint: Path) -> None:
     """Raises ConfigError for what is not a checkpoint with weights, and says what it is."""
     BaseModelConfig.load(locate(checkpoint))
+    if adapted_base(checkpoint) is not None:
+        raise TrackingError(
+            f"{checkpoint}: adapters; a version of a registered model is complete in itself. Register the trained model beside them, or "
+            f"the merged one that `python -m jobs.export {checkpoint} OUT --format native` writes"
+        )
     if not any(checkpoint.glob("*.safetensors")):
         raise TrackingError(f"{checkpoint}: not a checkpoint folder (there are no weights, *.safetensors)")
 

@@ -27,7 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from molmo_core.checkpoint.adapters import base_checksums, save_adapters
 from molmo_core.checkpoint.checksums import CHECKSUMS_NAME, Sum, as_text, damage, from_text
+from molmo_core.checkpoint.folder import local_folder
 from molmo_core.config import ConfigError
 from molmo_core.models.base import ModelBase
 from molmo_core.nn.lora import adapted_layers
@@ -42,6 +44,7 @@ from pipelines.training.storage import Storage, step_name
 
 STATE_NAME = "state.json"
 MODEL_FOLDER = "model"
+ADAPTERS_FOLDER = "adapters"
 LATEST_NAME = "latest"
 """File with the name of the newest checkpoint: whether it has gone is seen by it."""
 WRITER_NAME = "writer"
@@ -130,16 +133,35 @@ class Checkpointer:
         Raises:
             TrainingError: it cannot be written.
         """
-        name = f"{step_name(step)}/{MODEL_FOLDER}"
+
+        def write(folder: Path) -> None:
+            self.model.merge_adapters()
+            self.model.save_checkpoint(folder)
+
+        return self._add(f"{step_name(step)}/{MODEL_FOLDER}", write)
+
+    def save_adapters(self, step: int, base: str) -> str:
+        """Adds the folder `adapters` to a checkpoint of a model that has any, unless it is there; `base` is what they were trained on.
+
+        Returns, Raises: as `save_model`.
+        """
+
+        def write(folder: Path) -> None:
+            sums = together(lambda: base_checksums(local_folder(base)) if rank() == 0 else {})[0]
+            save_adapters(self.model, folder, base, sums)
+
+        return self._add(f"{step_name(step)}/{ADAPTERS_FOLDER}", write)
+
+    def _add(self, name: str, write: Callable[[Path], None]) -> str:
+        """A folder with checksums, which `write` writes on a disk, put into the storage; all ranks call it."""
         try:
             if not first(lambda: self.storage.exists(f"{name}/{CHECKSUMS_NAME}")):
-                self.model.merge_adapters()
                 if self.storage.local is not None:
-                    self.model.save_checkpoint(self.storage.local / name)
+                    write(self.storage.local / name)
                 else:
                     with tempfile.TemporaryDirectory(prefix="molmo-model-") as temporary:
-                        folder = Path(temporary) / MODEL_FOLDER
-                        self.model.save_checkpoint(folder)
+                        folder = Path(temporary) / Path(name).name
+                        write(folder)
                         if rank() == 0:
                             self.storage.upload(folder, name, last=CHECKSUMS_NAME)
         except (OSError, RuntimeError) as error:

@@ -155,6 +155,8 @@ def train(config: TrainConfig, make_loader: Any, reporter: Reporter) -> None:
     else:
         # The checkpoint may be an earlier call's: of a run that was to be longer, or that ended before its model was written.
         with averaged.exported() if averaged is not None else contextlib.nullcontext():
+            if config.lora is not None and config.init_from is not None:
+                checkpointer.save_adapters(checkpointer.saved, config.init_from)
             reporter.send(Done(checkpointer.saved, checkpointer.save_model(checkpointer.saved)))
     if world_size() > 1:
         dist.barrier()  # gloo may abort a rank whose peers are gone while it still tidies up

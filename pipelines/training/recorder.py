@@ -42,6 +42,7 @@ class Recorder:
         self.run, self.storage, self.say = run, storage, say
         self._metrics: collections.deque[tuple[int, dict[str, float], int]] = collections.deque(self._kept_before())
         """Step, values, milliseconds since 1970."""
+        self._statuses: collections.deque[tuple[str]] = collections.deque()
         self._pictures: collections.deque[tuple[str, Draw]] = collections.deque()
         self._changed = threading.Condition()
         self._closing = threading.Event()
@@ -58,6 +59,12 @@ class Recorder:
     def picture(self, name: str, draw: Draw) -> None:
         """Logs a picture, e.g. as `samples/step_000100.png`. It is drawn in the thread, too; one that cannot be drawn costs a line."""
         self._put(self._pictures, (name, draw), MAX_PICTURES)
+
+    def ends(self, status: str) -> None:
+        """Tells MLflow already that the run will have ended so: this process may be killed before `close`. Later entries still arrive."""
+        with self._changed:
+            self._statuses.append((status,))
+            self._changed.notify()
 
     def look(self) -> None:
         """Says once that the server does not answer, and that it does again. To be called now and then."""
@@ -76,6 +83,7 @@ class Recorder:
         self._moved = time.monotonic()
         self._closing.set()
         with self._changed:
+            self._statuses.clear()  # this one counts
             self._changed.notify()
         while self._thread.is_alive() and time.monotonic() - self._moved < PATIENCE_S:
             self._thread.join(0.1)
@@ -132,8 +140,8 @@ class Recorder:
     def _send_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._metrics or self._pictures or self._closing.is_set())
-                queue: collections.deque[Any] = self._metrics or self._pictures
+                self._changed.wait_for(lambda: self._statuses or self._metrics or self._pictures or self._closing.is_set())
+                queue: collections.deque[Any] = self._statuses or self._metrics or self._pictures
                 if not queue:
                     return
                 entry = queue[0]
@@ -150,7 +158,9 @@ class Recorder:
     def _send(self, entry: tuple[Any, ...]) -> bool:
         """Whether an entry is done with: sent, or impossible to send."""
         try:
-            if len(entry) == 3:
+            if len(entry) == 1:
+                self.run.finish(*entry)
+            elif len(entry) == 3:
                 step, values, when = entry
                 self.run.log_metrics(values, step, when)
             elif picture := self._drawn(*entry):

@@ -31,6 +31,8 @@ from pipelines.training.run_folder import RunFolder
 from pipelines.training.storage import absolute, step_name
 
 POLL_S = 0.2
+SAVE_S = 120
+"""What a stopped run is given to end its step and to save (docs/training.md): a job with less is told so."""
 
 
 @dataclasses.dataclass
@@ -131,6 +133,11 @@ class Driver:
         self.stopped_by: signal.Signals | None = None
         for note in folder.notes:
             self.bar.print(note)
+        if (seconds := cluster.stop_grace()) is not None and seconds < SAVE_S:
+            self.bar.print(
+                f"`ray job stop` gives this job {seconds} s to save, then kills it; with "
+                f'"RAY_JOB_STOP_WAIT_TIME_S": "{SAVE_S}" among the env_vars of `ray job submit` it is {SAVE_S} s'
+            )
 
     def __enter__(self) -> Driver:
         return self
@@ -148,11 +155,14 @@ class Driver:
             Exception: what a worker reported as the end of the run, or what Ray Train raised.
         """
         self.storage.tidy()
-        inbox = start_inbox()
+        inbox, told = start_inbox(), False
         with Fit(self.config, make_loader, inbox) as fit:
             while not fit.done.wait(POLL_S):
                 self.handle(ray.get(inbox.drain.remote()))
                 self.recorder.look()
+                if fit.stopped_by and not told:
+                    self.recorder.ends("KILLED")  # now: what sent the signal may not wait for the save
+                    told = True
                 if fit.stopped_by and not self.started:
                     self.stopped_by = fit.stopped_by
                     self.bar.print("stopped while the workers were starting; the same command continues")

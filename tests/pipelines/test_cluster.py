@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 
 from molmo_core.config import ConfigError
 from pipelines import cluster
@@ -56,6 +57,7 @@ def test_ray_itself_finds_the_cores_unless_told(monkeypatch):
 
 ALONE = """
 import ray
+from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from pipelines import cluster
 with cluster.connect(num_cpus=1, object_store_memory=128 << 20):
     print(ray.cluster_resources()["CPU"])
@@ -127,3 +129,13 @@ def test_cpus_for_a_job(monkeypatch, cores):
     assert cluster.cpus_for(1, all_cores=True) == cores
     assert cluster.cpus_for(3 * 0.5) == 3
     assert cluster.cpus_for(200, all_cores=True) == 201
+
+
+def test_how_long_a_submitted_job_has_after_a_stop(monkeypatch):
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    assert cluster.stop_grace() is None
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert cluster.stop_grace() == JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "90")
+    assert cluster.stop_grace() == 90

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from molmo_core.checkpoint import load_model
 from molmo_core.config import ConfigError
 from molmo_core.nn.lora import is_adapter
+from pipelines.tracking import check_checkpoint
 from pipelines.training import loop
 from pipelines.training.config import CheckpointConfig, EmaConfig, LoraConfig
 from pipelines.training.events import Done, Started
@@ -56,10 +57,24 @@ def test_only_adapters_are_trained_and_saved_and_a_run_resumes(train, base, tmp_
     parameters = [name for name in saved if name.startswith("model.")]
     assert len(parameters) == 2 * len(changed)
     assert all(is_adapter(name) for name in parameters), "what is not trained is not saved again and again"
+    alone = load_model(tmp_path / "resumed/step_000004/adapters").state_dict()
+    assert all(torch.equal(alone[name], weight) for name, weight in undisturbed.items())
 
 
-def test_averaged_adapters(train):
+def test_training_begins_from_adapters_and_the_registry_refuses_them(train, tmp_path):
+    train("first", 1)
+    adapters = tmp_path / "first/step_000001/adapters"
+    _, second = train("second", 1, init_from=str(adapters))
+    alone = load_model(tmp_path / "second/step_000001/adapters").state_dict()
+    assert all(torch.equal(alone[name], weight) for name, weight in second.items())
+    with pytest.raises(ConfigError, match=r"adapters; a version of a registered model is complete in itself"):
+        check_checkpoint(adapters)
+
+
+def test_averaged_adapters(train, tmp_path):
     _, averaged = train("averaged", 2, ema=EmaConfig(decay=0.5))
+    alone = load_model(tmp_path / "averaged/step_000002/adapters").state_dict()
+    assert all(torch.equal(alone[name], weight) for name, weight in averaged.items())
     _, last = train("last", 2)
     assert any(not torch.equal(averaged[name], weight) for name, weight in last.items())
 

@@ -115,6 +115,16 @@ def test_an_outage_is_said_once_and_what_waited_is_sent_afterwards(recorder, run
     assert recorder.storage.read(module.UNSENT_METRICS) is None
 
 
+def test_the_status_is_told_before_the_end(recorder, run):
+    recorder.metrics(1, {"loss": 1.0}, when=1001)
+    recorder.ends("KILLED")
+    until(lambda: run.client.get_run(run.id).info.status == "KILLED")
+    recorder.metrics(2, {"loss": 2.0}, when=1002)
+    recorder.close("FINISHED")  # the step that was to be finished was the last one
+    assert logged(run) == [(1, 1.0), (2, 2.0)]
+    assert run.client.get_run(run.id).info.status == "FINISHED"
+
+
 def test_at_the_end_the_rest_is_kept_and_sent_when_the_run_is_continued(recorder, run, outage, tmp_path):
     recorder.metrics(1, {"loss": 1.0}, when=1001)
     until(lambda: not recorder._waiting())
