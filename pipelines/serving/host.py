@@ -19,8 +19,8 @@ from pipelines.serving.pieces import Piece
 
 IDLE_WAIT_S = 0.2
 TELL_S = 0.0002
-"""Tokens are handed on at most this often for each answer in work: with 128 answers every 26 ms. Each time costs the engine's thread the
-interpreter, and clients work that nobody sees."""
+"""Times the answers in work: how long tokens may wait to be handed on together, with 128 answers 26 ms. Each time costs frontends and
+clients CPU time, and nobody reads so fast."""
 
 
 class Engine(Protocol):

@@ -209,24 +209,29 @@ def test_proposed_tokens_see_those_before_them(model):
                 row += 1
 
 
+def answered(engine: Engine, asked: list[Request]) -> list[list[int]]:
+    """The answers, each of full length."""
+    tokens: dict[Request, list[int]] = {request: [] for request in asked}
+    for request in asked:
+        engine.add(request)
+    while engine.active:
+        for request, event in engine.step():
+            if isinstance(event, Token):
+                tokens[request].append(event.id)
+    assert [len(tokens[request]) for request in asked] == [request.params.max_tokens for request in asked]
+    return [tokens[request] for request in asked]
+
+
 def test_speculation_changes_nothing(model, monkeypatch):
     """The right tokens are proposed, with mistakes."""
     answers = []
     for speculate in (0, 3):
         engine = Engine(model, EngineLimits(max_running=12, cache_bytes=64 << 20, speculate=speculate))
         asked = requests(9)
-        for request in asked:
-            engine.add(request)
         if speculate:
             prompts = [tuple(request.example["input_ids"].tolist()) for request in asked]
             monkeypatch.setattr(PromptLookup, "propose", told(dict(zip(prompts, answers[0])), 0.2))
-        tokens = {request: [] for request in asked}
-        while engine.active:
-            for request, event in engine.step():
-                if isinstance(event, Token):
-                    tokens[request].append(event.id)
-        assert [len(tokens[request]) for request in asked] == [request.params.max_tokens for request in asked]
-        answers.append([tokens[request] for request in asked])
+        answers.append(answered(engine, asked))
     assert engine.speculation.accepted > 5
     same = sum(a == b for a, b in zip(*answers))
     assert same >= 7, "batches of other sizes round differently; most answers are the same nevertheless"
@@ -238,14 +243,6 @@ def test_running_ahead_changes_nothing(model):
     for overlap in (False, True):
         engine = Engine(model, EngineLimits(max_running=4, cache_bytes=64 << 20, overlap=overlap))
         asked = requests(9)
-        for request in asked:
-            engine.add(request)
-        tokens = {request: [] for request in asked}
-        while engine.active:
-            for request, event in engine.step():
-                if isinstance(event, Token):
-                    tokens[request].append(event.id)
-        assert [len(tokens[request]) for request in asked] == [request.params.max_tokens for request in asked]
-        answers.append([tokens[request] for request in asked])
+        answers.append(answered(engine, asked))
     same = sum(a == b for a, b in zip(*answers))
     assert same >= 7, "batches of other sizes round differently; most answers are the same nevertheless"
