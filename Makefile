@@ -53,8 +53,8 @@ check: lint  ## lint, types and the fast tests (about 10 minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test: check  ## lint, types and all tests
-	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "slow and alone"
+	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile --durations=20
+	$(BIN)/python -m pytest -m "slow and alone" --durations=20
 
 clean:  ## remove the virtual environment and everything the runs wrote
 	rm -rf $(VENV) runs
