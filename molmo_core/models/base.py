@@ -19,7 +19,7 @@ from molmo_core.checkpoint.native import save_checkpoint
 from molmo_core.generation.generate import generate
 from molmo_core.nn.attention import AttentionImplementation
 from molmo_core.nn.connector import MolmoVisionBackbone
-from molmo_core.nn.float8 import MULTIPLE
+from molmo_core.nn.float8_training import MULTIPLE
 from molmo_core.nn.linear import Linear
 from molmo_core.nn.llm import Block
 from molmo_core.nn.lora import adapted_layers, add_adapters
@@ -212,7 +212,7 @@ class ModelBase(nn.Module):
                 module.recompute = policy
 
     def apply_float8(self) -> None:
-        """The linear layers of the language model's blocks compute in float8 where gradients are wanted (`molmo_core.nn.float8`).
+        """The linear layers of the language model's blocks compute in float8 where gradients are wanted (`molmo_core.nn.float8_training`).
         Experts of a mixture, adapters, embeddings, the head and the vision encoder stay as they are.
 
         Raises:

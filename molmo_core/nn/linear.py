@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from molmo_core.nn.float8 import float8_linear
+from molmo_core.nn.float8_training import float8_linear
 
 
 class Linear(nn.Linear):
     """`nn.Linear`, faster for a single row."""
 
     float8 = False
-    """Whether products that are trained through are computed in float8 (`nn.float8`)."""
+    """Whether products that are trained through are computed in float8 (`nn.float8_training`)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""

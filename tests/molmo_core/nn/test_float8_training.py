@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from molmo_core.checkpoint import load_model
-from molmo_core.nn.float8 import E4M3, E5M2, float8_linear, quantised
+from molmo_core.nn.float8_training import E4M3, E5M2, float8_linear, quantised
 from molmo_core.nn.linear import Linear
 from molmo_core.nn.lora import LoraLinear
 

@@ -1,4 +1,4 @@
-"""Linear layers whose products are computed in float8, forward and backward: GPUs of NVIDIA's Ada and Hopper generations and later
+"""Linear layers that train with products in float8, forward and backward: GPUs of NVIDIA's Ada and Hopper generations and later
 multiply at twice their bfloat16 rate.
 
 A tensor is divided by a scale of its own, so that its largest number is the largest of the type, when it is used (dynamic scaling, one
