@@ -3,12 +3,24 @@
     python benchmarks/decode.py                       # on a GPU: Molmo2-4B, prompts of 1,400 tokens with a picture of 7 crops, bfloat16
     python benchmarks/decode.py --compare --peer      # and without graphs, without running ahead, and transformers' static cache
     python benchmarks/decode.py --profile             # and where a step's time goes
+    python benchmarks/decode.py --float8              # and with weights in float8, and how often the most probable token is the same one
+    python benchmarks/decode.py --speculate 4         # and with tokens proposed by prompt lookup
     python benchmarks/decode.py --tiny                # on any CPU: checks the script
 
 Decoding is timed while all answers are in work: from the step after the last prompt was read to the end of the first answer,
 scheduling and sampling included. `bound` is what reading the weights and the cache once a token would take at 3.0 TB/s. Every line is one
 JSON object; the first says what machine and versions these are, the second what the start took: importing, loading (here: drawing random
 weights), compiling, capturing graphs, and the first token of a prompt after that.
+
+The line of `--float8` compares most probable tokens behind the same tokens: the model's own greedy answers to random prompts, fed token for
+token to the same weights in float8, and (`again`) to the same model one answer at a time, whose kernels round differently. Logits of random
+weights are flat, the second token close behind the first, so that rounding changes the first one far more often than in a trained model;
+`agreement_clear` counts positions where the lead is more than other kernels change (see agreement.py). It says how the errors of float8
+compare with those of bfloat16, not how well a trained model answers.
+
+`--speculate` shows the two ends: `drawn`, answers of random weights, for which hardly a proposal is right; and `repeating`, the same with
+embeddings so large that every token is followed by itself, so that all proposals are right but the first ones. `tokens_per_step` is of one
+answer, over all of its steps. How many are right for a trained model depends on what it is asked; nothing here says.
 """
 
 from __future__ import annotations
@@ -25,13 +37,18 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from agreement import Reading, compared, read  # noqa: E402
 from shapes import model_config, prompt, random_model  # noqa: E402
 
 from molmo_core.generation.engine.decoding import GraphDecoder  # noqa: E402
 from molmo_core.generation.engine.engine import Engine, EngineLimits  # noqa: E402
+from molmo_core.generation.engine.quantization import quantise_blocks  # noqa: E402
 from molmo_core.generation.engine.requests import Request, SamplingParams, Token  # noqa: E402
+from molmo_core.nn.float8 import Float8Linear  # noqa: E402
 
 BANDWIDTH = 3.0e12
+ANSWERS = 16
+"""Whose tokens are compared."""
 IMPORTED = time.perf_counter()
 
 
@@ -46,6 +63,10 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="one round also without running ahead, and without graphs")
     parser.add_argument("--peer", action="store_true", help="transformers' Molmo2 with a static cache, one round, batches up to 32")
     parser.add_argument("--profile", action="store_true", help="kernels and gaps of a step, for each batch")
+    parser.add_argument(
+        "--float8", action="store_true", help="in the end the same with weights in float8, and most probable tokens compared"
+    )
+    parser.add_argument("--speculate", type=int, default=0, metavar="K", help="then with so many proposed tokens at most, 0: not")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu")
     if arguments.tiny:
@@ -56,7 +77,7 @@ def main() -> None:
     config = model_config(arguments.tiny)
     model = random_model(config, device, torch.float32 if arguments.tiny else torch.bfloat16).eval()
     loaded = time.perf_counter()
-    engine = Engine(model, EngineLimits(max_running=max(arguments.batch)))
+    engine = Engine(model, limits_of(arguments))
     warm = engine.warm_up()
     ready = time.perf_counter()
     rng = np.random.RandomState(0)
@@ -69,22 +90,76 @@ def main() -> None:
         }
     )  # fmt: skip
     rounds(engine, model, rng, arguments, arguments.rounds)
-    if arguments.profile and device.type == "cuda":
-        from step_profile import profile
-
-        for batch in arguments.batch:
-            show(profile(engine, [request(config, rng, arguments, 64) for _ in range(batch)]))
+    profiles(engine, rng, arguments)
     if arguments.compare:
         for changes in ({"overlap": False}, {"graphs": False}):
             engine = None  # type: ignore[assignment]  # its pages are free before the next one counts
             free()
-            engine = Engine(model, EngineLimits(max_running=max(arguments.batch), **changes))
+            engine = Engine(model, limits_of(arguments, **changes))
             engine.warm_up(arguments.batch)
             rounds(engine, model, rng, arguments, 1)
     if arguments.peer:
         engine = None  # type: ignore[assignment]
         free()
         peer(model, rng, arguments)
+    if arguments.speculate:
+        engine = None  # type: ignore[assignment]
+        free()
+        speculation(model, rng, arguments)
+        free()
+    if arguments.float8:
+        engine = None  # type: ignore[assignment]
+        free()
+        float8(model, rng, arguments)
+
+
+def float8(model: Any, rng: np.random.RandomState, arguments: argparse.Namespace) -> None:
+    """The same measurements with weights in float8, and how often the most probable token is the same."""
+    prompts = [request(model.config, rng, arguments, arguments.new + 2) for _ in range(ANSWERS)]
+    positions, dtype = arguments.new, str(next(model.parameters()).dtype).removeprefix("torch.")
+
+    def readings(first: Reading | None) -> list[Reading]:
+        engine = Engine(model, limits_of(arguments, max_running=max(ANSWERS, *arguments.batch), overlap=False))
+        engine.warm_up([1, ANSWERS])
+        together = read(engine, prompts, positions, ANSWERS, first)
+        return [together, read(engine, prompts, positions, 1, first or together)]
+
+    first, again = readings(None)
+    free()
+    quantise_blocks(model)
+    together, alone = readings(first)
+    free()
+    engine = Engine(model, limits_of(arguments))
+    engine.warm_up()
+    rounds(engine, model, rng, arguments, arguments.rounds)
+    profiles(engine, rng, arguments)
+    others = {f"float8, {ANSWERS} answers together": together, "float8, one at a time": alone}
+    show({"compared": f"random weights, with {dtype}, {ANSWERS} answers together"} | compared(first, again, others))
+
+
+def speculation(model: Any, rng: np.random.RandomState, arguments: argparse.Namespace) -> None:
+    """With proposed tokens, of which hardly any are right, and nearly all."""
+    engine = Engine(model, limits_of(arguments, speculate=arguments.speculate))
+    engine.warm_up()
+    embedding = model.transformer.wte.embedding.data
+    kept = embedding.clone()
+    rounds(engine, model, rng, arguments, arguments.rounds, {"speculate": arguments.speculate, "answers": "drawn"})
+    embedding *= 100
+    rounds(engine, model, rng, arguments, arguments.rounds, {"speculate": arguments.speculate, "answers": "repeating"})
+    embedding.copy_(kept)
+
+
+def limits_of(arguments: argparse.Namespace, **changes: Any) -> EngineLimits:
+    return EngineLimits(**{"max_running": max(arguments.batch)} | changes)
+
+
+def profiles(engine: Engine, rng: np.random.RandomState, arguments: argparse.Namespace) -> None:
+    """Lines of `--profile`."""
+    if arguments.profile and engine.model.device.type == "cuda":
+        from step_profile import profile
+
+        for batch in arguments.batch:
+            show(profile(engine, [request(engine.model.config, rng, arguments, 64) for _ in range(batch)]))
 
 
 def free() -> None:
@@ -108,13 +183,17 @@ def request(config: Any, rng: np.random.RandomState, arguments: argparse.Namespa
     return Request(example, SamplingParams(max_tokens=new, ignore_eos=True, temperature=arguments.temperature, seed=0))
 
 
-def rounds(engine: Engine, model: Any, rng: np.random.RandomState, arguments: argparse.Namespace, count: int) -> None:
-    """Medians of so many rounds for every batch, after one that does not count."""
+def rounds(
+    engine: Engine, model: Any, rng: np.random.RandomState, arguments: argparse.Namespace, count: int, about: dict[str, Any] | None = None
+) -> None:
+    """Medians of so many rounds for every batch, after one that does not count; `about`: more of what is measured."""
     graphs = isinstance(engine.decoder, GraphDecoder)
     for batch in arguments.batch:
         results = [measure(engine, model.config, rng, batch, arguments.new, arguments) for _ in range(count + 1)][1:]
         line: dict[str, Any] = {key: round(statistics.median(r[key] for r in results), 4) for key in results[0]}
-        line |= {"batch": batch, "text": arguments.text, "graphs": graphs, "overlap": graphs and engine.limits.overlap}
+        line |= {"batch": batch, "text": arguments.text, "graphs": graphs}
+        line |= {"overlap": graphs and engine.limits.overlap and engine.speculation is None}
+        line |= {"float8": isinstance(model.transformer.blocks[0].ff_out, Float8Linear)} | (about or {})
         if model.device.type == "cuda":
             line |= bound(model, batch, length_of(arguments) + arguments.new / 2, line["decode_tokens_s"])
             line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
@@ -126,6 +205,7 @@ def measure(
 ) -> dict[str, float]:
     """One round of fresh prompts."""
     requests = [request(config, rng, arguments, new) for _ in range(batch)]
+    given, accepted = engine.tokens, engine.speculation.accepted if engine.speculation else 0
     start = time.perf_counter()
     for one in requests:
         engine.add(one)
@@ -140,7 +220,9 @@ def measure(
                 tokens += bool(began and not ended)
             elif not ended:
                 ended = time.perf_counter()
+    given, accepted = engine.tokens - given, engine.speculation.accepted - accepted if engine.speculation else 0
     return {
+        "tokens_per_step": given / (given - accepted),
         "decode_tokens_s": tokens / (ended - began) if began and ended > began else 0.0,
         "first_token_s": statistics.median(first.values()),
         "prompt_tokens_s": batch * length_of(arguments) / max(first.values()),
@@ -150,7 +232,8 @@ def measure(
 def bound(model: Any, batch: int, tokens: float, rate: float) -> dict[str, float]:
     """Tokens a second if weights and cache were read once a token, and the share of it."""
     llm = model.config.llm
-    weights = sum(p.nbytes for block in model.transformer.blocks for p in block.parameters()) + model.transformer.wte.embedding.nbytes
+    blocks = model.transformer.blocks
+    weights = sum(t.nbytes for t in (*blocks.parameters(), *blocks.buffers())) + model.transformer.wte.embedding.nbytes
     cache = batch * tokens * 2 * llm.n_layers * llm.kv_heads * llm.head_width * 2
     best = batch * BANDWIDTH / (weights + cache)
     return {"bound_tokens_s": round(best), "share": round(rate / best, 3)}

@@ -50,9 +50,15 @@ class ServedModel(BaseConfig):
     gpus_per_replica: Annotated[float, Field(ge=0, le=64)] = 0.0
     """1: the model runs on a GPU; 0: on the CPU."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["none", "float8"] = "none"
+    """float8: weights of the language model's blocks are rounded to float8 (e4m3, a scale for each row) when a replica starts, which must
+    have room for them in `dtype` at first. A GPU must be one of Ada, Hopper or later; mixtures of experts are refused."""
 
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     """Answers that a replica generates at the same time."""
+    speculate: Annotated[int, Field(ge=0, le=16)] = 0
+    """Tokens that are proposed for an answer in a step, if its most probable tokens are taken as they are: those that followed its newest
+    tokens earlier in prompt or answer. For answers that repeat (lists of points, transcriptions); 0 = none. Not for MolmoPoint."""
     batch_wait_ms: Annotated[float, Field(ge=0, le=10_000)] = 5.0
     """How long an idle replica waits for more requests before it starts on the first."""
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
@@ -68,6 +74,8 @@ class ServedModel(BaseConfig):
             raise ConfigError(f"serve: follow_alias: {self.model!r} has no alias (models:/name@alias)")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ConfigError(f"serve: max_replicas={self.max_replicas} is less than replicas={self.replicas}")
+        if self.quantization == "float8" and self.gpus_per_replica and self.dtype == "float32":
+            raise ConfigError("serve: quantization=float8: on a GPU dtype must be bfloat16 or float16")
 
     @property
     def served_name(self) -> str:

@@ -18,6 +18,9 @@ from pipelines.serving.errors import queue_full, unavailable
 from pipelines.serving.pieces import Piece
 
 IDLE_WAIT_S = 0.2
+TELL_S = 0.0002
+"""Tokens are handed on at most this often for each answer in work: with 128 answers every 26 ms. Each time costs the engine's thread the
+interpreter, and clients work that nobody sees."""
 
 
 class Engine(Protocol):
@@ -136,9 +139,10 @@ class Host:
 
     def _work(self) -> None:
         tickets: dict[Any, _Ticket] = {}  # by request, of those that the engine has
+        events: list[tuple[_Ticket, Event]] = []  # not told yet
+        told = time.monotonic()
         try:
             while not self._closing.is_set():
-                events: list[tuple[_Ticket, Event]] = []
                 for ticket in self._new():
                     if ticket not in self._tickets:
                         continue  # whoever asked has left before the engine heard of it
@@ -156,15 +160,19 @@ class Host:
                         events.append((tickets[request], event))
                         if not isinstance(event, Token):
                             del tickets[request]
+                if self._engine.active and time.monotonic() - told < TELL_S * len(tickets):
+                    continue
                 self._tell(events)
+                events, told = [], time.monotonic()
         except BaseException as error:  # kept for `check`, which reports it
             self._failure = error
             raise
         finally:
-            self._tell([(ticket, Failed(_stopped())) for ticket in tuple(self._tickets)])
+            ended = {ticket for ticket, event in events if not isinstance(event, Token)}
+            self._tell(events + [(ticket, Failed(_stopped())) for ticket in self._tickets.copy() - ended])
 
     def _tell(self, events: list[tuple[_Ticket, Event]]) -> None:
-        """Hands a step's events to the event loop at once: waking it up costs the engine more than many a token."""
+        """Hands events to the event loop at once: waking it up costs the engine more than many a token."""
         if events and self._loop is not None:
             self._loop.call_soon_threadsafe(_hand_out, events)
 

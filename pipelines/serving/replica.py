@@ -11,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from molmo_core.checkpoint import load_model
 from molmo_core.generation.engine.engine import Engine, EngineLimits
+from molmo_core.generation.engine.quantization import quantise_blocks
 from molmo_core.generation.engine.requests import Request, SamplingParams
 from pipelines.model_folder import model_folder
 from pipelines.serving.config import ServeConfig
@@ -32,9 +33,15 @@ class Replica:
             config: of the server.
             model: the checkpoint, with its version fixed (an alias may move while replicas start).
             collector: who is told of this replica's numbers (`metrics.Collector`); None outside of Serve.
+
+        Raises:
+            ValueError: this model, or this device, cannot be quantised or speculate as the configuration says.
         """
         device = "cuda" if config.gpus_per_replica else "cpu"
-        engine = Engine(load_model(model_folder(model), getattr(torch, config.dtype), device), EngineLimits(config.max_batch_size))
+        loaded = load_model(model_folder(model), getattr(torch, config.dtype), device)
+        if config.quantization == "float8":
+            quantise_blocks(loaded)
+        engine = Engine(loaded, EngineLimits(config.max_batch_size, speculate=config.speculate))
         engine.warm_up()
         self._host = Host(engine, config.max_batch_size + config.max_queued_requests, config.batch_wait_ms / 1000)
         self._outboxes = Outboxes()

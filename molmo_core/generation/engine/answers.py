@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from molmo_core.generation.engine.grammars import GrammarState
+from molmo_core.generation.engine.prompt_lookup import PromptLookup
 from molmo_core.generation.engine.requests import End, Event, Failed, Request, Times, Token, TokenLogprobs
 from molmo_core.generation.engine.rows import Row
 from molmo_core.generation.engine.scheduler import Sequence
@@ -33,6 +34,7 @@ class Answer:
     grammar: GrammarState | None = None
     started: float | None = None
     """When a step first read its prompt."""
+    lookup: PromptLookup = dataclasses.field(default_factory=PromptLookup)
 
     def row(self) -> Row:
         """For choosing its next tokens, while it has this slot."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,11 +17,27 @@ from molmo_core.generation.engine.staging import to_device
 from molmo_core.nn.llm import Pass
 
 
+class Row(NamedTuple):
+    """A token whose successor is computed."""
+
+    sequence: Work
+    ahead: int
+    """Behind so many others of this step: 0 is the sequence's newest token, the others are proposed."""
+    token: int
+
+
+def _rows(sequences: Sequence[Work], proposed: Sequence[Sequence[int]]) -> list[Row]:
+    """The newest tokens, then what is proposed for the first sequence, and so on."""
+    rows = [Row(sequence, 0, sequence.tokens[-1]) for sequence in sequences]
+    return rows + [Row(sequence, 1 + i, token) for sequence, tokens in zip(sequences, proposed) for i, token in enumerate(tokens)]
+
+
 class Decoder(Protocol):
     """Computes the newest tokens of sequences into their pages."""
 
-    def step(self, sequences: Sequence[Work]) -> Scores:
-        """What follows the newest token of each; valid until the next step."""
+    def step(self, sequences: Sequence[Work], proposed: Sequence[Sequence[int]] = ()) -> Scores:
+        """What follows the newest token of each; behind these rows, what follows each of the tokens that are proposed (a list for each
+        sequence, or nothing at all: then the newest tokens need not be known to the host). Valid until the next step."""
 
 
 class PlainDecoder:
@@ -31,13 +47,14 @@ class PlainDecoder:
         self.model, self.cache, self.points = model, cache, points
         self.device = next(model.parameters()).device
 
-    def step(self, sequences: Sequence[Work]) -> Scores:
-        tokens = np.array([sequence.tokens[-1] for sequence in sequences])
-        positions = np.array([sequence.prompt.next_position + sequence.count - 1 for sequence in sequences])
-        tables = np.zeros((len(sequences), max(len(sequence.pages) for sequence in sequences)), np.int32)
-        for row, sequence in zip(tables, sequences):
-            row[: len(sequence.pages)] = sequence.pages
-        lengths = np.array([sequence.computed + 1 for sequence in sequences], np.int32)
+    def step(self, sequences: Sequence[Work], proposed: Sequence[Sequence[int]] = ()) -> Scores:
+        rows = _rows(sequences, proposed)
+        tokens = np.array([row.token for row in rows])
+        positions = np.array([row.sequence.prompt.next_position + row.sequence.count - 1 + row.ahead for row in rows])
+        tables = np.zeros((len(rows), max(len(sequence.pages) for sequence in sequences)), np.int32)
+        for pages, row in zip(tables, rows):
+            pages[: len(row.sequence.pages)] = row.sequence.pages
+        lengths = np.array([row.sequence.computed + 1 + row.ahead for row in rows], np.int32)
         attention = DecodeAttention(self.cache, to_device(tables, self.device), to_device(lengths, self.device))
         newest = to_device(tokens, self.device)
         x = self.model.embed_tokens(newest[:, None])
@@ -54,7 +71,7 @@ class GraphDecoder:
     """Host buffers in turn: what one holds may still be on its way when the next step is prepared."""
 
     def __init__(self, model: Any, cache: PagedCache, rows: int, pages: int, points: Points | None = None):
-        """`rows`: of the largest batch; `pages`: of the longest sequence."""
+        """`rows`: of the largest batch, proposed tokens included; `pages`: of the longest sequence."""
         self.graphs = DecodeGraphs(model, cache, rows, pages, None if points is None else points.slots)
         packet = self.graphs.state.packet
         self._device = packet.device
@@ -69,13 +86,14 @@ class GraphDecoder:
         self._sent = [0] * rows
         """How many of them are in the table."""
 
-    def step(self, sequences: Sequence[Work]) -> Scores:
-        count, size = len(sequences), self.graphs.size_of(len(sequences))
-        for row, sequence in enumerate(sequences):
-            pages = sequence.pages
-            if self._pages[row] is not pages:
+    def step(self, sequences: Sequence[Work], proposed: Sequence[Sequence[int]] = ()) -> Scores:
+        rows = _rows(sequences, proposed)
+        count, size = len(rows), self.graphs.size_of(len(rows))
+        for row, (sequence, ahead, _) in enumerate(rows):
+            pages, slot = sequence.pages, self.graphs.state.proposed + row if ahead else sequence.slot
+            if self._pages[row] is not pages or self._table[0, row] != slot:
                 self._pages[row], self._sent[row] = pages, 0
-                self._table[0, row] = sequence.slot
+                self._table[0, row] = slot
                 self._ahead[row] = sequence.prompt.next_position - sequence.prompt_length - 1
             if self._sent[row] < len(pages):
                 self._table[3 + self._sent[row] : 3 + len(pages), row] = pages[self._sent[row] :]
@@ -84,10 +102,13 @@ class GraphDecoder:
             self._pages[row], self._sent[row], self._ahead[row] = [], 0, -1
             self._table[[0, 3], row] = len(self._pages), 0
         lengths = self._table[2, :size]
-        lengths[:count] = [sequence.computed + 1 for sequence in sequences]
+        lengths[:count] = [sequence.computed + 1 + ahead for sequence, ahead, _ in rows]
         lengths[count:] = 1
         self._table[1, :size] = self._ahead[:size] + lengths
         self._send(size, 3 + max(self._sent[:count]))
+        if proposed:
+            slots, tokens = np.array([self._table[0, :count], [token for *_, token in rows]], np.int64)
+            self.graphs.state.newest[to_device(slots, self._device)] = to_device(tokens, self._device)
         return self.graphs.run(count)
 
     def keep(self, sequences: Sequence[Work], tokens: torch.Tensor) -> None:

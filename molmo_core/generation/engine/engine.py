@@ -19,6 +19,7 @@ from molmo_core.generation.engine.grammars import Grammars
 from molmo_core.generation.engine.limits import EngineLimits
 from molmo_core.generation.engine.paged import PagedCache
 from molmo_core.generation.engine.pages import PagePool
+from molmo_core.generation.engine.prompt_lookup import Speculation
 from molmo_core.generation.engine.requests import EngineStats, Event, Failed, Request, SamplingParams, Token, TokenLogprobs
 from molmo_core.generation.engine.runner import Runner
 from molmo_core.generation.engine.sampler import Batch, Sampler, Scores, logprobs_of
@@ -47,8 +48,14 @@ class Engine:
     """A model and the answers in work. Not thread-safe: one thread calls `add`, `abort` and `step`."""
 
     def __init__(self, model: Any, limits: EngineLimits | None = None):
-        """`model`: in eval mode, on its device."""
+        """`model`: in eval mode, on its device.
+
+        Raises:
+            ValueError: no page fits into the cache, or the model cannot speculate.
+        """
         limits = limits or EngineLimits()
+        if limits.speculate and hasattr(model.config, "point_tokens"):
+            raise ValueError("speculate: not for models that choose points, whose tokens depend on those before")
         self.limits, self.model = limits, model.eval()
         dtype = next(model.parameters()).dtype
         cache_bytes = _free(model.device) if limits.cache_bytes is None else limits.cache_bytes
@@ -57,6 +64,9 @@ class Engine:
             raise ValueError(f"cache_bytes={cache_bytes}: not even one page of {limits.page_size} tokens fits")
         self.runner = Runner(model, pages, limits.page_size, limits.feature_bytes, limits.max_running)
         self.scheduler = Scheduler(PagePool(pages, limits.page_size), limits.max_running, limits.prefill_tokens)
+        self.speculation: Speculation | None = None
+        if limits.speculate:
+            self.speculation = Speculation(limits.speculate, max(limits.max_running, 1 + limits.speculate), limits.page_size)
         self.decoder = self._decoder(pages)
         self.sampler = Sampler(limits.max_running, model.device)
         self._batch: tuple[list[Sequence], list[list[int]], Batch] | None = None
@@ -222,15 +232,33 @@ class Engine:
             self._next(Scores.of(finished), [chunks[i].sequence for i in ready], events, first=True)
 
     def _decode(self, sequences: list[Sequence], events: list[tuple[Request, Event]]) -> None:
+        proposed: list[list[int]] = []
+        if self.speculation is not None:
+            proposed = self.speculation.propose(sequences, [self._answers[sequence.request].lookup for sequence in sequences])
         try:
-            scores = self.decoder.step(sequences)
+            scores = self.decoder.step(sequences, proposed)
         except Exception as error:  # of the device: nobody in this step can be helped
             logger.exception("A step of %d answers failed", len(sequences))
             for sequence in sequences:
                 self._tell(sequence, [Failed(error)], events)
             return
         self.scheduler.done(Plan([], sequences))
-        self._next(scores, sequences, events)
+        checked = torch.stack((scores.best, scores.finite.long()))[:, len(sequences) :].T.tolist() if any(proposed) else []
+        self._next(Scores(*(t[: len(sequences)] for t in scores)), sequences, events)
+        for sequence, tokens in zip(sequences, proposed):
+            own, checked = checked[: len(tokens)], checked[len(tokens) :]
+            self._accept(sequence, tokens, own, events)
+
+    def _accept(self, sequence: Sequence, proposed: Items[int], following: Items[Items[int]], events: list[tuple[Request, Event]]) -> None:
+        """Goes on with an answer as long as its newest token is what was proposed: what follows it is known then."""
+        assert self.speculation is not None
+        for token, known in zip(proposed, following):
+            if sequence.request not in self._answers or sequence.tokens[-1] != token:
+                return
+            self.speculation.accepted += 1
+            sequence.computed += 1
+            sequence.tokens.append(known[0])
+            self._give(sequence, sequence.count, known, events)
 
     def _next(self, scores: Scores, sequences: list[Sequence], events: list[tuple[Request, Event]], first: bool = False) -> None:
         """The next tokens: read at once, or when the next step was launched. `first`: of prompts."""
@@ -245,7 +273,7 @@ class Engine:
         if isinstance(self.decoder, GraphDecoder):
             if first or batch.changes or not batch.greedy:
                 self.decoder.keep(sequences, tokens)
-            if self.limits.overlap and not batch.needs_host:
+            if self.limits.overlap and self.speculation is None and not batch.needs_host:
                 self._launched.append(Launched.of(sequences, chosen))
                 return
         logprobs = logprobs_of(raw, tokens, wanted) if wanted else [None] * len(sequences)
@@ -291,7 +319,8 @@ class Engine:
         # Experts in float16 wait for the host, which a graph cannot.
         if limits.graphs and cache.has_kernels and (cache.keys[0].dtype == torch.bfloat16 or model.config.llm.block_type != "moe"):
             longest = -(-model.config.llm.max_sequence_length // limits.page_size)
-            return GraphDecoder(model, cache, limits.max_running, min(longest, pages), points)
+            rows = limits.max_running if self.speculation is None else self.speculation.rows
+            return GraphDecoder(model, cache, rows, min(longest, pages), points)
         return PlainDecoder(model, cache, points)
 
 

@@ -74,8 +74,10 @@ class DecodeState:
         self.packet = torch.zeros((3 + pages) * rows, dtype=torch.int32, device=device)
         """What the host sends for a batch of n rows: an int32 [3 + pages, n] at its beginning, of slots, rotary positions, lengths (the
         newest token included), and the pages of each."""
-        self.newest = torch.zeros(rows + 1, dtype=torch.int64, device=device)
-        """The newest token of the answer in each slot; the last one is nobody's."""
+        self.proposed = rows + 1
+        self.newest = torch.zeros(2 * rows + 1, dtype=torch.int64, device=device)
+        """The newest token of the answer in each slot; number `rows` is nobody's, and from number `proposed` on there are those that are
+        proposed, by row."""
 
 
 class DecodeGraphs:
@@ -111,10 +113,10 @@ class DecodeGraphs:
     def capture(self, size: int) -> None:
         """Compiles (once for one row, once for several) and captures the step of a batch. The state is as it was afterwards."""
         self._forget_outdated()
-        packet, newest = self.state.packet, self.state.newest
+        packet = self.state.packet
         kept = packet.clone()
         packet.zero_()  # nobody's page and slot take what is written meanwhile
-        packet[:size] = len(newest) - 1
+        packet[:size] = self.sizes[-1]
         packet[2 * size : 3 * size] = 1
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

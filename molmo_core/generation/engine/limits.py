@@ -23,3 +23,6 @@ class EngineLimits:
     """On a GPU: decode by CUDA graphs."""
     overlap: bool = True
     """With graphs: launch a step before the tokens of the last one were read."""
+    speculate: int = 0
+    """Tokens that are proposed at most for an answer in a step (`prompt_lookup.py`), if its most probable tokens are taken as they are;
+    0: none. Nothing runs ahead then, because what is proposed depends on the last token."""

@@ -93,6 +93,11 @@ class SamplingParams:
         return self.penalises or bool(self.logit_bias) or self.min_tokens > 0
 
     @property
+    def plain(self) -> bool:
+        """Whether the model's most probable token is taken as it is, and nothing else is asked for."""
+        return self.greedy and not self.edits_logits and not self.needs_host
+
+    @property
     def needs_host(self) -> bool:
         """Whether choosing its next token needs the tokens before it on the host, or gives more than a token."""
         return self.logprobs is not None or self.grammar is not None

@@ -44,3 +44,17 @@ def test_what_is_not_a_whole_number(name, value, tmp_path):
     path.write_text(f"model: m\n{name}: {value}\n")
     with pytest.raises(ConfigError, match=name):
         ServeConfig.load(path)
+
+
+def test_float8_needs_half_precision_on_a_gpu():
+    for settings in ({}, {"gpus_per_replica": 1, "dtype": "bfloat16"}, {"gpus_per_replica": 1, "dtype": "float16"}):
+        assert ServeConfig(model="m", quantization="float8", **settings).quantization == "float8"
+    with pytest.raises(ConfigError, match="dtype must be bfloat16 or float16"):
+        ServeConfig(model="m", quantization="float8", gpus_per_replica=1)
+
+
+def test_an_unknown_quantization_is_named(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: m\nquantization: float4\n")
+    with pytest.raises(ConfigError, match="quantization"):
+        ServeConfig.load(path)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from molmo_core.generation.engine.requests import End, Token
+from molmo_core.nn.float8 import Float8Linear
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, queue_full
@@ -123,6 +124,37 @@ def test_a_step_wakes_the_event_loop_once(host, engine):
     assert asyncio.run(main()) < 120, "200 tokens"
 
 
+def test_with_many_answers_several_tokens_travel_together(host, engine, monkeypatch):
+    monkeypatch.setattr("pipelines.serving.host.TELL_S", 0.05)
+
+    async def main():
+        pieces = []
+        answers = await asyncio.gather(host.answer(Count(300), pieces.append), collect(host, Count(1)), collect(host, Count(40)))
+        assert [token for piece in pieces for token in piece.tokens] == list(range(1, 301))
+        assert answers[1:] == [([1], "length"), (list(range(1, 41)), "length")]
+        return len(pieces)
+
+    assert asyncio.run(main()) < 100, "300 tokens"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_ended_before_the_engine_failed_is_told(host, engine, monkeypatch):
+    monkeypatch.setattr("pipelines.serving.host.TELL_S", 1000.0)
+
+    async def main():
+        long = asyncio.create_task(collect(host, Count(10**6)))
+        await until(lambda: engine.tokens > 0)
+        three = Count(3)
+        short = asyncio.create_task(collect(host, three))
+        await until(lambda: three.given == 3)
+        engine.broken = True
+        assert await short == ([1, 2, 3], "length")
+        with pytest.raises(ApiError, match="stopped"):
+            await long
+
+    asyncio.run(main())
+
+
 def test_a_full_queue_refuses_at_once_and_works_again(host, engine):
     async def main():
         engine.gate.clear()
@@ -228,6 +260,12 @@ def test_errors_travel_between_processes():
 @pytest.fixture(scope="module")
 def replica(tiny_checkpoint):
     return Replica(ServeConfig(model=str(tiny_checkpoint), max_batch_size=4, max_queued_requests=20), str(tiny_checkpoint))
+
+
+def test_a_replica_with_weights_in_float8(tiny_checkpoint):
+    replica = Replica(ServeConfig(model=str(tiny_checkpoint), quantization="float8"), str(tiny_checkpoint))
+    blocks = replica._host._engine.model.transformer.blocks
+    assert all(isinstance(block.ff_out, Float8Linear) for block in blocks)
 
 
 def test_a_replica_answers_as_its_model(replica, tiny_model):

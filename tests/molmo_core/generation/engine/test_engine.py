@@ -14,11 +14,11 @@ def limits(**changes) -> EngineLimits:
     return EngineLimits(**{"max_running": 8, "prefill_tokens": 10_000, "cache_bytes": 64 << 20} | changes)
 
 
-def pages(model, count: int, page_size: int = 16) -> EngineLimits:
+def pages(model, count: int, page_size: int = 16, **changes) -> EngineLimits:
     """An engine with room for so many pages."""
     from molmo_core.generation.engine.paged import PagedCache
 
-    return limits(cache_bytes=count * PagedCache.page_bytes(model.config.llm, page_size, torch.float32), page_size=page_size)
+    return limits(cache_bytes=count * PagedCache.page_bytes(model.config.llm, page_size, torch.float32), page_size=page_size, **changes)
 
 
 def alone(model, example, count: int) -> list[int]:
