@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                        # on a GPU: Molmo2-4B, 4,096 tokens and 14 crops a row, bfloat16
     python benchmarks/train_step.py --rows 1 2 4 --recompute none selective full
+    python benchmarks/train_step.py --float8 --rows 2 --recompute selective
     python benchmarks/train_step.py --tiny                 # on any CPU: checks the script
 
 `bare` is forward, backward and the optimiser on a batch that lies on the device; `loop` is `pipelines.training.step` with everything that
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--recompute", nargs="*", default=["none"], choices=["none", "selective", "full"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--what", nargs="*", default=["bare", "loop", "parts", "kernels"], choices=["bare", "loop", "parts", "kernels"])
+    parser.add_argument("--float8", action="store_true", help="products of the language model's blocks in float8")
     parser.add_argument("--eager", action="store_true", help="not compiled")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu")
@@ -61,6 +63,8 @@ def main() -> None:
     print(json.dumps({"torch": torch.__version__, "device": name}), flush=True)
     config = model_config(arguments.tiny)
     model = random_model(config, device, torch.bfloat16).train()
+    if arguments.float8:
+        model.apply_float8()
     if device.type == "cuda" and not arguments.eager:
         model.apply_compile()
     settings = {
@@ -78,7 +82,7 @@ def main() -> None:
                 values = getattr(bench, what)()
             except torch.OutOfMemoryError as error:
                 values = {"error": str(error)[:120]}
-            print(json.dumps({"what": what, "rows": rows, "recompute": recompute} | values), flush=True)
+            print(json.dumps({"what": what, "rows": rows, "recompute": recompute, "float8": arguments.float8} | values), flush=True)
         del bench
 
 

@@ -19,6 +19,8 @@ from molmo_core.checkpoint.native import save_checkpoint
 from molmo_core.generation.generate import generate
 from molmo_core.nn.attention import AttentionImplementation
 from molmo_core.nn.connector import MolmoVisionBackbone
+from molmo_core.nn.float8_training import MULTIPLE
+from molmo_core.nn.linear import Linear
 from molmo_core.nn.llm import Block
 from molmo_core.nn.lora import adapted_layers, add_adapters
 from molmo_core.nn.recompute import Recompute
@@ -208,6 +210,21 @@ class ModelBase(nn.Module):
         for module in self.modules():
             if isinstance(module, Block | VitBlock | MolmoVisionBackbone):
                 module.recompute = policy
+
+    def apply_float8(self) -> None:
+        """The linear layers of the language model's blocks compute in float8 where gradients are wanted (`molmo_core.nn.float8_training`).
+        Experts of a mixture, adapters, embeddings, the head and the vision encoder stay as they are.
+
+        Raises:
+            ValueError: a layer's size is no multiple of 16.
+        """
+        for name, block in self.named_modules():
+            for inner, layer in block.named_modules() if isinstance(block, Block) else ():
+                if isinstance(layer, Linear):
+                    if layer.in_features % MULTIPLE or layer.out_features % MULTIPLE:
+                        shape = f"[{layer.out_features}, {layer.in_features}]"
+                        raise ValueError(f"{clean_name(f'{name}.{inner}')} is {shape}: products need multiples of {MULTIPLE}")
+                    layer.float8 = True
 
     def apply_compile(self, **kwargs: Any) -> None:
         """Compiles every block for itself, and the connector (`torch.compile` arguments); parameter names stay as they are.

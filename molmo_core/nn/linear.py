@@ -1,4 +1,5 @@
-"""The linear layers of the language model: a single row without a gradient on a GPU is multiplied by a kernel of our own.
+"""The linear layers of the language model: they train in float8 where that is asked for, and on a GPU a single row without a gradient is
+multiplied by a kernel of our own.
 
 For one row cuBLAS reads the weights at 61 to 89 % of an H100's bandwidth (3.0 TB/s), this kernel at 79 to 96 % (Molmo2-4B's shapes,
 bfloat16, one run; docs/experiments.md).
@@ -9,13 +10,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from molmo_core.nn.float8_training import float8_linear
+
 
 class Linear(nn.Linear):
     """`nn.Linear`, faster for a single row."""
 
+    float8 = False
+    """Whether products that are trained through are computed in float8 (`nn.float8_training`)."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
         weight = self.weight
+        if self.float8 and torch.is_grad_enabled():
+            return float8_linear(x, weight, self.bias)
         if x.is_cuda and x.numel() == x.shape[-1] and not torch.is_grad_enabled() and x.dtype == weight.dtype and weight.is_contiguous():
             from molmo_core.nn.row_kernel import fits, multiply  # Triton is there with a GPU only
 

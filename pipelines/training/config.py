@@ -184,6 +184,9 @@ class TrainConfig(BaseConfig):
 
     precision: Precision = "amp_bf16"
     """`amp_bf16`: float32 weights, bfloat16 arithmetic; `bf16`: everything in bfloat16; `fp32`: everything in float32."""
+    float8: bool = False
+    """Products of the language model's blocks in float8, forward and backward, whatever the precision of the rest; on Ada, Hopper and later
+    GPUs. A CPU computes the same numbers, slowly."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What every block computes again in the backward pass instead of keeping it: nothing; all but the results of matrix products and of
     attention; all of it."""

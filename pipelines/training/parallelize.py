@@ -1,6 +1,6 @@
 """A model made ready to train on many devices: one pass, in the order that each part needs.
 
-    (LoRA →) share sequences → recompute → compile → shard
+    (LoRA →) share sequences → float8 → recompute → compile → shard
 
 Adapters come before the pass: what is trained (`optim.freeze`) has to be known by the time of sharding.
 
@@ -31,10 +31,12 @@ def parallelize(model: ModelBase, mesh: Mesh, config: TrainConfig, device: torch
     """Makes a model, which may be on the meta device, ready to train on `device` as one rank of `mesh`.
 
     Raises:
-        ConfigError: ranks cannot share sequences of this model.
+        ConfigError: ranks cannot share sequences of this model; it, or the device, cannot compute in float8.
     """
     if mesh.sequence is not None:
         share_context(model, mesh.sequence)
+    if config.float8:
+        use_float8(model, device)
     model.apply_activation_checkpointing(config.activation_checkpointing)
     if config.compile:
         model.apply_compile()
@@ -48,6 +50,16 @@ def share_context(model: ModelBase, group: dist.ProcessGroup) -> None:
         model.share_context(group)  # type: ignore[operator]
     except ValueError as error:
         raise ConfigError(f"parallel.context: {error}") from None
+
+
+def use_float8(model: ModelBase, device: torch.device) -> None:
+    """`ModelBase.apply_float8`, with the setting's name in its error; refuses GPUs that have no products in float8."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(f"float8: {torch.cuda.get_device_name(device)} has no products in float8; Ada, Hopper and later GPUs have")
+    try:
+        model.apply_float8()
+    except ValueError as error:
+        raise ConfigError(f"float8: {error}") from None
 
 
 def shard(model: ModelBase, mesh: Mesh, config: TrainConfig, device: torch.device) -> None:

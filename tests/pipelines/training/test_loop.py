@@ -10,7 +10,7 @@ import pytest
 import ray.train
 import ray.train.torch
 import torch
-from batches import RandomLoader, looks, tiny_config
+from batches import RandomLoader, looks, tiny_config, tiny_model
 
 from molmo_core.checkpoint import load_model
 from molmo_core.config import ConfigError
@@ -121,6 +121,19 @@ def test_bfloat16_stays_near(run, precision):
     assert other.values("loss") == pytest.approx(plain.values("loss"), rel=0.02)
     dtypes = {p.dtype for p in other.model.parameters()}
     assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "bf16"])
+def test_losses_in_float8_follow_the_others(run, precision):
+    exact, found = (run(precision=precision, float8=float8, steps=60).values("loss") for float8 in (False, True))
+    assert found != exact
+    assert sum(found[-5:]) < 0.95 * sum(found[:5]), "it learns"
+    assert found == pytest.approx(exact, rel=0.02)
+
+
+def test_float8_refuses_sizes_that_have_no_products(run):
+    with pytest.raises(ConfigError, match=r"float8: transformer.blocks.0.ff_out is \[32, 24\]: products need multiples of 16"):
+        run(float8=True, model=tiny_model(mlp_hidden_size=48))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(run):

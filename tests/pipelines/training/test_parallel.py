@@ -59,6 +59,7 @@ def config_of(case, workers):
     settings = dict(case)
     base = settings.pop("base", None)
     changes = {"device_batch_size": settings.pop("rows", None), "activation_checkpointing": settings.pop("recompute", "none")}
+    changes |= {name: settings.pop(name) for name in ("float8", "compile") if name in settings}
     parallel = ParallelConfig(**settings) if workers > 1 else ParallelConfig()
     model = dataclasses.replace(tiny_model(n_layers=3), bi_directional_attn="within_image")
     data = DataConfig.new(datasets={"random": {"path": "-"}}, pad_to_max=True)
@@ -109,6 +110,25 @@ def worker(rank, cases, workers, out):
             torch.save(result, f"{out}/{name}.pt")
     dist.barrier()  # a rank that leaves early can abort the other
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_float8_on_two_workers_is_near_the_exact_step(compiled, tmp_path):
+    """Scales are of what a rank holds at a time: gradients are alike within the precision of float8, and not equal."""
+    base = str(tmp_path / "base")
+    config_of({}, 1).model.build_model().save_checkpoint(base)
+    exact = {"float8": step({}, 1), "float8, adapters": step({"base": base}, 1)}
+    setting = {"float8": True, "recompute": "selective", "unit_blocks": 1, "reshard_after_forward": True, "compile": compiled}
+    cases = {"float8": setting | {"rows": 2}, "float8, adapters": setting | {"base": base}}
+    mp.spawn(worker, (cases, 2, str(tmp_path)), nprocs=2)
+    for name, expected in exact.items():
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
+        assert found["loss"] == pytest.approx(expected["loss"].item(), rel=5e-3)
+        assert found["loss"] != expected["loss"]
+        trained = [key for key in expected if key.startswith(("transformer.", "vision_backbone."))]
+        a, b = (torch.cat([gradients[key].flatten() for key in trained]) for gradients in (found, expected))
+        assert (a - b).norm() < 0.1 * b.norm()
 
 
 @pytest.mark.parametrize(
