@@ -1,6 +1,6 @@
 """Who may see whom, and attention itself.
 
-There is one rule, `SequenceLayout.may_attend`, a function of token-level arrays. The dense mask, the FlexAttention block mask
+There is one rule, `SequenceLayout.rule`, a function of token-level arrays. The dense mask, the FlexAttention block mask
 and the mask of cached decoding are all derived from it. The blocks know none of this: they are handed an `Attention`.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -20,6 +21,8 @@ from molmo_core.tokens import PACK_STRIDE
 AttentionImplementation = Literal["auto", "sdpa", "flex"]
 Mask = torch.Tensor | BlockMask | None
 """bool [B, 1, Q, K] (True = may attend), float [B, 1, Q, K] (added to the scores), a block mask, or None = causal."""
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of (batch row, query, key): whether the query may attend to the key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,23 +62,54 @@ class SequenceLayout:
             questions=None if self.questions is None else pad(self.questions, value=False),
         )
 
-    def may_attend(self, b: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """The attention rule for (batch row, query position, key position): broadcastable integer tensors; bool."""
-        allowed = k <= q
-        if self.groups is not None:
-            group = self.groups[b, q]
-            both_ways = group == self.groups[b, k]
-            if self.questions is not None:
-                ahead = self.questions[b, k]
-                if self.segments is not None:
-                    ahead = ahead & (self.segments[b, q] // PACK_STRIDE == self.segments[b, k] // PACK_STRIDE)
-                both_ways = both_ways | ahead
-            allowed = allowed | ((group >= 0) & both_ways)
-        if self.segments is not None:
-            allowed = allowed & (self.segments[b, q] <= self.segments[b, k])
-        if self.valid is not None:
-            allowed = allowed & self.valid[b, q] & self.valid[b, k]
-        return allowed | (q == k)
+    def rule(self, queries: torch.Tensor | None = None, keys: torch.Tensor | None = None) -> Rule:
+        """The attention rule as a function of (batch row, query, key): broadcastable integer tensors; gives bool.
+
+        Kernels evaluate it for every pair of a block that is not all seen, so it only compares int32 arrays, which are made here: on an
+        H100 FlexAttention's backward pass takes 0.6 times as long as with the rule spelt out in int64 (docs/experiments.md).
+
+        Args:
+            queries, keys: int64 [Q], [K], the positions that the function's indices stand for; None = position i is index i.
+        """
+
+        def of(values: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+            return (values if positions is None else values[..., positions]).int()
+
+        seen, ahead = self._seen(), self._ahead()
+        compared = [(of(own, queries), of(other, keys)) for own, other in ahead]
+        limits = None if seen is None else (of(seen[0], queries), of(seen[1], keys))
+        q_position = None if queries is None else queries.int()
+        k_position = None if keys is None else keys.int()
+
+        def may_attend(b: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            at, other = q if q_position is None else q_position[q], k if k_position is None else k_position[k]
+            allowed = other <= at
+            for of_query, of_key in compared:
+                allowed = allowed | (of_query[b, q] == of_key[b, k])
+            if limits is not None:
+                allowed = allowed & (limits[0][b, q] <= limits[1][b, k])
+            return allowed | (at == other)
+
+        return may_attend
+
+    def _seen(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Of a token as a query and as a key, [B, K]: the first must not be above the second. None: no limits."""
+        if self.valid is None:
+            return None if self.segments is None else (self.segments, self.segments)
+        segments = torch.zeros_like(self.valid, dtype=torch.int64) if self.segments is None else self.segments
+        bounds = torch.iinfo(torch.int32)
+        return torch.where(self.valid, segments, bounds.max), torch.where(self.valid, segments, bounds.min)
+
+    def _ahead(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of a token as a query and as a key, [B, K]: where they are equal the query sees the key though it comes later."""
+        if self.groups is None:
+            return []
+        grouped = self.groups >= 0
+        pairs = [(torch.where(grouped, self.groups, -2), self.groups)]
+        if self.questions is not None:
+            examples = torch.zeros_like(self.groups) if self.segments is None else self.segments // PACK_STRIDE
+            pairs.append((torch.where(grouped, examples, -3), torch.where(self.questions, examples, -2)))
+        return pairs
 
     def dense_mask(self, batch: int, keys: int, queries: int | None = None, device: torch.device | None = None) -> torch.Tensor:
         """bool [B, 1, Q, K] for the last `queries` of `keys` positions (all by default)."""
@@ -83,16 +117,11 @@ class SequenceLayout:
         b = torch.arange(batch, device=device)[:, None, None]
         q = torch.arange(first, keys, device=device)[None, :, None]
         k = torch.arange(keys, device=device)[None, None, :]
-        return self.may_attend(b, q, k).expand(batch, -1, -1)[:, None]
+        return self.rule()(b, q, k).expand(batch, -1, -1)[:, None]
 
     def block_mask(self, batch: int, length: int, device: torch.device) -> BlockMask:
         """The same rule for FlexAttention over whole sequences of `length` tokens."""
-
-        def mask_mod(b: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            return self.may_attend(b, q, k)
-
-        compiled = device.type == "cuda"  # without compilation the whole [B, Q, K] mask is made first
-        return create_block_mask(mask_mod, batch, None, length, length, device=str(device), _compile=compiled)
+        return block_mask(self.rule(), batch, length, length, device)
 
     def mask(self, batch: int, keys: int, queries: int, device: torch.device, implementation: Literal["sdpa", "flex"]) -> Mask:
         """The mask in the form that `attend` takes.
@@ -106,6 +135,16 @@ class SequenceLayout:
         if self.is_causal and queries in (1, keys):
             return None
         return self.dense_mask(batch, keys, queries, device)
+
+
+def block_mask(rule: Rule, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """A rule for FlexAttention, of any numbers of queries and keys."""
+
+    def mask_mod(b: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return rule(b, q, k)
+
+    compiled = device.type == "cuda"  # without compilation the whole [B, Q, K] mask is made first
+    return create_block_mask(mask_mod, batch, None, queries, keys, device=str(device), _compile=compiled)
 
 
 @functools.cache

@@ -16,9 +16,8 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import create_block_mask
 
-from molmo_core.nn.attention import Attention, Mask, SequenceLayout
+from molmo_core.nn.attention import Attention, Mask, SequenceLayout, block_mask
 from molmo_core.nn.connector import MolmoVisionBackbone
 
 try:
@@ -69,16 +68,13 @@ class Share:
             implementation: of the mask.
         """
         own, order, device = self.own, self.order, self.own.device
+        rule = layout.rule(own, order)
         mask: Mask
         if implementation == "flex":
-
-            def mask_mod(b: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-                return layout.may_attend(b, own[q], order[k])
-
-            mask = create_block_mask(mask_mod, rows, None, len(own), len(order), device=str(device), _compile=device.type == "cuda")
+            mask = block_mask(rule, rows, len(own), len(order), device)
         else:
-            b = torch.arange(rows, device=device)[:, None, None]
-            mask = layout.may_attend(b, own[None, :, None], order[None, None]).expand(rows, -1, -1)[:, None]
+            b, q, k = (torch.arange(n, device=device) for n in (rows, len(own), len(order)))
+            mask = rule(b[:, None, None], q[:, None], k).expand(rows, -1, -1)[:, None]
         return Shared(dataclasses.replace(cast(Any, whole), mask=mask), self.name)
 
     def look(

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_mask
 from molmo_core.nn.attention import Cached, SequenceLayout, Whole, attend, attention_weights
 from molmo_core.nn.kv_cache import KVCache
 from molmo_core.nn.sequence_layout import sequence_layout
-from molmo_core.tokens import ImageTokenIds
+from molmo_core.tokens import PACK_STRIDE, ImageTokenIds
 
 MOLMO, MOLMO2 = ImageTokenIds.of("molmo", 100), ImageTokenIds.of("molmo2", 100)
 MODES = (None, "image_tokens", "within_image", "image_to_question")
@@ -101,6 +101,39 @@ def test_flex_attention_equals_dense(case):
         flex = attend(q, k, v, layout.block_mask(batch, length, torch.device("cpu")))
     torch.testing.assert_close(flex, dense, atol=1e-5, rtol=1e-5)
     assert torch.isfinite(dense).all()  # rows of padding, too
+
+
+@pytest.mark.parametrize("missing", [(), ("valid",), ("segments",), ("groups",), ("questions",), ("valid", "segments")])
+def test_the_rule_is_the_one_that_is_told(missing):
+    """As the docstring of `SequenceLayout` spells it, for whole sequences and for any positions of them."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (3, 40)
+    examples = torch.randint(0, 3, shape, generator=draw).sort(1).values
+    arrays = {
+        "valid": torch.rand(shape, generator=draw) > 0.2,
+        "segments": examples * PACK_STRIDE + torch.randint(0, 3, shape, generator=draw) * 5_000,
+        "groups": torch.randint(-1, 3, shape, generator=draw),
+        "questions": torch.rand(shape, generator=draw) > 0.7,
+    }
+    layout = SequenceLayout(**{name: None if name in missing else values for name, values in arrays.items()})
+
+    def told(b: int, q: int, k: int) -> bool:
+        allowed = k <= q
+        if layout.groups is not None and layout.groups[b, q] >= 0:
+            same_example = layout.segments is None or examples[b, q] == examples[b, k]
+            asked = layout.questions is not None and bool(layout.questions[b, k]) and same_example
+            allowed = allowed or bool(layout.groups[b, q] == layout.groups[b, k]) or asked
+        if layout.segments is not None:
+            allowed = allowed and bool(layout.segments[b, q] <= layout.segments[b, k])
+        if layout.valid is not None:
+            allowed = allowed and bool(layout.valid[b, q]) and bool(layout.valid[b, k])
+        return bool(allowed) or q == k
+
+    queries, keys = torch.randperm(40, generator=draw)[:15], torch.randperm(40, generator=draw)
+    expected = torch.tensor([[[told(b, q, k) for k in range(40)] for q in range(40)] for b in range(3)])
+    assert torch.equal(layout.dense_mask(3, 40)[:, 0], expected)
+    b, q, k = torch.arange(3)[:, None, None], torch.arange(15)[:, None], torch.arange(40)
+    assert torch.equal(layout.rule(queries, keys)(b, q, k), expected[:, queries][:, :, keys])
 
 
 def test_packed_example_never_sees_its_neighbour():
