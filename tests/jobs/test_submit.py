@@ -207,7 +207,7 @@ def test_a_stopped_job_saves_first_when_it_is_given_the_time(dashboard, train, s
 def test_a_job_that_is_killed_while_it_ends_is_stopped_all_the_same(dashboard, train, status, tmp_path):
     """Ray's default: SIGKILL three seconds after SIGTERM. A step takes longer."""
     words, env = train
-    words = functools.partial(words, "killed", "checkpoint.interval=1", "log_interval=1", "global_batch_size=2048", "device_batch_size=16")
+    words = functools.partial(words, "killed", "checkpoint.interval=1", "log_interval=1", "global_batch_size=512", "device_batch_size=16")
     submit(dashboard, words("steps=100000"), env, "--no-wait", "--submission-id=killed")
     wait_for(dashboard, "killed", "step 1 is saved")
     stop(dashboard, "killed")
