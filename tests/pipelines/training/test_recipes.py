@@ -114,7 +114,7 @@ def small(home, name, *changes):
         for dataset in settings.datasets:
             kind = KINDS.get(dataset, KINDS.get(group, "questions"))
             paths.append(f"{prefix}.datasets.{dataset}.path={home / kind}.jsonl")
-    alone = ["init_from=null", "precision=fp32", "data.packing=null", "global_batch_size=8", "num_workers=1"]
+    alone = ["init_from=null", "precision=fp32", "compile=false", "data.packing=null", "global_batch_size=8", "num_workers=1"]
     return make([*tokenizer, *paths, *alone, *changes])
 
 
