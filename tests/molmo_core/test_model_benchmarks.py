@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
         ("molmo2_parity.py", [], 9),
         ("decode.py", ["--rounds", "1", "--compare", "--peer"], 10),
         ("train_step.py", ["--steps", "2"], 5),
+        ("flex_attention.py", ["--sweep"], 12),
     ],
 )
 def test_script_runs(script: str, arguments: list[str], lines: int) -> None:
@@ -26,7 +27,13 @@ def test_script_runs(script: str, arguments: list[str], lines: int) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) == lines
-    measured = {"he_molmo.py": "tflop", "molmo2_parity.py": "error", "decode.py": "decode_tokens_s", "train_step.py": "tokens_s"}[script]
+    measured = {
+        "he_molmo.py": "tflop",
+        "molmo2_parity.py": "error",
+        "decode.py": "decode_tokens_s",
+        "train_step.py": "tokens_s",
+        "flex_attention.py": "error",
+    }[script]
     values = [row[measured] for row in rows[1:] if measured in row]
     assert len(values) >= 1
     assert all(value < 1e-5 for value in values) if measured == "error" else all(value > 0 for value in values)
