@@ -18,6 +18,7 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -65,12 +66,16 @@ def dashboard(tmp_path_factory):
             pytest.fail(f"the cluster did not start: {Path(log.name).read_text()}")
         yield address
     finally:
+        started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for left in psutil.wait_procs(started, timeout=10)[1]:  # on a busy machine workers have outlived their cluster for ever
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
 
