@@ -104,7 +104,7 @@ class SequenceLayout:
         """Of a token as a query and as a key, [B, K]: where they are equal the query sees the key though it comes later."""
         if self.groups is None:
             return []
-        grouped = self.groups >= 0
+        grouped = self.groups >= 0  # where not, numbers that no token has on the other side
         pairs = [(torch.where(grouped, self.groups, -2), self.groups)]
         if self.questions is not None:
             examples = torch.zeros_like(self.groups) if self.segments is None else self.segments // PACK_STRIDE

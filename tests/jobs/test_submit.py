@@ -73,7 +73,7 @@ def dashboard(tmp_path_factory):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        for left in psutil.wait_procs(started, timeout=10)[1]:  # on a busy machine workers have outlived their cluster for ever
+        for left in psutil.wait_procs(started, timeout=10)[1]:  # on a busy machine workers have outlived their cluster by minutes
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
         log.close()
