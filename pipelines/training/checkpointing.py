@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager  # torch 2.11's DefaultStager makes one copy and no second
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from molmo_core.checkpoint.adapters import base_checksums, save_adapters
@@ -72,7 +72,7 @@ class Checkpointer:
         self._writer: str | None = None
         """What this one wrote into WRITER_NAME (known to the first rank)."""
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self._stager: DefaultStager | None = None
+        self._stager: StateDictStager | None = None
         self._save: _Save | None = None
 
     def begin(self, state: dict[str, Any], hooks: Sequence[Hook] = ()) -> None:
@@ -220,11 +220,13 @@ class Checkpointer:
 
     def _staged(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """A copy in this machine's memory, pinned if it comes from a GPU. The memory is used again by the next save."""
+        gpu = self.model.device.type == "cuda"
         if self._stager is None:
-            gpu = self.model.device.type == "cuda"
-            options = StagingOptions(use_pinned_memory=gpu, use_non_blocking_copy=gpu, use_shared_memory=False, use_async_staging=False)
-            self._stager = DefaultStager(options)
-        return self._stager.stage(tensors)  # type: ignore[return-value]
+            self._stager = StateDictStager(pin_memory=gpu)
+        staged = self._stager.stage(tensors, non_blocking=gpu)
+        if gpu:
+            torch.cuda.synchronize(self.model.device)
+        return staged
 
     def _write(self, staged: dict[str, Any], state: dict[str, Any]) -> None:
         """What the thread does. Raises on every rank if it fails on one; then nothing is left of it."""

@@ -43,7 +43,7 @@ class Fit:
                 storage_path=storage.root,
                 storage_filesystem=None if storage.local else storage.filesystem,
                 failure_config=FailureConfig(max_failures=config.max_failures),
-                callbacks=callbacks(inbox),
+                callbacks=callbacks(inbox, config.max_failures),
             ),
         )
         self.done = threading.Event()

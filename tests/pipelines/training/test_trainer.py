@@ -58,13 +58,16 @@ def test_a_run_leaves_a_model_numbers_and_pictures(undisturbed, storage):
     assert tracking.client().get_model_version("tiny", version).run_id == undisturbed.run_id
 
 
-def test_a_killed_worker_changes_nothing(undisturbed, storage):
+def test_a_killed_worker_changes_nothing(undisturbed, storage, capsys):
     """Worker 1 dies in step 6; all begin again after the checkpoint of step 4 (or 2, if 4 was not yet committed)."""
     loader = functools.partial(RandomLoader, die_at=6, marker=str(storage / "died"))
     config = tiny_config(storage, name="killed", steps=8, num_workers=2, max_failures=1)
     config.checkpoint.interval, config.checkpoint.keep = 2, 2
     result = run_training(config, loader)
     assert (storage / "died").exists()
+    told = capsys.readouterr().out
+    assert "workers failed (rank 1): " in told
+    assert "again from the newest checkpoint: failure 1, max_failures 1" in told
     assert len(result.metrics) > 8
     assert losses(result) == losses(undisturbed)
     weights = [load_model(r.checkpoint).state_dict() for r in (result, undisturbed)]
