@@ -23,8 +23,8 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 # An image has two to twenty-one questions: more than this are shared out over two training records, for sequences of similar lengths.
 TRAIN_QUESTIONS = 12
-# What is learned last counts more in the loss: places and shapes. Three in four questions are answered yes or no.
-WEIGHTS = {"pointing": 5.0, "shape": 2.0}
+# What is learned last counts more in the loss: places, shapes, and comparing a question's word with the picture.
+WEIGHTS = {"pointing": 8.0, "shape": 5.0, "yes_no": 2.0, "colour": 1.0}
 Split = Literal["train", "test"]
 NAMES = {"easy-vqa": False, "easy-vqa-points": True}
 """What a preparation calls the data set; whether pointing tasks hold coordinates (`with_points`)."""
@@ -95,7 +95,7 @@ def _record(path: Path, pairs: list[tuple[str, str]], figure: str, place: tuple[
     x, y = (round(value) for value in place)  # 1 % is less than a pixel of these images
     point = f'<point x="{x}" y="{y}" alt="{figure}">{figure}</point>'
     asked = [*((q, a, question_type(a)) for q, a in pairs), (f"Point to the {figure}.", point, "pointing")]
-    annotations = [{"style": "demo", "question": q, "answer": a, "type": t, "weight": WEIGHTS.get(t, 1.0)} for q, a, t in asked]
+    annotations = [{"style": "demo", "question": q, "answer": a, "type": t, "weight": WEIGHTS[t]} for q, a, t in asked]
     return {"image": str(path), "message_list": annotations, "metadata": {"figure": figure, "point": list(place)}}
 
 
