@@ -40,6 +40,11 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Changes to the configuration, e.g. limit=100 or optim.llm.lr=1e-5.", show_default=False),
 ]
 
+OptionalConfig = Annotated[
+    str | None, typer.Argument(metavar="[CONFIG]", help="YAML file of this job's configuration, if there is one.", show_default=False)
+]
+"""For a job whose settings may all be KEY=VALUE; see `file_and_changes`."""
+
 EXIT_CODES: dict[type[Exception], int] = {ConfigError: 2, TrainingError: 1}
 """Errors whose text says what a person can do: they are printed without a traceback and end with this code."""
 
@@ -76,6 +81,14 @@ def job(main: Callable[..., Any], config: type[BaseConfig] | None = None) -> typ
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(cls=Command)(guarded)
     return app
+
+
+def file_and_changes(config: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """The configuration file of a command line with `OptionalConfig`, if there is one, and the changes."""
+    changes = list(overrides or ())
+    if config is None or "=" not in config or Path(config).is_file():
+        return config, changes
+    return None, [config, *changes]  # the first change is in the file's place
 
 
 def _looked_for(current: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.command import Overrides, job
+from jobs.command import OptionalConfig, Overrides, file_and_changes, job
 from molmo_core.config import overridden
 from pipelines.evaluation.config import EvaluateConfig
 from pipelines.names import file_name, masked
@@ -62,12 +62,12 @@ def save_in_mlflow(report: Report, settings: EvaluateConfig) -> str:
 
 
 def read_settings(config: str | None, overrides: list[str] | None) -> EvaluateConfig:
-    """The settings of a command line: of a file, or of overrides alone (the first of which is in the file's place then). Without an
-    `output`, its folder is called after model and records."""
-    changes = list(overrides or ())
-    if config is not None and ("=" not in config or Path(config).is_file()):
-        return EvaluateConfig.load(config, changes)
-    given = overridden({}, [*([] if config is None else [config]), *changes])
+    """The settings of a command line: of a file, or of overrides alone. Then, without an `output`, its folder is called after model and
+    records."""
+    file, changes = file_and_changes(config, overrides)
+    if file is not None:
+        return EvaluateConfig.load(file, changes)
+    given = overridden({}, changes)
     if given.get("model") and given.get("records") and not given.get("output"):
         model, records = (re.sub(r"^models:/", "", str(given[key]).rstrip("/")) for key in ("model", "records"))
         model = "/".join(model.split("/")[-2:])
@@ -76,9 +76,7 @@ def read_settings(config: str | None, overrides: list[str] | None) -> EvaluateCo
 
 
 def main(
-    config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="YAML file of this job's configuration, if there is one.", show_default=False)
-    ] = None,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
     record_only: Annotated[bool, typer.Option("--record", help="Evaluate nothing; record the report in `output` in MLflow.")] = False,
 ) -> None:

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from jobs.command import ConfigPath, Overrides, job
+from jobs.command import OptionalConfig, Overrides, file_and_changes, job
+from molmo_core.config import overridden
 from pipelines.serving.config import ServeConfig
 
 EXAMPLE = """\
@@ -60,13 +61,22 @@ def serve(config: ServeConfig, show: bool = False) -> None:
     print("Stopped.", flush=True)
 
 
+def read_settings(config: str | None, overrides: list[str] | None) -> ServeConfig:
+    """The settings of a command line: of a file, or of overrides alone."""
+    file, changes = file_and_changes(config, overrides)
+    return ServeConfig.load(file, changes) if file is not None else ServeConfig.from_dict(overridden({}, changes), source="command line")
+
+
 def main(
-    config: ConfigPath,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page to try the model on in the default browser.")] = False,
 ) -> None:
-    """Serves a registered model or a checkpoint folder behind an OpenAI-style API, until Ctrl-C."""
-    serve(ServeConfig.load(config, overrides), show)
+    """Serves a registered model or a checkpoint folder behind an OpenAI-style API, until Ctrl-C.
+
+    One setting is enough: `molmo serve model=CHECKPOINT`.
+    """
+    serve(read_settings(config, overrides), show)
 
 
 app = job(main, ServeConfig)

@@ -16,7 +16,7 @@ import pytest
 import ray
 from PIL import Image
 
-from jobs.serve import serve
+from jobs.serve import read_settings, serve
 from molmo_core.config import ConfigError
 from pipelines.serving import client
 from pipelines.serving.app import serving
@@ -60,6 +60,15 @@ def test_serves_until_it_is_stopped(tiny_checkpoint, tmp_path):
     assert key not in rest
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_settings_of_a_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("model: models:/mine@champion\nport: 8100\n")
+    assert read_settings("model=runs/x", ["port=8200"]) == ServeConfig(model="runs/x", port=8200)
+    assert read_settings("own.yaml", ["port=8200"]) == ServeConfig(model="models:/mine@champion", port=8200)
+    with pytest.raises(ConfigError, match="either model or models must be given"):
+        read_settings(None, None)
 
 
 def test_a_port_in_use_is_told_before_a_cluster_starts(tmp_path):
