@@ -1,4 +1,4 @@
-"""Pointing by choosing and by spelling: tiny models of one size learn easy-VQA's pointing tasks from nothing, on several seeds.
+"""Pointing by choosing and by spelling: tiny models learn easy-VQA's pointing tasks from nothing, on several seeds.
 
     python benchmarks/molmo_point.py prepare FOLDER          # 3 MB: pictures, records, tokenizers, configurations
     python benchmarks/molmo_point.py compare FOLDER          # trains and tests 3 variants on seeds 0, 1, 2: 9 processes at once
