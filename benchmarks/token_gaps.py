@@ -11,6 +11,7 @@ picture. `gap_ms` is what the one waits for its tokens meanwhile: median, 99 of 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -43,13 +44,14 @@ def main() -> None:
     for slice_tokens in arguments.slices:
         line = measured(model, slice_tokens or None, arguments)
         print(json.dumps({"slice_tokens": slice_tokens or None, **line}), flush=True)
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 def measured(model: Any, slice_tokens: int | None, arguments: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.RandomState(0)
-    limits = EngineLimits(max_running=arguments.streams + 1, slice_tokens=slice_tokens, cache_bytes=(1 << 20 if arguments.tiny else 16 << 30))
+    limits = EngineLimits(max_running=arguments.streams + 1, slice_tokens=slice_tokens, cache_bytes=(1 << 20 if arguments.tiny else 8 << 30))
     engine = Engine(model, limits)
     engine.warm_up()
     whole = 40 if arguments.tiny else 1400, 2 if arguments.tiny else 7, 8 if arguments.tiny else 1100
@@ -88,6 +90,7 @@ def measured(model: Any, slice_tokens: int | None, arguments: argparse.Namespace
     seconds = time.perf_counter() - began
     gaps = np.diff(arrivals) * 1e3
     engine.abort(stream)
+    engine.step()
     return {
         "quiet_ms": round(statistics.median(quiet), 2),
         "gap_ms": [round(float(np.percentile(gaps, q)), 1) for q in (50, 99, 100)],

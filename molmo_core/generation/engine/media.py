@@ -72,6 +72,8 @@ class MediaEncoder:
             media = self._media(prompt)
             new.setdefault(media.kind, {})[prompt.digest] = media
             looked.append(prompt)
+            if slice_tokens is not None:
+                yield  # what the host does for a prompt takes milliseconds, too
         for group in new.values():
             parts = yield from self._look(list(group.values()), slice_tokens)
             for digest, features in zip(group, parts):

@@ -84,6 +84,8 @@ class Runner:
                 for layer, (keys, values) in enumerate(cache):
                     self.cache.write(layer, pages, offsets, keys, values)
             prompt.embedded = embedded.tokens._replace(valid=None, response=None)
+            if slice_tokens is not None:
+                yield
 
     def _inputs(self, sequence: Work) -> Inputs:
         """Inputs of the model for prompt and answer. Of the images only the shape: the features are there."""
