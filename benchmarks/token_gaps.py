@@ -3,9 +3,9 @@
     python benchmarks/token_gaps.py                   # on a GPU: Molmo2-4B, prompts of 1,400 tokens with a picture of 7 crops, bfloat16
     python benchmarks/token_gaps.py --tiny            # on any CPU: checks the script
 
-One answer is in work alone (`quiet_ms`, median), then others are kept in work beside it: each that ends is followed by another with a fresh
-picture. `gap_ms` is what the one waits for its tokens meanwhile: median, 99 of 100, longest. `tokens_s` counts all answers, reading included.
-`slice_tokens: null` reads prompts whole. One JSON line a setting; the first says what machine and versions these are.
+One answer is in work alone (`quiet_ms`, median), then others are kept in work beside it: each that ends is followed by another with a
+fresh picture. `gap_ms` is what the one waits for its tokens meanwhile: median, 99 of 100, longest. `tokens_s` counts all answers, reading
+included. `slice_tokens: null` reads prompts whole. One JSON line a setting; the first says what machine and versions these are.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def main() -> None:
 
 def measured(model: Any, slice_tokens: int | None, arguments: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.RandomState(0)
-    limits = EngineLimits(max_running=arguments.streams + 1, slice_tokens=slice_tokens, cache_bytes=(1 << 20 if arguments.tiny else 8 << 30))
+    cache_bytes = 1 << 20 if arguments.tiny else 8 << 30
+    limits = EngineLimits(max_running=arguments.streams + 1, slice_tokens=slice_tokens, cache_bytes=cache_bytes)
     engine = Engine(model, limits)
     engine.warm_up()
     whole = 40 if arguments.tiny else 1400, 2 if arguments.tiny else 7, 8 if arguments.tiny else 1100
