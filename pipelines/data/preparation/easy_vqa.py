@@ -24,7 +24,7 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 # An image has two to twenty-one questions: more than this are shared out over two training records, for sequences of similar lengths.
 TRAIN_QUESTIONS = 12
 # What is learned last counts more in the loss: places, shapes, and comparing a question's word with the picture.
-WEIGHTS = {"pointing": 10.0, "shape": 6.0, "yes_no": 5.0, "colour": 1.0}
+WEIGHTS = {"pointing": 9.0, "shape": 6.0, "yes_no": 5.0, "colour": 1.0}
 Split = Literal["train", "test"]
 NAMES = {"easy-vqa": False, "easy-vqa-points": True}
 """What a preparation calls the data set; whether pointing tasks hold coordinates (`with_points`)."""
