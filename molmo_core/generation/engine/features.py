@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import blake3
 import numpy as np
 import torch
 
 
 def media_digest(example: Mapping[str, Any]) -> bytes:
     """Of everything in a prompt's inputs but its text: pixels, masks, indices. Equal digests have equal features."""
-    digest = hashlib.sha256()  # CPUs have instructions for it: four times as fast as blake2b
+    digest = blake3.blake3()  # 0.6 ms for 3 MB; SHA-256 takes 8 ms, which every answer in work would wait for
     for name in sorted(example):
         value = example[name]
         if name in ("input_ids", "position_ids") or value is None:

@@ -50,7 +50,7 @@ class Runner:
 
     def slices(self, chunks: Sequence[Chunk], slice_tokens: int | None) -> Slices[torch.Tensor]:
         """The same with pauses, see `EngineLimits`. Until it has ended nothing else may be written to the pages of these prompts."""
-        yield from self._embed([chunk.sequence for chunk in chunks if chunk.sequence.prompt.embedded is None], slice_tokens)
+        yield from self._embed([chunk.sequence for chunk in chunks if not _is_embedded(chunk.sequence)], slice_tokens)
         chunks = [chunk._replace(start=max(chunk.start, chunk.sequence.prompt.done)) for chunk in chunks]
         tokens = _packed([_part(chunk) for chunk in chunks])
         attention = self._attention(chunks, tokens.x.shape[1])
@@ -83,7 +83,7 @@ class Runner:
                 pages, offsets = self._places([Chunk(sequence, 0, prompt.done)], prompt.done)
                 for layer, (keys, values) in enumerate(cache):
                     self.cache.write(layer, pages, offsets, keys, values)
-            prompt.embedded = embedded.tokens._replace(valid=None, response=None)
+            prompt.embedded, prompt.pages = embedded.tokens._replace(valid=None, response=None), sequence.pages
             if slice_tokens is not None:
                 yield
 
@@ -146,6 +146,11 @@ class Runner:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return to_device(array, self.device)
+
+
+def _is_embedded(sequence: Work) -> bool:
+    prompt: Prompt = sequence.prompt
+    return prompt.embedded is not None and prompt.pages is sequence.pages
 
 
 def _part(chunk: Chunk) -> Pass:
