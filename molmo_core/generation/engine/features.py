@@ -20,7 +20,7 @@ def media_digest(example: Mapping[str, Any]) -> bytes:
             continue
         array = np.ascontiguousarray(value)
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.data if array.size else b"")
+        digest.update(memoryview(array).cast("B") if array.size else b"")
     return digest.digest()
 
 
