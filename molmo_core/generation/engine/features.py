@@ -20,7 +20,7 @@ def media_digest(example: Mapping[str, Any]) -> bytes:
             continue
         array = np.ascontiguousarray(value)
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(memoryview(array).cast("B") if array.size else b"")
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.digest()
 
 
