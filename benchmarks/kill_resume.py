@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import concurrent.futures
 import hashlib
 import itertools
 import json
@@ -142,25 +143,18 @@ def train(config: str, nodes: int, steps: int) -> None:
     # Before the others come: the driver belongs to the node that is not killed.
     ray.init(address=cluster.address, runtime_env={"env_vars": variables}, log_to_driver=False)
     members = [cluster.add_node(num_cpus=1, object_store_memory=128 << 20) for _ in range(nodes)]
-    ended = threading.Event()
-
-    def replace() -> None:
-        while not ended.wait(0.2):
+    cluster.wait_for_nodes()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # nodes can be started in the main thread only
+        training = pool.submit(run_training, settings)
+        while not training.done():
+            time.sleep(0.2)
             for i, node in enumerate(members):
                 if not node.any_processes_alive() or node.dead_processes():
                     cluster.remove_node(node, allow_graceful=False)
                     members[i] = cluster.add_node(num_cpus=1, object_store_memory=128 << 20)
-
-    cluster.wait_for_nodes()
-    replacing = threading.Thread(target=replace)
-    replacing.start()
-    try:
-        run_training(settings)
-    finally:
-        ended.set()
-        replacing.join()
-        ray.shutdown()
-        cluster.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+    training.result()
 
 
 class Training:
