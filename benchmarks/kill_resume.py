@@ -1,6 +1,6 @@
 """Kills a training again and again, and compares what comes out with a run that nothing befell.
 
-    python benchmarks/kill_resume.py --kills 20       # about a quarter of an hour on two cores
+    python benchmarks/kill_resume.py --kills 20       # about twenty minutes on two cores
 
 Three runs of a small model on two workers: in one a random worker is killed (SIGKILL) at random moments, while a checkpoint is written and
 while the model is validated; in one the driver, which is started again; in one a node of a two-node cluster (ray.cluster_utils), in whose
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import concurrent.futures
 import hashlib
 import itertools
 import json
@@ -37,7 +38,9 @@ import psutil
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, INTERVAL, VALIDATION = 50, 4, 5
+INTERVAL, VALIDATION = 4, 5
+STEPS_A_KILL = 8
+"""To get on between two kills, to the next save or validation if it is to hit one."""
 PARTS = re.compile(r"start of a worker: (.*)")
 STEP = re.compile(r"step (\d+)/\d+  loss")
 
@@ -48,25 +51,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("workers", "driver", "nodes"), help="one kind of kill (default: three fifths, one, one)")
     parser.add_argument("--folder", help="for runs and logs (default: one that is deleted); an undisturbed run there is used again")
-    parser.add_argument("--train", nargs=2, metavar=("CONFIG", "NODES"), help=argparse.SUPPRESS)
+    parser.add_argument("--train", nargs=3, metavar=("CONFIG", "NODES", "STEPS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
-        return train(arguments.train[0], int(arguments.train[1]))
+        return train(arguments.train[0], *map(int, arguments.train[1:]))
     rng = random.Random(arguments.seed)
-    print(json.dumps({"machine": platform.platform(), "cores": os.cpu_count(), "steps": STEPS, "saved_every": INTERVAL}), flush=True)
+    planned = plans(arguments.kills, arguments.only)
+    steps = 20 + STEPS_A_KILL * max(map(len, planned.values()))
+    print(json.dumps({"machine": platform.platform(), "cores": os.cpu_count(), "steps": steps, "saved_every": INTERVAL}), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "undisturbed" / f"step_{STEPS:06d}" / "model").is_dir():
+        if not (folder / "undisturbed" / f"step_{steps:06d}" / "model").is_dir():
             prepare(folder)
             began = time.perf_counter()
-            run(folder, "undisturbed", [], rng)
+            run(folder, "undisturbed", [], steps, rng)
             print(json.dumps({"run": "undisturbed", "seconds": round(time.perf_counter() - began, 1)}), flush=True)
-        expected = outcome(folder, "undisturbed")
+        expected = outcome(folder, "undisturbed", steps)
         kills = []
-        for name, plan in plans(arguments.kills, arguments.only).items():
+        for name, plan in planned.items():
             if plan:
-                done, found = run(folder, name, plan, rng)
+                done, found = run(folder, name, plan, steps, rng)
                 kills += [kill | compared(found, expected) for kill in done]
                 print(json.dumps({"run": name} | compared(found, expected)), flush=True)
         seconds = [kill["seconds"] for kill in kills if kill["seconds"] is not None]
@@ -113,14 +118,14 @@ def environment(folder: Path) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | variables
 
 
-def train(config: str, nodes: int) -> None:
+def train(config: str, nodes: int, steps: int) -> None:
     """What a killed process does: one run, on a cluster of its own, or of two nodes that are replaced when they die."""
     from pipelines.training.config import TrainConfig
     from pipelines.training.trainer import run_training
 
     folder = Path(config).parent
     overrides = [
-        f"name={folder.name}", f"storage={folder.parent}", f"steps={STEPS}", f"checkpoint.interval={INTERVAL}", "log_interval=1",
+        f"name={folder.name}", f"storage={folder.parent}", f"steps={steps}", f"checkpoint.interval={INTERVAL}", "log_interval=1",
         "global_batch_size=8", "max_failures=100", f"data.datasets.easy_vqa.path={folder.parent}/data",
         f"model.llm.tokenizer.identifier={folder.parent}/data/tokenizer",
         f"validation={{data: {{datasets: {{other: {{path: {folder.parent}/data}}}}}}, interval: {VALIDATION}, batches: 2}}",
@@ -138,34 +143,27 @@ def train(config: str, nodes: int) -> None:
     # Before the others come: the driver belongs to the node that is not killed.
     ray.init(address=cluster.address, runtime_env={"env_vars": variables}, log_to_driver=False)
     members = [cluster.add_node(num_cpus=1, object_store_memory=128 << 20) for _ in range(nodes)]
-    ended = threading.Event()
-
-    def replace() -> None:
-        while not ended.wait(0.2):
+    cluster.wait_for_nodes()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # nodes can be started in the main thread only
+        training = pool.submit(run_training, settings)
+        while not training.done():
+            time.sleep(0.2)
             for i, node in enumerate(members):
                 if not node.any_processes_alive() or node.dead_processes():
                     cluster.remove_node(node, allow_graceful=False)
                     members[i] = cluster.add_node(num_cpus=1, object_store_memory=128 << 20)
-
-    cluster.wait_for_nodes()
-    replacing = threading.Thread(target=replace)
-    replacing.start()
-    try:
-        run_training(settings)
-    finally:
-        ended.set()
-        replacing.join()
-        ray.shutdown()
-        cluster.shutdown()
+    ray.shutdown()
+    cluster.shutdown()
+    training.result()
 
 
 class Training:
     """The process of a run, and the lines that it prints."""
 
-    def __init__(self, folder: Path, name: str, nodes: int):
+    def __init__(self, folder: Path, name: str, nodes: int, steps: int):
         (folder / name).mkdir(exist_ok=True)
         self.folder, self.log = folder / name, (folder / f"{name}.log").open("a", buffering=1)
-        command = [sys.executable, __file__, "--train", str(folder / name / "config"), str(nodes)]
+        command = [sys.executable, __file__, "--train", str(folder / name / "config"), str(nodes), str(steps)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment(folder), stdout=subprocess.PIPE, stderr=self.log, text=True, start_new_session=True
         )
@@ -201,18 +199,20 @@ class Training:
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
-def run(folder: Path, name: str, plan: list[str], rng: random.Random) -> tuple[list[dict[str, object]], tuple[str, dict[int, float]]]:
+def run(
+    folder: Path, name: str, plan: list[str], steps: int, rng: random.Random
+) -> tuple[list[dict[str, object]], tuple[str, dict[int, float]]]:
     """A run with kills.
 
     Returns:
         The kills, and what came out: the hash of the weights, the loss of each step.
     """
     nodes = 2 if name == "nodes" else 0
-    training = Training(folder, name, nodes)
+    training = Training(folder, name, nodes, steps)
     kills: list[dict[str, object]] = []
     reached = INTERVAL + 3  # so that there is something to continue from
     for i, kind in enumerate(plan):
-        target = reached + rng.randint(2, max(2, (STEPS - 10 - reached) // (len(plan) - i)))
+        target = reached + rng.randint(2, max(2, (steps - 10 - reached) // (len(plan) - i)))
         if kind == "validating":
             target = -(-target // VALIDATION) * VALIDATION
         reached = seen(training, target)
@@ -220,7 +220,7 @@ def run(folder: Path, name: str, plan: list[str], rng: random.Random) -> tuple[l
         began = time.perf_counter()
         if kind == "driver":
             training.process.wait()
-            training = Training(folder, name, nodes)
+            training = Training(folder, name, nodes, steps)
         seen(training, reached, again=True)
         kills.append(
             {"kill": kind, "process": victim, "at_step": reached, "seconds": round(time.perf_counter() - began, 1), "parts": training.parts}
@@ -230,7 +230,7 @@ def run(folder: Path, name: str, plan: list[str], rng: random.Random) -> tuple[l
         pass
     if training.process.wait() != 0:
         raise SystemExit(f"{name} ended with {training.process.returncode}:\n{(folder / f'{name}.log').read_text()[-4000:]}")
-    return kills, outcome(folder, name)
+    return kills, outcome(folder, name, steps)
 
 
 def seen(training: Training, target: int, again: bool = False) -> int:
@@ -281,7 +281,7 @@ def choose(training: Training, kind: str, rng: random.Random) -> list[psutil.Pro
     return [raylet, *raylet.children(recursive=True)]
 
 
-def outcome(folder: Path, name: str) -> tuple[str, dict[int, float]]:
+def outcome(folder: Path, name: str, steps: int) -> tuple[str, dict[int, float]]:
     """The hash of a run's weights, and its losses by step (of a repeated one the last)."""
     import mlflow
 
@@ -290,7 +290,7 @@ def outcome(folder: Path, name: str) -> tuple[str, dict[int, float]]:
     record = json.loads((folder / name / "run.json").read_text())
     history = client.get_metric_history(record["mlflow_run"], "loss")
     losses = {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.timestamp)}
-    weights = folder / name / f"step_{STEPS:06d}" / "model" / "model.safetensors"
+    weights = folder / name / f"step_{steps:06d}" / "model" / "model.safetensors"
     return hashlib.sha256(weights.read_bytes()).hexdigest(), losses
 
 

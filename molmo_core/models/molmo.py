@@ -332,6 +332,11 @@ class Molmo(ModelBase):
         assert self.vision_backbone is not None
         return self.vision_backbone(*arguments)
 
+    def pooled(self, features: torch.Tensor, *pooled_idx: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What `look` makes of the patch features of all crops [B, patches, P]."""
+        assert self.vision_backbone is not None
+        return self.vision_backbone.pool(features, *pooled_idx)
+
     def stands_in(self, inputs: Inputs) -> bool:
         """Whether a call without images has to do what other ranks do with theirs."""
         return not inputs.past and (self.training or isinstance(self, FSDPModule))

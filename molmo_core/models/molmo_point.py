@@ -124,8 +124,10 @@ class MolmoPoint(Molmo):
         self, images: torch.Tensor, image_masks: torch.Tensor | None, *pooled_idx: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Features of the image tokens [B, M, d] and which exist, bool [B, M]; the features [B, M, k, P] of their patches, which exist."""
+        return self.pooled(self.vision_backbone.patch_features(images, image_masks), *pooled_idx)
+
+    def pooled(self, features: torch.Tensor, *pooled_idx: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         idx = pooled_idx[0]
-        features = self.vision_backbone.patch_features(images, image_masks)
         present = idx >= 0
         rows = torch.arange(len(idx), device=idx.device)[:, None, None]
         patches = features[rows, idx.clamp(min=0)] * present[..., None].to(features.dtype)

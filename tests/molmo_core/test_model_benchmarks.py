@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
         ("he_molmo.py", ["--batch", "1", "--repeats", "1"], 5),
         ("molmo2_parity.py", [], 9),
         ("decode.py", ["--rounds", "1", "--compare", "--peer"], 10),
+        ("token_gaps.py", [], 7),
         ("train_step.py", ["--steps", "2"], 5),
         ("flex_attention.py", ["--sweep"], 12),
     ],
@@ -31,6 +32,7 @@ def test_script_runs(script: str, arguments: list[str], lines: int) -> None:
         "he_molmo.py": "tflop",
         "molmo2_parity.py": "error",
         "decode.py": "decode_tokens_s",
+        "token_gaps.py": "tokens_s",
         "train_step.py": "tokens_s",
         "flex_attention.py": "error",
     }[script]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from molmo_core.generation.engine.paged import PagedCache, Stored
+from molmo_core.generation.engine.slices import Slices, finish
 from molmo_core.nn.attention import Attention
 from molmo_core.nn.llm import Block, BlockInputs, MoEBlock, Pass
 from molmo_core.nn.rope import Rotary, rotary_tables
@@ -46,9 +47,15 @@ class Blocks:
 
     def __call__(self, tokens: Pass, attention: PagedAttention, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The hidden state behind the last block, [T, d], of all tokens or of some, int64 [n]."""
+        return finish(self.slices(tokens, attention, rows, len(self.transformer.blocks)))
+
+    def slices(self, tokens: Pass, attention: PagedAttention, rows: torch.Tensor | None, layers: int) -> Slices[torch.Tensor]:
+        """The same with a pause after every `layers` blocks."""
         x = self.transformer.first_hidden(tokens.x)
         rotary = rotary_tables(self.transformer.config, tokens.positions)
         for layer, block in enumerate(self.transformer.blocks):
+            if layer and layer % layers == 0:
+                yield
             x = self._step(block, x, rotary[layer], attention.of(layer), tokens.scale)
         x = x.flatten(0, 1)
         return x if rows is None else x[rows]
@@ -79,6 +86,10 @@ class FusedBlocks:
 
     def __call__(self, tokens: Pass, attention: PagedAttention, rows: torch.Tensor | None = None) -> torch.Tensor:
         """See `Blocks`; of the last block, only what is asked for goes on behind the attention."""
+        return finish(self.slices(tokens, attention, rows, len(self.transformer.blocks)))
+
+    def slices(self, tokens: Pass, attention: PagedAttention, rows: torch.Tensor | None, layers: int) -> Slices[torch.Tensor]:
+        """See `Blocks`."""
         from molmo_core.generation.engine.block_kernels import RotaryTable, add_norm, rotate_and_store  # Triton is there with a GPU only
 
         x = self.transformer.first_hidden(tokens.x).flatten(0, 1)
@@ -86,6 +97,8 @@ class FusedBlocks:
         scale = None if tokens.scale is None else tokens.scale.flatten()
         branch = None
         for layer, block in enumerate(self.transformer.blocks):
+            if layer and layer % layers == 0:
+                yield
             qkv = block.att_proj(add_norm(x, branch, block.attn_norm.weight, block.attn_norm.eps))
             norms = (block.q_norm.weight, block.k_norm.weight) if hasattr(block, "q_norm") else None
             rotary = RotaryTable(*self._rotary[layer])

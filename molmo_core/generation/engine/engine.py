@@ -24,6 +24,7 @@ from molmo_core.generation.engine.requests import EngineStats, Event, Failed, Re
 from molmo_core.generation.engine.runner import Runner
 from molmo_core.generation.engine.sampler import Batch, Sampler, Scores, logprobs_of
 from molmo_core.generation.engine.scheduler import Chunk, Plan, Scheduler, Sequence
+from molmo_core.generation.engine.slices import Slices, finish, go_on
 from molmo_core.generation.engine.staging import to_device
 
 __all__ = ["Engine", "EngineLimits"]
@@ -42,6 +43,14 @@ class WarmUp(NamedTuple):
     """To compile what decodes, and to capture it."""
     graphs: int
     """Sizes that were captured."""
+
+
+class Reading(NamedTuple):
+    """Chunks of prompts that are being read."""
+
+    chunks: Items[Chunk]
+    slices: Slices[torch.Tensor]
+    """Gives their logits."""
 
 
 class Engine:
@@ -72,6 +81,7 @@ class Engine:
         self._batch: tuple[list[Sequence], list[list[int]], Batch] | None = None
         """The last one: its sequences, and the pages that they had."""
         self._launched: list[Launched] = []
+        self._reading: Reading | None = None
         self._grammars = Grammars(lambda: model.tokenizer)
         self._compiling: list[Sequence] = []
         """Those whose grammar is being compiled; nobody waits for them."""
@@ -177,10 +187,12 @@ class Engine:
             self._admit_compiled(events)
         if self._launched and not self._may_run_ahead():
             self._read(events)
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self._reading is not None)
         before, self._launched = self._launched, []
-        if plan.prefill:
-            self._prefill(plan.prefill, events)
+        if self._reading is not None and any(chunk.sequence.slot < 0 for chunk in self._reading.chunks):
+            self._reading = None  # one is gone, and its pages may be others' now: those that are left are planned anew
+        if self._reading is not None or plan.prefill:
+            self._prefill(plan.prefill, events, in_slices=bool(plan.decode) and self.limits.slice_tokens is not None)
         if plan.decode:
             self._decode(plan.decode, events)
         for launched in before:
@@ -209,13 +221,16 @@ class Engine:
         running = self.scheduler.running
         return self.scheduler.pool.available >= len(running) and not any(sequence.request.params.needs_host for sequence in running)
 
-    def _prefill(self, chunks: Items[Chunk], events: list[tuple[Request, Event]]) -> None:
+    def _prefill(self, planned: Items[Chunk], events: list[tuple[Request, Event]], in_slices: bool = False) -> None:
+        """Reads what is being read already, else what is planned: a slice of it, or all that is left."""
         now = time.monotonic()
-        for chunk in chunks:
+        for chunk in planned:
             answer = self._answers[chunk.sequence.request]
             answer.started = answer.started or now
+        reading, self._reading = self._reading or Reading(planned, self.runner.slices(planned, self.limits.slice_tokens)), None
+        chunks = reading.chunks
         try:
-            logits = self.runner.prefill(chunks)
+            logits = go_on(reading.slices) if in_slices else finish(reading.slices)
         except Exception as error:  # of whatever a prompt holds or the device raises: goes to its request, the others continue
             if len(chunks) == 1:
                 self._tell(chunks[0].sequence, [Failed(error)], events)
@@ -224,6 +239,9 @@ class Engine:
             logger.warning("%d prompts could not be read together (%s: %s)", len(chunks), type(error).__name__, error)
             for chunk in chunks:
                 self._prefill([chunk], events)
+            return
+        if logits is None:
+            self._reading = reading
             return
         self.scheduler.done(Plan(list(chunks), []))
         ready = [i for i, chunk in enumerate(chunks) if chunk.end == len(chunk.sequence.tokens)]

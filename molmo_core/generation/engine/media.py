@@ -11,6 +11,7 @@ import torch
 from molmo_core.generation.engine.blocks import compile_vision
 from molmo_core.generation.engine.features import FeatureCache
 from molmo_core.generation.engine.prompt import Prompt
+from molmo_core.generation.engine.slices import Slices
 from molmo_core.generation.engine.stopwatch import Stopwatch
 from molmo_core.inputs import Inputs, as_batch
 
@@ -45,9 +46,15 @@ class MediaEncoder:
         self._device = next(model.parameters()).device
         if self._device.type == "cuda":
             compile_vision(model)
+        self._crop_tokens = 1.0
+        """Tokens of a prompt whose reading is as much work as looking at a crop."""
+        if model.vision_backbone is not None:
+            parts = model.vision_backbone.image_vit, model.transformer.blocks
+            encoder, blocks = (sum(p.numel() for p in part.parameters()) for part in parts)
+            self._crop_tokens = model.config.vision_backbone.vit.patches_per_crop * encoder / blocks
 
-    def features(self, prompts: Iterable[Prompt]) -> dict[bytes, Features]:
-        """Features of all media of these prompts, by their digest.
+    def slices(self, prompts: Iterable[Prompt], slice_tokens: int | None) -> Slices[dict[bytes, Features]]:
+        """Features of all media of these prompts, by their digest; with pauses, see `EngineLimits`.
 
         Raises:
             ValueError: indices that do not fit images or tokens.
@@ -65,8 +72,11 @@ class MediaEncoder:
             media = self._media(prompt)
             new.setdefault(media.kind, {})[prompt.digest] = media
             looked.append(prompt)
+            if slice_tokens is not None:
+                yield  # what the host does for a prompt takes milliseconds, too
         for group in new.values():
-            for digest, features in zip(group, self._look(list(group.values()))):
+            parts = yield from self._look(list(group.values()), slice_tokens)
+            for digest, features in zip(group, parts):
                 self.cache.put(digest, features)
                 found[digest] = features
         watch.stop()
@@ -84,16 +94,24 @@ class MediaEncoder:
         targets = self.model.checked_targets(inputs, len(images), patches)
         return _Media(images, masks, [target.pooled_idx[0].long().numpy() for target in targets], patches)
 
-    def _look(self, media: Sequence[_Media]) -> list[Features]:
-        """Features of each, from one pass over the crops of all."""
+    def _look(self, media: Sequence[_Media], slice_tokens: int | None) -> Slices[list[Features]]:
+        """Features of each; the encoder sees the crops of all together, as many at a time as a slice has room for."""
         before = np.cumsum([0, *(m.patches for m in media[:-1])])
-        images = torch.cat([self._to_device(m.images) for m in media])[None]
-        masks = [m.masks for m in media if m.masks is not None]
+        images = torch.cat([self._to_device(m.images) for m in media])
+        given = [m.masks for m in media if m.masks is not None]
+        masks = self._to_device(np.concatenate(given)) if given else None
+        crops = len(images) if slice_tokens is None else max(1, int(slice_tokens / self._crop_tokens))
+        patches = []
+        for first in range(0, len(images), crops):
+            some = slice(first, first + crops)
+            patches.append(self.model.vision_backbone.patch_features(images[None, some], None if masks is None else masks[None, some]))
+            if slice_tokens is not None:
+                yield
         indices = [
             self._to_device(np.concatenate([np.where(m.indices[i] < 0, -1, m.indices[i] + first) for m, first in zip(media, before)]))
             for i in range(len(media[0].indices))
         ]
-        results = self.model.look(images, self._to_device(np.concatenate(masks))[None] if masks else None, *(idx[None] for idx in indices))
+        results = self.model.pooled(torch.cat(patches, 1), *(idx[None] for idx in indices))
         parts: list[Features] = [[] for _ in media]
         for i, (features, present) in enumerate(results):
             sizes = [len(m.indices[min(i, len(indices) - 1)]) for m in media]  # what comes besides belongs to the last index

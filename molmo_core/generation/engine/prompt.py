@@ -50,6 +50,8 @@ class Prompt:
         """Of all tokens but the first `done`, one row, while the prompt is being computed."""
         self.done = 0
         """Tokens that embedding has computed into the pages already."""
+        self.pages: list[int] | None = None
+        """Those that its sequence had when it was embedded: a preempted one gets others, and is embedded anew."""
         self.looked: Stopwatch | None = None
         """How long its media were looked at, if they were."""
 

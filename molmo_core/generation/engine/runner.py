@@ -16,6 +16,7 @@ from molmo_core.generation.engine.points import Points
 from molmo_core.generation.engine.prompt import Prompt
 from molmo_core.generation.engine.scheduler import Chunk
 from molmo_core.generation.engine.scheduler import Sequence as Work
+from molmo_core.generation.engine.slices import Slices, finish
 from molmo_core.generation.engine.staging import to_device
 from molmo_core.inputs import Inputs
 from molmo_core.nn.kv_cache import KVCache
@@ -33,6 +34,7 @@ class Runner:
         self.media = MediaEncoder(model, FeatureCache(feature_bytes), self._tensor)
         self.points = Points(model, slots) if hasattr(model.config, "point_tokens") else None
         self._blocks = blocks_of(model, self.cache, dynamic=True)
+        self._layers = len(model.transformer.blocks)
 
     def prompt(self, example: Mapping[str, Any]) -> Prompt:
         """A prompt of this model; nothing is computed on the device.
@@ -44,13 +46,18 @@ class Runner:
 
     def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Computes chunks of prompts into their pages; logits float32 [chunks, E] behind the last token of each."""
-        self._embed([chunk.sequence for chunk in chunks if chunk.sequence.prompt.embedded is None])
+        return finish(self.slices(chunks, None))
+
+    def slices(self, chunks: Sequence[Chunk], slice_tokens: int | None) -> Slices[torch.Tensor]:
+        """The same with pauses, see `EngineLimits`. Until it has ended nothing else may be written to the pages of these prompts."""
+        yield from self._embed([chunk.sequence for chunk in chunks if not _is_embedded(chunk.sequence)], slice_tokens)
         chunks = [chunk._replace(start=max(chunk.start, chunk.sequence.prompt.done)) for chunk in chunks]
         tokens = _packed([_part(chunk) for chunk in chunks])
         attention = self._attention(chunks, tokens.x.shape[1])
         ends = np.cumsum([chunk.end - chunk.start for chunk in chunks])
         last = self._tensor(ends - 1)
-        hidden = self._blocks(tokens, attention, last if self.points is None else None)
+        layers = self._layers if slice_tokens is None else max(1, slice_tokens * self._layers // tokens.x.shape[1])
+        hidden = yield from self._blocks.slices(tokens, attention, last if self.points is None else None, layers)
         for sequence, _, end in chunks:
             if end == len(sequence.tokens):
                 sequence.prompt.embedded, sequence.prompt.done = None, 0
@@ -61,9 +68,9 @@ class Runner:
             self.points.read(sequence, start, hidden[stop - (end - start) : stop])
         return self.points.allowed([chunk.sequence for chunk in chunks], newest, self._blocks.logits(newest))
 
-    def _embed(self, sequences: Sequence[Work]) -> None:
+    def _embed(self, sequences: Sequence[Work], slice_tokens: int | None) -> Slices[None]:
         """Embeds prompts and answers; what the model has computed for good on the way goes to the pages."""
-        features = self.media.features([sequence.prompt for sequence in sequences])
+        features = yield from self.media.slices([sequence.prompt for sequence in sequences], slice_tokens)
         for sequence in sequences:
             prompt: Prompt = sequence.prompt
             cache = KVCache() if self.model.FILLS_CACHE and prompt.digest else None
@@ -76,7 +83,9 @@ class Runner:
                 pages, offsets = self._places([Chunk(sequence, 0, prompt.done)], prompt.done)
                 for layer, (keys, values) in enumerate(cache):
                     self.cache.write(layer, pages, offsets, keys, values)
-            prompt.embedded = embedded.tokens._replace(valid=None, response=None)
+            prompt.embedded, prompt.pages = embedded.tokens._replace(valid=None, response=None), sequence.pages
+            if slice_tokens is not None:
+                yield
 
     def _inputs(self, sequence: Work) -> Inputs:
         """Inputs of the model for prompt and answer. Of the images only the shape: the features are there."""
@@ -137,6 +146,11 @@ class Runner:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return to_device(array, self.device)
+
+
+def _is_embedded(sequence: Work) -> bool:
+    prompt: Prompt = sequence.prompt
+    return prompt.embedded is not None and prompt.pages is sequence.pages
 
 
 def _part(chunk: Chunk) -> Pass:

@@ -119,15 +119,18 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._release(sequence)
 
-    def plan(self) -> Plan:
-        """What to compute next. Pages for it are reserved; `done` has to follow."""
+    def plan(self, reading: bool = False) -> Plan:
+        """What to compute next. Pages for it are reserved; `done` has to follow. `reading`: the prompts of an earlier plan are still being
+        read, so no others are."""
         decode = []
         for sequence in list(self.running):
             wanted = sequence.count < sequence.request.params.max_tokens
             if sequence.slot >= 0 and wanted and self.is_decoding(sequence) and self._room_for_next(sequence):
                 decode.append(sequence)
-        prefill = self._continue_prompts()
-        self._admit(prefill)
+        prefill: list[Chunk] = []
+        if not reading:
+            prefill = self._continue_prompts()
+            self._admit(prefill)
         return Plan(prefill, [s for s in decode if s.slot >= 0])
 
     def done(self, plan: Plan) -> None:

@@ -50,7 +50,7 @@ def tokens_of(events: list) -> list[int]:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("kind", ["plenty", "preempted", "chunks", "ahead"])
+@pytest.mark.parametrize("kind", ["plenty", "preempted", "chunks", "slices", "ahead"])
 def test_answers_equal_generate(name, kind, golden):
     """Every model of the family: text, one image, several images, video as it takes them; repeated prompts find prefixes."""
     model = family_model(name, golden)
@@ -59,8 +59,9 @@ def test_answers_equal_generate(name, kind, golden):
     longest = max(len(example["input_ids"]) for example in examples)
     setting = {
         "plenty": limits(page_size=16),
-        "preempted": pages(model, (longest + 24) // 4 + 3, page_size=4),
+        "preempted": pages(model, (longest + 24) // 4 + 3, page_size=4, slice_tokens=16),
         "chunks": limits(prefill_tokens=24, page_size=8),
+        "slices": limits(page_size=16, slice_tokens=1),
         "ahead": limits(page_size=16, max_running=4),
     }[kind]
     engine = Engine(model, setting)
@@ -85,6 +86,32 @@ def test_answers_equal_generate(name, kind, golden):
 @pytest.fixture
 def model(tiny_model):
     return tiny_model
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_an_answer_goes_on_while_a_prompt_is_read(leaves, model, prompts):
+    """One layer a slice: beside each the answer in work grows. A prompt whose client leaves is not read to the end."""
+    engine = Engine(model, limits(slice_tokens=1, page_size=8))
+    first, second = (Request(prompt, SamplingParams(max_tokens=20, ignore_eos=True)) for prompt in (prompts[0], prompts[3]))
+    engine.add(first)
+    heard = [*engine.step(), *engine.step()]
+    begun = len(heard)
+    engine.add(second)
+    heard += engine.step()
+    assert {request for request, _ in heard} == {first}
+    if leaves:
+        engine.abort(second)
+    while engine.active:
+        heard += engine.step()
+    order = [request for request, event in heard if isinstance(event, Token)]
+    assert order[:begun] == [first] * begun
+    if leaves:
+        assert order == [first] * 20
+    else:
+        assert order.index(second) >= begun + model.config.llm.n_layers - 1  # beside the last layer comes its own first token
+        assert [event.id for request, event in heard if request is second and isinstance(event, Token)] == alone(model, prompts[3], 20)
+    assert [event.id for request, event in heard if request is first and isinstance(event, Token)] == alone(model, prompts[0], 20)
+    assert engine.scheduler.pool.available == engine.scheduler.pool.total
 
 
 @pytest.fixture(scope="module")
