@@ -7,6 +7,7 @@ import signal
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from batches import RandomLoader, looks, tiny_config
@@ -59,8 +60,9 @@ def test_a_run_leaves_a_model_numbers_and_pictures(undisturbed, storage):
 
 
 def test_a_killed_worker_changes_nothing(undisturbed, storage, capsys):
-    """Worker 1 dies in step 6; all begin again after the checkpoint of step 4 (or 2, if 4 was not yet committed)."""
-    loader = functools.partial(RandomLoader, die_at=6, marker=str(storage / "died"))
+    """Worker 1 dies in step 6; all begin again after the checkpoint of step 4 (or 2, if 4 was not yet committed). Before that the driver's
+    inbox has died; every step is heard of nevertheless."""
+    loader = functools.partial(KillsTheInbox, die_at=6, marker=str(storage / "died"))
     config = tiny_config(storage, name="killed", steps=8, num_workers=2, max_failures=1)
     config.checkpoint.interval, config.checkpoint.keep = 2, 2
     result = run_training(config, loader)
@@ -101,6 +103,19 @@ def test_terminated_on_one_worker_and_resumed_on_two(undisturbed, storage):
     assert tracking.client().get_run(first.run_id).info.status == "FINISHED"
     with pytest.raises(ConfigError, match=r"run with other settings.*\n  seed: 6198 then, 1 now"):
         run_training(tiny_config(storage, name="moved", steps=8, seed=1), RandomLoader)
+
+
+class KillsTheInbox(RandomLoader):
+    """The actor that takes what workers tell dies while they take step 3."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if self.rank == 0 and self.positions[self.owned[0]] == 3:
+                inboxes = [p for p in psutil.Process().parent().children() if "ray::Inbox" in " ".join(p.cmdline())]
+                assert inboxes
+                for inbox in inboxes:  # another one may be of the run before
+                    inbox.kill()
+            yield batch
 
 
 class Slow(RandomLoader):
