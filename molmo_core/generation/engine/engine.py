@@ -51,6 +51,8 @@ class Reading(NamedTuple):
     chunks: Items[Chunk]
     slices: Slices[torch.Tensor]
     """Gives their logits."""
+    left: list[Sequence]
+    """Those whose clients have left meanwhile: they are read with the others, who would have to wait anew whenever somebody leaves."""
 
 
 class Engine:
@@ -146,16 +148,33 @@ class Engine:
         self._answers.begin(sequence, None if params.grammar is None else self._grammars.compile(params.grammar))
 
     def abort(self, request: Request) -> None:
-        """Nobody waits for the answer any more: its pages are free at once. Nothing happens if it has ended."""
+        """Nobody waits for the answer any more: its pages are free at once, or when those that are being read with it were read. Nothing
+        happens if it has ended."""
         answer = self._answers.pop(request, None)
         if answer is None:
             return
         if answer.compiling is not None:
             answer.compiling.cancel()
             self._compiling.remove(answer.sequence)
-        self.scheduler.remove(answer.sequence)
+        reading = self._reading
+        if reading is None or all(chunk.sequence is not answer.sequence for chunk in reading.chunks):
+            self._forget(answer.sequence)
+            return
+        reading.left.append(answer.sequence)
+        if len(reading.left) == len(reading.chunks):
+            self._drop_reading()
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
         if self.runner.points is not None:
-            self.runner.points.end(answer.sequence)
+            self.runner.points.end(sequence)
+
+    def _drop_reading(self) -> None:
+        """Prompts of those who wait for it are planned anew."""
+        reading, self._reading = self._reading, None
+        assert reading is not None
+        for sequence in reading.left:
+            self._forget(sequence)
 
     @torch.inference_mode()
     def warm_up(self, batches: Items[int] = ()) -> WarmUp:
@@ -190,7 +209,7 @@ class Engine:
         plan = self.scheduler.plan(self._reading is not None)
         before, self._launched = self._launched, []
         if self._reading is not None and any(chunk.sequence.slot < 0 for chunk in self._reading.chunks):
-            self._reading = None  # one is gone, and its pages may be others' now: those that are left are planned anew
+            self._drop_reading()  # one was preempted, and its pages may be others' now
         if self._reading is not None or plan.prefill:
             self._prefill(plan.prefill, events, in_slices=bool(plan.decode) and self.limits.slice_tokens is not None)
         if plan.decode:
@@ -227,12 +246,15 @@ class Engine:
         for chunk in planned:
             answer = self._answers[chunk.sequence.request]
             answer.started = answer.started or now
-        reading, self._reading = self._reading or Reading(planned, self.runner.slices(planned, self.limits.slice_tokens)), None
+        reading, self._reading = self._reading or Reading(planned, self.runner.slices(planned, self.limits.slice_tokens), []), None
         chunks = reading.chunks
         try:
             logits = go_on(reading.slices) if in_slices else finish(reading.slices)
         except Exception as error:  # of whatever a prompt holds or the device raises: goes to its request, the others continue
-            if len(chunks) == 1:
+            for sequence in reading.left:
+                self._forget(sequence)
+            chunks = [chunk for chunk in chunks if chunk.sequence not in reading.left]
+            if len(chunks) == 1 == len(reading.chunks):
                 self._tell(chunks[0].sequence, [Failed(error)], events)
                 return
             # One by one, so that only the one at fault fails; prompts that were too large together just take longer.
@@ -244,7 +266,9 @@ class Engine:
             self._reading = reading
             return
         self.scheduler.done(Plan(list(chunks), []))
-        ready = [i for i, chunk in enumerate(chunks) if chunk.end == len(chunk.sequence.tokens)]
+        for sequence in reading.left:
+            self._forget(sequence)
+        ready = [i for i, (sequence, _, end) in enumerate(chunks) if end == len(sequence.tokens) and sequence not in reading.left]
         if ready:
             finished = logits if len(ready) == len(chunks) else logits[to_device(np.array(ready), logits.device)]
             self._next(Scores.of(finished), [chunks[i].sequence for i in ready], events, first=True)

@@ -114,6 +114,39 @@ def test_an_answer_goes_on_while_a_prompt_is_read(leaves, model, prompts):
     assert engine.scheduler.pool.available == engine.scheduler.pool.total
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_leaves_while_prompts_are_read_holds_up_nobody(fails, model, prompts):
+    """Two prompts are read together, a layer a slice; whatever happens to one, the other is read as soon as without that."""
+
+    def run_with(leaves: bool) -> list[int]:
+        engine = Engine(model, limits(slice_tokens=1, page_size=8))
+        first, other, leaver = (Request(prompts[i], SamplingParams(max_tokens=30, ignore_eos=True)) for i in (0, 3, 1))
+        engine.add(first)
+        engine.step()
+        engine.add(other)
+        engine.add(leaver)
+        heard = []
+        for step in range(60):
+            if leaves and step == 3:
+                assert len(engine._reading.chunks) == 2
+                engine.abort(leaver)
+                if fails:
+                    engine._reading = engine._reading._replace(slices=broken())
+            heard += [(request, event.id, step) for request, event in engine.step() if isinstance(event, Token)]
+        assert not engine.active
+        assert engine.scheduler.pool.available == engine.scheduler.pool.total
+        assert not leaves or leaver not in {request for request, _, _ in heard}
+        assert [token for request, token, _ in heard if request is other] == alone(model, prompts[3], 30)
+        return [step for request, _, step in heard if request is other]
+
+    def broken():
+        raise RuntimeError("the device does not like it")
+        yield
+
+    steps, undisturbed = run_with(True), run_with(False)
+    assert steps[0] <= undisturbed[0]
+
+
 @pytest.fixture(scope="module")
 def prompts(tiny_model):
     preprocess = tiny_model.config.build_preprocessor(for_inference=True, is_training=False)
