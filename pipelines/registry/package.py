@@ -28,8 +28,8 @@ from pipelines.registry.pyfunc import ANSWER, IMAGE, MAX_TOKENS, PROMPT
 EVALUATION, DATA, CARD = "evaluation", "data_report", "README.md"
 REPORT = "report.json"
 PACKAGES = (
-    "torch", "numpy", "pillow", "opencv-python-headless", "omegaconf", "pyyaml", "pydantic", "safetensors", "tokenizers", "llguidance",
-    "transformers", "scipy", "rapidfuzz", "pandas", "mlflow",
+    "torch", "numpy", "blake3", "pillow", "opencv-python-headless", "omegaconf", "pyyaml", "pydantic", "safetensors", "tokenizers",
+    "llguidance", "transformers", "scipy", "rapidfuzz", "pandas", "mlflow",
 )  # fmt: skip
 """What `molmo_core` and `pipelines.registry.pyfunc` import."""
 _CODE = Path(__file__).resolve().parents[2]
