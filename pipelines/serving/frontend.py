@@ -28,6 +28,7 @@ from pipelines.serving.api.tokenise import DetokenizeRequest, TokenizeRequest
 from pipelines.serving.chat import ChatService
 from pipelines.serving.config import ServeConfig
 from pipelines.serving.errors import ApiError, as_api_error, clipped, queue_full, unavailable
+from pipelines.serving.heap import freeze_heap
 from pipelines.serving.json_body import parse_body
 from pipelines.serving.keys import KeyGuard
 from pipelines.serving.media.pool import MediaPool
@@ -117,6 +118,7 @@ class Frontend:
             generate = partial(self._generate, one.served_name, replicas)
             self._services[one.served_name] = ChatService(one, BaseModelConfig.load(model_folder(place)), generate, prepare, names)
         await self._inbox.open(ray.util.get_node_ip_address())
+        freeze_heap()
 
     @api.get("/", include_in_schema=False)
     async def index(self) -> Response:

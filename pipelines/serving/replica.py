@@ -15,6 +15,7 @@ from molmo_core.generation.engine.quantization import quantise_blocks
 from molmo_core.generation.engine.requests import Request, SamplingParams
 from pipelines.model_folder import model_folder
 from pipelines.serving.config import ServeConfig
+from pipelines.serving.heap import freeze_heap
 from pipelines.serving.host import Host
 from pipelines.serving.metrics import EngineMetrics, Reporter
 from pipelines.serving.pieces import Piece
@@ -48,6 +49,7 @@ class Replica:
         self._reporter = None
         if collector is not None:
             self._reporter = Reporter(collector, process_name(), EngineMetrics(config.served_name, lambda: engine.stats()._asdict()))
+            freeze_heap()
 
     async def answer(
         self, example: dict[str, Any], params: SamplingParams, begun: tuple[Sequence[int], Sequence[int]], to: Address, number: int
