@@ -40,12 +40,15 @@ def traced(mlflow_server, tiny_checkpoint):
 
 
 def traces(tracking, experiment, count):
-    """The newest first; spans are sent every few seconds."""
+    """The newest first. Spans are sent every few seconds, that of the whole request with the last of them."""
     deadline = time.monotonic() + 60
-    while len(found := tracking.search_traces(locations=[experiment])) < count:
-        assert time.monotonic() < deadline, f"{len(found)} traces"
+    while True:
+        found = tracking.search_traces(locations=[experiment])
+        states = [trace.info.state for trace in found]
+        if len(found) == count and "IN_PROGRESS" not in states:
+            return found
+        assert time.monotonic() < deadline, states
         time.sleep(0.5)
-    return found
 
 
 @pytest.mark.parametrize("mlflow_server", ["sqlite"], indirect=True)
