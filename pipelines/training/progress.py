@@ -48,7 +48,8 @@ class Inbox:
 
 
 def start_inbox() -> Any:
-    """An inbox on the driver's node. Should its process die, another one takes its place, and what nobody has heard yet is put again."""
+    """An inbox on the driver's node. Should its process die, another one takes its place, and what it had not answered is put again; what
+    it held, since the driver last asked, is lost."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Inbox).options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1).remote()
 
